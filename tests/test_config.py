@@ -1,0 +1,752 @@
+"""What configs.yaml, the command line, the saved config and their mistakes do."""
+
+import copy
+import io
+import pickle
+import re
+import sys
+
+import pytest
+
+import config
+from config import Config
+from tools import UserError
+
+# Every option of dreamerv3-torch: its defaults, and what its presets add.
+DREAMERV3_TORCH = """
+logdir traindir evaldir offline_traindir offline_evaldir seed deterministic_run steps parallel eval_every
+eval_episode_num log_every reset_every device compile precision debug video_pred_log task size envs
+action_repeat time_limit grayscale prefill reward_EMA dyn_hidden dyn_deter dyn_stoch dyn_discrete
+dyn_rec_depth dyn_mean_act dyn_std_act dyn_min_std grad_heads units act norm encoder.mlp_keys
+encoder.cnn_keys encoder.act encoder.norm encoder.cnn_depth encoder.kernel_size encoder.minres
+encoder.mlp_layers encoder.mlp_units encoder.symlog_inputs decoder.mlp_keys decoder.cnn_keys decoder.act
+decoder.norm decoder.cnn_depth decoder.kernel_size decoder.minres decoder.mlp_layers decoder.mlp_units
+decoder.cnn_sigmoid decoder.image_dist decoder.vector_dist decoder.outscale actor.layers actor.dist
+actor.entropy actor.unimix_ratio actor.std actor.min_std actor.max_std actor.temp actor.lr actor.eps
+actor.grad_clip actor.outscale critic.layers critic.dist critic.slow_target critic.slow_target_update
+critic.slow_target_fraction critic.lr critic.eps critic.grad_clip critic.outscale reward_head.layers
+reward_head.dist reward_head.loss_scale reward_head.outscale cont_head.layers cont_head.loss_scale
+cont_head.outscale dyn_scale rep_scale kl_free weight_decay unimix_ratio initial batch_size batch_length
+train_ratio pretrain model_lr opt_eps grad_clip dataset_size opt discount discount_lambda imag_horizon
+imag_gradient imag_gradient_mix eval_state_mean step value.layers stickey lives noops resize actions
+break_speed
+""".split()
+NOT_YET = "expl_behavior expl_until expl_extr_scale expl_intr_scale disag_target disag_models".split()
+
+SMALL = """
+# Nothing but tests.
+defaults:
+  # Run
+  steps: 1e6  # [0, inf] how long
+  ratio: 1e0  # plain whole number
+  lr: 4e-5  # [0, 1] a 'quoted # sign' in a comment
+  flag: False
+  word: auto  # (auto|cpu|str)
+  hash: 'a # b'  # text with a number sign
+  net: {units: 2, act: silu}  # one comment for both
+  # Numbers
+  scales: {a: 1.0, b: 2.0}  # [0, 10] weights
+  sizes: [1, 2]  # [1, 9] list
+  names: [x, y]  # (x|y|z) list of words
+  maybe: null  # (null|float) [0, 1] number or nothing
+  mode: auto  # (auto|True|False) three ways
+task_presets:
+  game: {steps: 2e3, net: {units: 3}}  # a game
+advice_presets: {}
+scale_presets: {}
+"""
+
+
+def load(line="", **kwargs):
+    return config.load(line.split(), **kwargs)
+
+
+def fails(line, **kwargs):
+    """The one line that the user sees."""
+    with pytest.raises(UserError) as error:
+        load(line, **kwargs)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "configs.yaml"
+    path.write_text(SMALL)
+    return config.read(path)
+
+
+def broken(tmp_path, old, new):
+    """The error for SMALL with one thing changed."""
+    assert old in SMALL
+    path = tmp_path / "configs.yaml"
+    path.write_text(SMALL.replace(old, new))
+    with pytest.raises(UserError) as error:
+        config.read(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    return str(error.value)
+
+
+# The shipped file
+
+
+def test_defaults_load_and_fit_each_other():
+    defaults = load()
+    assert defaults.task == "crafter_reward"
+    assert defaults.presets == [] and defaults.notes == []
+
+
+@pytest.mark.parametrize("preset", [name for kind in config.read().presets.values() for name in kind])
+def test_every_preset_loads(preset):
+    assert load(f"--configs {preset}").presets == [preset]
+
+
+def test_no_option_hides_a_method_of_config_or_a_flag():
+    taken = {*dir(load()), *vars(load()), "configs", "configs_added", "help", "print_config"}
+    names = {part for name in config.read().options for part in name.split(".")}
+    assert not names & taken
+
+
+def test_every_option_has_a_help_text_or_a_constraint_or_a_documented_group():
+    schema = config.read()
+    for name, option in schema.options.items():
+        assert option.help or option.allowed or schema.groups.get(name.rpartition(".")[0]), name
+
+
+def test_sizes_are_those_of_the_paper():
+    big = load("--configs size200m")
+    assert (big.rssm.deter, big.rssm.hidden, big.rssm.classes) == (8192, 1024, 64)
+    assert big.encoder.cnn_depth == 64 and big.critic.units == 1024
+
+
+def test_presets_named_in_the_code_exist():
+    presets = config.read().presets
+    assert set(config.CPU_PRESET_TASKS) <= set(presets["task_presets"])
+    assert {config.CPU_PRESET, *config.QUICK_ON_CPU} <= set(presets["scale_presets"])
+
+
+def test_patterns_of_what_cannot_change_match_options():
+    for pattern in [pattern for patterns in config.FROZEN.values() for pattern in patterns]:
+        assert any(config.fnmatchcase(name, pattern) for name in config.read().options), pattern
+
+
+# Old names
+
+
+def test_every_successor_in_the_table_exists():
+    options = config.read().options
+    for old, new in config.RENAMED.items():
+        successor, _, note = new.partition(" ")
+        assert successor in options, old
+        assert not note or note.startswith("(") and note.endswith(")"), old
+
+
+def test_tables_of_old_names_hold_no_name_in_use():
+    schema = config.read()
+    assert not set(config.RENAMED) & set(config.GONE)
+    for name in [*config.RENAMED, *config.GONE]:
+        assert name not in schema.options and name not in schema.groups and not schema.leaves(name), name
+
+
+@pytest.mark.parametrize("name", DREAMERV3_TORCH)
+def test_every_option_of_dreamerv3_torch_is_an_option_or_is_explained(name):
+    schema = config.read()
+    ours = name in schema.options or name in schema.groups or schema.leaves(name)
+    if not ours and name not in config.RENAMED and name not in config.GONE:
+        assert "but a preset" in fails(f"--{name} 1")
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_explorers_are_honestly_no_options(name):
+    assert f"--{name} is not an option; the nearest is --" in fails(f"--{name} 1")
+
+
+def test_renamed_option_names_its_successor():
+    assert fails("--total_frames 5") == "--total_frames is not an option: its successor is --steps"
+    assert "--actor_lr" in fails("--actor.lr 1e-4")
+    assert "horizon (discount = 1 - 1/horizon)" in fails("--discount 0.99")
+
+
+def test_option_that_is_gone_says_why():
+    assert "SiLU" in fails("--encoder.act ReLU")
+
+
+def test_old_values_name_the_new_ones():
+    assert "the nearest is --envs.amount 4" in fails("--envs 4")
+    assert "the nearest is process" in fails("--parallel True")
+    assert "the nearest is none" in fails("--parallel False")
+    assert "the nearest is float32" in fails("--precision 32")
+    assert "the nearest is bfloat16" in fails("--precision 16")
+    assert "write --configs debug" in fails("--debug True")
+    assert "--opt.lr" in fails("--opt adam")
+
+
+# Merging
+
+
+def test_presets_merge_by_class_whatever_their_order():
+    one = load("--configs crafter lore_full cpu")
+    other = load("--configs cpu lore_full crafter")
+    assert one.presets == other.presets == ["crafter", "lore_full", "cpu"]
+    assert one == other
+    assert one.train_ratio == 32.0  # the scale wins over the task's 512
+    assert load("--configs crafter").train_ratio == 512.0
+
+
+def test_presets_of_one_class_merge_in_the_order_given():
+    assert load("--configs dummy_cue crafter").task == "crafter_reward"
+    assert load("--configs crafter dummy_cue").task == "dummy_cue"
+    assert load("--configs crafter dummy_cue").time_limit == 10000
+
+
+def test_single_options_win_over_presets_wherever_they_stand():
+    assert load("--batch_size 3 --configs cpu").batch_size == 3
+    result = load("--configs crafter --configs cpu --batch_size=3")
+    assert result.batch_size == 3 and result.presets == ["crafter", "cpu"]
+
+
+def test_preset_keeps_the_rest_of_a_group():
+    assert load("--configs cpu").rssm.stoch == 32
+
+
+# Giving options
+
+
+def test_nested_option_by_full_name_and_unique_leaf_alone():
+    assert load("--encoder.mlp_units 32").encoder.mlp_units == 32
+    assert load("--encoder.mlp_units 32").decoder.mlp_units == 256
+    assert load("--bspace=4").decoder.bspace == 4
+
+
+def test_leaf_of_several_groups_lists_the_candidates():
+    message = fails("--mlp_units 32")
+    assert "--encoder.mlp_units" in message and "--decoder.mlp_units" in message
+
+
+@pytest.mark.parametrize("text", ["--size 32 48", "--size [32,48]", "--size [32, 48]", "--size=[32,48]"])
+def test_list_takes_several_words_or_yaml(text):
+    line = text.replace("32", "64").replace("48", "96")
+    assert load(line).size == [64, 96]
+
+
+def test_list_of_words():
+    assert load("--grad_heads decoder cont").grad_heads == ["decoder", "cont"]
+    assert load("--grad_heads decoder").grad_heads == ["decoder"]
+    assert load("--grad_heads []").grad_heads == []
+
+
+def test_whole_group_in_flow_style():
+    argv = ["--envs", "{amount: 4, parallel: process}", "--batch_size", "2"]
+    result = config.load(argv)
+    assert result.envs == {"amount": 4, "eval_amount": 1, "parallel": "process"}
+    assert result.batch_size == 2
+
+
+def test_mistake_in_a_flow_group_names_the_option():
+    with pytest.raises(UserError, match=r"--envs.amont is not an option; the nearest is --envs.amount"):
+        config.load(["--envs", "{amont: 4}"])
+    with pytest.raises(UserError, match=r"--envs.amount 0: must be in \[1, inf\]"):
+        config.load(["--envs", "{amount: 0}"])
+    with pytest.raises(UserError, match="not valid YAML"):
+        config.load(["--envs", "{amount: 4"])
+    with pytest.raises(UserError, match="not valid YAML: month"):
+        config.load(["--envs", "{amount: 2024-13-01}"])
+
+
+@pytest.mark.parametrize("text", ["2000000", "2e6", "2_000_000", "2.0e6"])
+def test_whole_numbers_in_every_notation(text):
+    value = load(f"--steps {text}").steps
+    assert value == 2000000 and type(value) is int
+
+
+def test_whole_number_is_a_float_where_the_default_is():
+    value = load("--train_ratio 64").train_ratio
+    assert value == 64.0 and type(value) is float
+
+
+def test_defaults_in_exponent_notation_have_their_type():
+    defaults = load()
+    assert type(defaults.steps) is int and defaults.steps == 1000000
+    assert type(defaults.opt.lr) is float and type(defaults.opt.eps) is float
+
+
+@pytest.mark.parametrize("text", ["True", "true", "1"])
+def test_true_in_every_spelling(text):
+    assert load(f"--deterministic {text}").deterministic is True
+
+
+def test_false_and_the_third_way():
+    assert load("--online false").replay.online is False
+    assert load("--compile False").compile is False
+    assert load("--compile auto").compile == "auto"
+
+
+def test_negative_number_is_a_value_and_not_an_option():
+    assert "--steps -1: must be in [0, inf]; the nearest is 0" == fails("--steps -1")
+    assert load("--task -1").task == "-1"
+
+
+def test_text_that_looks_like_yaml_stays_text():
+    assert config.load(["--logdir", "2024"]).logdir == "2024"
+    assert config.load(["--encoder.mlp_keys", ".*|{a}"]).encoder.mlp_keys == ".*|{a}"
+    assert load("--device cuda:1").device == "cuda:1"
+
+
+def test_null_is_nothing():
+    assert load("--actor_lr 1e-3 --actor_lr null").actor_lr is None
+    assert load("--actor_lr 1e-3").actor_lr == 1e-3
+
+
+def test_auto_or_a_number():
+    assert load("--replay.capacity 1e5").replay.capacity == 100000
+    assert load("--replay.capacity auto").replay.capacity == "auto"
+
+
+# Mistakes
+
+
+def test_unknown_option_names_the_nearest():
+    assert fails("--batch_sise 4") == "--batch_sise is not an option; the nearest is --batch_size"
+    assert "the nearest is --rssm.deter" in fails("--rssm.detr 4")
+    assert "the nearest is --batch_size" in fails("--batch-size 4")
+    assert "--encoder.mlp_units or --decoder.mlp_units" in fails("--mlp_unit 4")
+    assert "the nearest is --configs" in fails("--config crafter")
+
+
+def test_unknown_preset_names_the_nearest():
+    assert fails("--configs crafte") == "--configs crafte: there is no such preset; the nearest is crafter"
+    assert "size12m" in fails("--configs size12M")
+
+
+def test_preset_written_as_option_or_word():
+    assert "write --configs crafter" in fails("--crafter")
+    assert "write --configs crafter" in fails("crafter")
+    assert "unexpected size12m" in fails("--steps 5 size12m")
+    assert "unexpected word -x" in fails("-x 5")
+
+
+def test_bad_choice_names_the_nearest():
+    message = fails("--imag_gradient dynamic")
+    assert "one of reinforce, dynamics, both" in message and "the nearest is dynamics" in message
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("--steps 2.5", "a whole number"),
+        ("--steps many", "a whole number"),
+        ("--steps True", "a whole number"),
+        ("--steps inf", "a whole number"),
+        ("--train_ratio nan", "a number"),
+        ("--opt.lr x", "a number"),
+        ("--deterministic yes", "True or False"),
+        ("--deterministic 2", "True or False"),
+        ("--replay.capacity some", "auto or a whole number"),
+        ("--size 64 big", "a whole number"),
+        ("--size [64,{a: 1}]", "a whole number"),
+    ],
+)
+def test_wrong_type_says_what_is_wanted(line, says):
+    message = fails(line)
+    assert f"must be {says}" in message or f"must be one of {says}" in message
+
+
+def test_wrong_range_names_range_and_nearest():
+    assert fails("--unimix 2 --configs cpu").startswith("--unimix stands in several groups")
+    assert fails("--rssm.unimix 2") == "--rssm.unimix 2: must be in [0, 1]; the nearest is 1.0"
+    assert "[0, 4294967295]" in fails("--seed 4294967296")
+
+
+def test_option_without_value():
+    assert fails("--deterministic") == "--deterministic needs a value: write True or False"
+    assert "needs a value: write a whole number, for example 1000000" in fails("--steps --seed 1")
+    assert "needs a value" in fails("--logdir")
+    assert "needs a value" in fails("--logdir=")
+    assert "needs at least one preset" in fails("--configs --seed 1")
+    assert "takes no value" in fails("--print_config now")
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("--eval_episodes 10 --eval_amount 3", "multiple of envs.eval_amount 3"),
+        ("--deter 100", "multiple of rssm.blocks 8"),
+        ("--bspace 7", "multiple of decoder.bspace 7"),
+        ("--encoder.cnn_mults 2 3", "same length"),
+        ("--size 64", "height and width"),
+        ("--size 60 64", "multiple of 16"),
+        ("--size 32 64", "from 48 to 256"),
+        ("--size 512 512", "from 48 to 256"),
+        ("--grad_heads decoder rewards", "[rewards]"),
+        ("--imag_last 65", "batch_length 64"),
+        ("--actor.min_std 2", "actor.max_std"),
+        ("--retnorm.low 95", "percentiles"),
+        ("--retnorm.high 101", "percentiles"),
+        ("--encoder.mlp_keys [", "regular expression"),
+        ("--replay.capacity 64", "at least 65"),
+        ("--replay.capacity 129 --envs.amount 2", "at least 130"),
+    ],
+)
+def test_options_that_do_not_fit_each_other(line, says):
+    assert says in fails(line)
+
+
+def test_other_image_sizes_fit():
+    assert load("--size 96 48").size == [96, 48]
+    assert load("--encoder.cnn_mults 2 3 4 --decoder.cnn_mults 2 3 4 --size 128 24").size == [128, 24]
+
+
+# The file's own form
+
+
+def test_comments_give_help_constraint_and_section(small):
+    options = small.options
+    assert options["steps"].help == "how long" and options["steps"].allowed == "[0, inf]"
+    assert options["lr"].help == "a 'quoted # sign' in a comment"
+    assert options["hash"].help == "text with a number sign" and options["hash"].default == "a # b"
+    assert options["steps"].section == "Run" and options["sizes"].section == "Numbers"
+    assert small.groups["net"] == "one comment for both" and options["net.units"].help == ""
+    assert small.preset_help["game"] == "a game"
+
+
+def test_default_gives_the_type_and_1e0_is_whole(small):
+    options = small.options
+    assert options["steps"].default == 1000000 and options["ratio"].types == ("int",)
+    assert options["lr"].types == ("float",) and options["net.act"].types == ("str",)
+    assert options["word"].types == ("str",) and options["word"].words == ("auto", "cpu")
+    assert small.preset("game") == {"steps": 2000, "net.units": 3}
+
+
+def test_constraint_holds_for_list_items_and_group_members(small):
+    with pytest.raises(UserError, match=r"in \[1, 9\]"):
+        small.options["sizes"].convert([3, 10], "sizes")
+    with pytest.raises(UserError, match="the nearest is z"):
+        small.options["names"].convert(["x", "zz"], "names")
+    with pytest.raises(UserError, match=r"in \[0, 10\]"):
+        small.options["scales.b"].convert(11.0, "scales.b")
+
+
+def test_every_value_has_the_type_of_its_option(small):
+    options = small.options
+    assert options["maybe"].convert(None, "") is None
+    assert options["maybe"].convert("0.5", "") == 0.5
+    assert options["mode"].convert("True", "") is True
+    assert options["word"].convert("anything", "") == "anything"
+    for name, value in [
+        ("word", 3),
+        ("sizes", 3),
+        ("steps", None),
+        ("lr", True),
+        ("mode", "yes"),
+        ("flag", []),
+    ]:
+        with pytest.raises(UserError):
+            options[name].convert(value, name)
+
+
+@pytest.mark.parametrize(
+    "old, new, says",
+    [
+        (
+            "net: {units: 3}",
+            "net: {unit: 3}",
+            "preset game: net.unit is not an option; the nearest is net.units",
+        ),
+        ("net: {units: 3}", "nets: {}", "preset game: nets is not an option"),
+        ("net: {units: 3}", "net: 3", "net is a group of options"),
+        ("net: {units: 3}", "lr: {a: 3}", "lr.a is not an option"),
+        ("steps: 2e3", "steps: -1", "preset game: steps -1: must be in [0, inf]"),
+        ("{steps: 2e3, net: {units: 3}}", "fast", "preset game: must hold options"),
+        ("[0, inf] how long", "[0, inf how long", "defaults steps: not a constraint"),
+        ("[0, inf] how long", "[0, many] how long", "defaults steps: could not convert"),
+        ("[0, inf] how long", "[2000000, inf] how long", "defaults steps 1000000: must be in"),
+        ("(null|float) [0, 1]", "no", "defaults maybe: without a constraint"),
+        ("task_presets:", "task_preset:", "must hold exactly"),
+        ("advice_presets: {}", "advice_presets: {game: {}}", "another preset called game"),
+        ("advice_presets: {}", "advice_presets: [game]", "advice_presets: must be a mapping"),
+        ("flag: False", "flag: [", "not valid YAML"),
+        ("flag: False", "steps: 3", "line 8: not valid YAML: found duplicate key"),
+    ],
+)
+def test_mistake_in_the_file_names_the_place(tmp_path, old, new, says):
+    assert says in broken(tmp_path, old, new)
+
+
+def test_missing_or_unreadable_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"Cannot read .*none\.yaml"):
+        config.read(tmp_path / "none.yaml")
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"bytes\.yaml: not valid YAML"):
+        config.read(tmp_path / "bytes.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(UserError, match=r"empty\.yaml: must hold exactly"):
+        config.read(tmp_path / "empty.yaml")
+
+
+# Showing
+
+
+def test_help_lists_presets_options_and_comments(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load("--help --nonsense")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: python3 dreamer.py" in text
+    schema = config.read()
+    for name in schema.options:
+        assert f"--{name} " in text
+    for presets in schema.presets.values():
+        for name in presets:
+            assert re.search(rf"^  {name} ", text, re.M)
+    flat = " ".join(text.split())
+    assert "(auto|int) [1, inf] steps kept" in flat
+    assert "--steps 1000000 [0, inf] env steps of the whole run" in flat
+    assert schema.preset_help["crafter"] in flat
+
+
+def test_help_into_a_closed_pipe_ends_quietly(monkeypatch, tmp_path):
+    with open(tmp_path / "pipe", "w") as pipe:
+
+        class Closed(io.StringIO):
+            fileno = pipe.fileno
+
+            def write(self, text):
+                raise BrokenPipeError
+
+        monkeypatch.setattr(sys, "stdout", Closed())
+        with pytest.raises(SystemExit) as stop:
+            load("--help")
+    assert stop.value.code == 0
+
+
+def test_print_config_shows_what_would_run(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        load("--configs crafter --print_config --seed 7", has_cuda=False)
+    assert stop.value.code == 0
+    path = tmp_path / "config.yaml"
+    path.write_text(capsys.readouterr().out)
+    shown = Config.load_saved(path)
+    assert shown == load("--configs crafter --seed 7", has_cuda=False)
+    assert shown.presets == ["crafter", "cpu"] and shown.added == ["cpu"]
+
+
+def test_print_config_reports_mistakes_instead(capsys):
+    assert "nearest" in fails("--print_config --sed 3")
+    assert capsys.readouterr().out == ""
+
+
+# The preset for laptops
+
+
+def test_crafter_without_gpu_takes_the_cpu_preset_and_says_so():
+    result = load("--configs crafter lore_full", has_cuda=False)
+    assert result.presets == ["crafter", "lore_full", "cpu"] and result.added == ["cpu"]
+    assert result.rssm.deter == 512
+    assert len(result.notes) == 1 and "Preset cpu added" in result.notes[0]
+
+
+def test_options_win_over_the_added_preset():
+    assert load("--configs crafter --batch_size 5", has_cuda=False).batch_size == 5
+
+
+@pytest.mark.parametrize(
+    "line, has_cuda",
+    [
+        ("--configs crafter", True),
+        ("--configs crafter", None),
+        ("--configs crafter --device cuda", False),
+        ("--configs crafter size1m", False),
+        ("--configs crafter debug", False),
+        ("--configs dummy_cue", False),
+    ],
+)
+def test_cpu_preset_is_not_added_otherwise(line, has_cuda):
+    result = load(line, has_cuda=has_cuda)
+    assert result.added == [] and "cpu" not in result.presets
+
+
+def test_device_cpu_counts_as_no_gpu():
+    assert load("--configs crafter --device cpu", has_cuda=True).added == ["cpu"]
+
+
+def test_size_on_a_cpu_says_that_it_is_slow():
+    (note,) = load("--configs crafter size12m", has_cuda=False).notes
+    assert "size12m" in note and "--configs cpu" in note
+    assert load("--configs crafter size12m", has_cuda=True).notes == []
+    assert load("--configs crafter cpu", has_cuda=False).notes == []
+
+
+# The object
+
+
+def test_config_is_a_nested_mapping_with_attributes():
+    result = load()
+    assert result.rssm.deter == result["rssm"]["deter"] == dict(**result.rssm)["deter"]
+    assert list(result)[0] == "task" and len(result.envs) == 3
+    with pytest.raises(AttributeError, match="no option nothing"):
+        _ = result.nothing
+    with pytest.raises(KeyError):
+        _ = result["nothing"]
+
+
+def test_config_is_read_only_and_shares_nothing():
+    result = load()
+    with pytest.raises(AttributeError, match="read only"):
+        result.seed = 3
+    with pytest.raises(AttributeError, match="read only"):
+        result.rssm.deter = 3
+    with pytest.raises(TypeError):
+        result["seed"] = 3
+    plain = result.to_dict()
+    plain["size"][0] = 1
+    plain["rssm"]["deter"] = 1
+    assert result.size == [64, 64]
+    result.size[1] = 1  # a list of one Config is no default of the next
+    assert load().size == [64, 64] and load().rssm.deter == result.rssm.deter == 2048
+
+
+def test_config_travels_to_other_processes():
+    result = load("--configs crafter", has_cuda=False)
+    for twin in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert twin == result and twin.presets == result.presets and twin.rssm.deter == 512
+
+
+def test_replace_checks_and_leaves_the_old_one():
+    result = load("--configs debug")
+    other = result.replace({"rssm.deter": 64, "logdir": "x"})
+    assert (result.rssm.deter, other.rssm.deter, other.logdir) == (32, 64, "x")
+    assert other.presets == ["debug"]
+    with pytest.raises(UserError, match="the nearest is rssm.deter"):
+        result.replace({"rssm.deterr": 1})
+    with pytest.raises(UserError, match="multiple of rssm.blocks"):
+        result.replace({"rssm.deter": 33})
+
+
+# Saved and resumed
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves the config of a command line and reads it back."""
+
+    def save(line, **kwargs):
+        load(line, **kwargs).save(tmp_path / "config.yaml")
+        return Config.load_saved(tmp_path / "config.yaml")
+
+    return save
+
+
+def test_saved_config_comes_back_exactly(saved, tmp_path):
+    line = "--configs crafter --logdir null --task 1e6 --opt.lr 1e-5 --encoder.cnn_keys $^"
+    assert saved(line, has_cuda=False) == load(line, has_cuda=False)
+    text = (tmp_path / "config.yaml").read_text()
+    assert text.startswith("# ") and "size: [64, 64]" in text
+    assert "\nconfigs: [crafter, cpu]\nconfigs_added: [cpu]\ntask: '1e6'\nlogdir: null\n" in text
+
+
+def test_saved_config_is_read_as_data_and_checked(tmp_path):
+    path = tmp_path / "config.yaml"
+    for text, says in [
+        ("rssm: {deter: [", "not valid YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("rssm: {deter: big}", "rssm.deter big: must be a whole number"),
+        ("rssm: {deter: 9}", "multiple of rssm.blocks"),
+        ("nonsense: 1", "nonsense is not an option"),
+        ("1: 1", "1 is not an option"),
+        ("configs: crafter", "must be lists"),
+        ("", "must hold options"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError) as error:
+            Config.load_saved(path)
+        assert str(path) in str(error.value) and says in str(error.value)
+    with pytest.raises(UserError, match="Cannot read"):
+        Config.load_saved(tmp_path / "absent.yaml")
+
+
+def test_same_command_resumes_without_differences(saved):
+    line = "--configs crafter --seed 3"
+    old = saved(line, has_cuda=False)
+    for has_cuda in (False, True):
+        new = load(line, has_cuda=has_cuda, saved=old)
+        assert new.presets == ["crafter", "cpu"] and new.added == ["cpu"]
+        assert config.resume_changes(old, new) == []
+
+
+def test_run_that_began_on_a_gpu_stays_large_on_a_cpu(saved):
+    old = saved("--configs crafter", has_cuda=True)
+    new = load("--configs crafter", has_cuda=False, saved=old)
+    assert new.presets == ["crafter"] and new.rssm.deter == 2048
+    assert "Slow" in new.notes[0]
+
+
+def test_differences_are_shown(saved):
+    old = saved("--configs debug --logdir a --seed 1")
+    new = load("--configs debug --logdir b --seed 2 --actor_lr 1e-3 --grad_heads reward", saved=old)
+    assert config.resume_changes(old, new) == [
+        "seed: 1 -> 2",
+        "grad_heads: [decoder, reward, cont] -> [reward]",
+        "actor_lr: null -> 0.001",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    "task=dummy_cue action_repeat=2 size=[96,96] actor_dist=normal rssm.deter=64 rssm.stoch=8 "
+    "rssm.img_layers=1 encoder.mlp_units=8 encoder.cnn_keys=x decoder.cnn_depth=4 decoder.strided=True "
+    "reward_head.dist=symlog_disc critic.bins=41 actor.layers=1".split(),
+)
+def test_what_cannot_change_is_refused_with_both_values(saved, change):
+    name, _, value = change.partition("=")
+    old = saved("--configs debug")
+    new = load(f"--configs debug --{name} {value}", saved=old)
+    with pytest.raises(UserError) as error:
+        config.resume_changes(old, new)
+    message = str(error.value)
+    assert f"{name}: " in message and f" -> {value.replace(',', ', ')}" in message
+    assert "a new --logdir starts a fresh run" in message and "\n" not in message
+
+
+def test_many_refusals_stay_one_readable_line(saved):
+    old = saved("--configs debug")
+    with pytest.raises(UserError, match=r"rssm\.deter: 32 -> 512, .* and \d+ more: "):
+        config.resume_changes(old, load("--configs cpu", saved=old))
+
+
+def test_replay_context_and_such_may_change(saved):
+    old = saved("--configs debug")
+    new = load("--configs debug --replay_context 0 --train_ratio 2 --envs.amount 2", saved=old)
+    assert len(config.resume_changes(old, new)) == 3
+
+
+def test_checkpoint_alone_brings_its_config(saved):
+    old = saved("--configs crafter debug --seed 5 --logdir runs/a --traindir elsewhere")
+    line = "--from_checkpoint runs/a/latest.pt --steps 700"
+    new = load(line, saved=old)
+    assert (new.seed, new.steps, new.rssm.deter, new.presets) == (5, 700, 32, ["crafter", "debug"])
+    assert new.logdir is None and new.from_checkpoint == "runs/a/latest.pt" and new.traindir == "elsewhere"
+    assert config.resume_changes(old, new) == ["steps: 300 -> 700"]
+    assert load(f"{line} --logdir runs/b", saved=old).traindir is None  # a new run has its own episodes
+
+
+def test_checkpoint_with_configs_takes_the_command(saved):
+    old = saved("--configs debug --seed 5")
+    new = load("--configs debug --from_checkpoint a/latest.pt", saved=old)
+    assert new.seed == 0 and config.resume_changes(old, new) == ["seed: 5 -> 0"]
+
+
+def test_run_paths_only_looks():
+    assert config.run_paths("--configs debug --logdir a".split()) == ("a", None)
+    # Fits only with the saved config, so it is not judged yet; and nothing is printed.
+    line = "--from_checkpoint a/latest.pt --eval_amount 7 --print_config --help"
+    assert config.run_paths(line.split()) == (None, "a/latest.pt")
+
+
+def test_failed_save_keeps_the_old_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("old")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError):
+        load().save(tmp_path / "file" / "config.yaml")
+    assert path.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "file"]
