@@ -1,0 +1,200 @@
+"""The output distributions of heads and latents.
+
+Each is built from a network's raw outputs and computes in float32, whatever the precision of the network.
+Sampling takes its noise as an argument, so that the caller owns every random draw.
+Letters: S latent variables, K classes, A action size; `...` are batch dimensions.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def symlog(x: Tensor) -> Tensor:
+    """Squash to sign(x) ln(1 + |x|) (DreamerV3, eq. 9)."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Tensor) -> Tensor:
+    """The inverse of symlog."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+class OneHot:
+    """Categorical over one-hot vectors [..., K], a share `unimix` of the uniform distribution mixed in.
+
+    Gradients pass a sample straight through to the mixed probabilities. With `dims=1` log-probability,
+    entropy and KL are summed over the last batch dimension, as for the S latents of a state.
+    """
+
+    def __init__(self, logits: Tensor, unimix: float = 0.0, dims: int = 0):
+        log_probs = F.log_softmax(logits.float(), -1)
+        self.probs = log_probs.exp()
+        if unimix:
+            self.probs = (1 - unimix) * self.probs + unimix / logits.shape[-1]
+            log_probs = self.probs.log()
+        self.log_probs = log_probs  # [..., K]
+        self.dims = dims
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return x.sum(-1) if self.dims else x
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """One-hot sample [..., K] from uniform noise [..., 1] in [0, 1), by the cumulative sum."""
+        with torch.no_grad():
+            # Only K - 1 boundaries: rounding of the last sum cannot lead past the last class.
+            index = (self.probs.cumsum(-1)[..., :-1] <= noise).sum(-1)
+            value = F.one_hot(index, self.probs.shape[-1]).to(self.probs.dtype)
+        return self.straight_through(value)
+
+    def straight_through(self, value: Tensor) -> Tensor:
+        """`value` forward, the gradient of the probabilities backward."""
+        if not self.probs.requires_grad:
+            return value
+        return value + (self.probs - self.probs.detach())
+
+    @property
+    def mode(self) -> Tensor:
+        return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).to(self.probs.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._sum((self.log_probs * value).sum(-1))
+
+    def entropy(self) -> Tensor:
+        return self._sum(-(self.probs * self.log_probs).sum(-1))
+
+    def kl(self, other: "OneHot") -> Tensor:
+        return self._sum((self.probs * (self.log_probs - other.log_probs)).sum(-1))
+
+    def detach(self) -> "OneHot":
+        copy = object.__new__(OneHot)
+        copy.probs, copy.log_probs, copy.dims = self.probs.detach(), self.log_probs.detach(), self.dims
+        return copy
+
+
+class Normal:
+    """Independent Gaussians [..., A]; log-probability, entropy and KL are summed over the last dimension."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        self.mean, self.std = mean.float(), std.float()
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Sample from standard normal noise of the same shape; differentiable."""
+        return self.mean + self.std * noise
+
+    @property
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        z = (value - self.mean) / self.std
+        return (-0.5 * z.square() - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (self.std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+    def kl(self, other: "Normal") -> Tensor:
+        ratio = (self.std / other.std).square()
+        shift = ((self.mean - other.mean) / other.std).square()
+        return (0.5 * (ratio + shift - 1 - ratio.log())).sum(-1)
+
+    def detach(self) -> "Normal":
+        return Normal(self.mean.detach(), self.std.detach())
+
+
+def bounded_normal(raw_mean: Tensor, raw_std: Tensor, min_std: float, max_std: float) -> Normal:
+    """The policy over continuous actions: mean in (-1, 1), standard deviation in (min_std, max_std).
+
+    The offset of 2 makes it start near max_std (danijar/dreamerv3, heads.py).
+    """
+    std = (max_std - min_std) * torch.sigmoid(raw_std.float() + 2.0) + min_std
+    return Normal(torch.tanh(raw_mean.float()), std)
+
+
+class Binary:
+    """Bernoulli over a logit [...]; the target may be soft, as the discounted continuation is."""
+
+    def __init__(self, logit: Tensor):
+        self.logit = logit.float()
+
+    @property
+    def prob(self) -> Tensor:
+        return torch.sigmoid(self.logit)
+
+    def loss(self, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(self.logit, target.float(), reduction="none")
+
+
+def symexp_bins(count: int) -> Tensor:
+    """`count` bins [count] at symexp of even steps in [-20, 20], exactly symmetric around 0."""
+    steps = (count + 1) // 2 if count % 2 else count // 2
+    # The reference's float32 arithmetic, step by step: at symexp(20) = 5e8 one rounding more is seen.
+    share = torch.arange(steps, dtype=torch.float32) * torch.tensor(1 / (steps - 1), dtype=torch.float32)
+    half = symexp(-20 * (1 - share))
+    half[-1] = 0 if count % 2 else half[-1]
+    return torch.cat([half, -half.flip(0)[1:] if count % 2 else -half.flip(0)])
+
+
+class TwoHot:
+    """A scalar as a categorical over bins [K]; a target is spread on its two neighbours (DreamerV3, eq. 10).
+
+    `symlog_space` is the older form: the bins lie evenly in symlog space and the mean is taken there.
+    """
+
+    def __init__(self, logits: Tensor, bins: Tensor, symlog_space: bool = False):
+        self.logits, self.bins, self.symlog_space = logits.float(), bins, symlog_space
+
+    def __getitem__(self, index) -> "TwoHot":
+        """The distributions at `index` of the batch dimensions."""
+        return TwoHot(self.logits[index], self.bins, self.symlog_space)
+
+    @property
+    def probs(self) -> Tensor:
+        return F.softmax(self.logits, -1)
+
+    def _symmetric_sum(self, weights: Tensor) -> Tensor:
+        """Sum from both ends towards the middle: exactly 0 for symmetric bins and uniform probabilities."""
+        products, m = weights * self.probs, weights.shape[-1] // 2
+        pairs = products[..., :m].flip(-1) + products[..., -m:]
+        middle = products[..., m:-m].sum(-1)
+        return middle + pairs.sum(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        mean = self._symmetric_sum(self.bins)
+        return symexp(mean) if self.symlog_space else mean
+
+    def loss(self, target: Tensor) -> Tensor:
+        """Cross entropy [...] with the two-hot target; no gradient to the target."""
+        target = target.detach().float()
+        target = symlog(target) if self.symlog_space else target
+        last = len(self.bins) - 1
+        above = torch.searchsorted(self.bins, target.contiguous(), right=True)
+        below = (above - 1).clamp(0, last)
+        above = above.clamp(0, last)
+        to_below = (self.bins[below] - target).abs()
+        to_above = (self.bins[above] - target).abs()
+        # Outside the bins both neighbours are the outermost bin, and all mass belongs there.
+        weight_above = torch.where(below == above, 0.5, to_below / (to_below + to_above))
+        neighbours = torch.stack([below, above], -1)  # [..., 2]
+        weights = torch.stack([1 - weight_above, weight_above], -1)  # [..., 2]
+        picked = (self.logits.gather(-1, neighbours) * weights).sum(-1)
+        return self.logits.logsumexp(-1) - picked
+
+
+class MSE:
+    """Squared error summed over the last `dims` dimensions; with `squash` the target is squashed first."""
+
+    def __init__(self, mean: Tensor, dims: int, squash: bool = False):
+        self.raw, self.dims, self.squash = mean.float(), dims, squash
+
+    @property
+    def mean(self) -> Tensor:
+        return symexp(self.raw) if self.squash else self.raw
+
+    def loss(self, target: Tensor) -> Tensor:
+        target = target.detach().float()
+        target = symlog(target) if self.squash else target
+        return (self.raw - target).square().flatten(-self.dims).sum(-1)

@@ -1,0 +1,345 @@
+"""What is learned, and from which losses: `WorldModel` and `ImagBehavior`.
+
+Losses are pure functions of tensors; each names its source. Gradients: reconstruction, reward, cont, dyn
+and rep reach encoder, RSSM and their head; the policy loss the actor only; the imagined value loss the
+critic only; the replay value loss the critic, encoder and RSSM.
+Letters: B batch, T time, H horizon, N = B * T imagined starts, A actions, F feat.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+
+import gymnasium
+import torch
+from torch import Tensor, nn
+
+import distributions as dists
+import networks
+from networks import Policy, State
+
+Data = Mapping[str, Tensor]
+Losses = dict[str, Tensor]
+
+
+# --- Losses --------------------------------------------------------------------------------------------
+
+
+def kl_losses(
+    post: dists.OneHot | dists.Normal, prior: dists.OneHot | dists.Normal, free_nats: float
+) -> Losses:
+    """`dyn` = KL(sg(post), prior) and `rep` = KL(post, sg(prior)) (DreamerV3, eq. 5).
+
+    Both [B, T], clipped below at `free_nats`.
+    """
+    return {
+        "dyn": post.detach().kl(prior).clamp(min=free_nats),
+        "rep": post.kl(prior.detach()).clamp(min=free_nats),
+    }
+
+
+def lambda_return(
+    last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc: float, lam: float
+) -> Tensor:
+    """Lambda-returns [N, H] of steps 0 … H-1 from inputs [N, H+1] (DreamerV3, eq. 7).
+
+    reward[t] and the flags arrive with state t. `boot` holds the values to bootstrap from: a share 1 - lam
+    of them at each step, and all of it where `last` cuts the return. `term` (or 1 - continuation) ends it.
+    """
+    live = (1 - term.float())[:, 1:] * disc
+    cont = (1 - last.float())[:, 1:] * lam
+    interim = reward[:, 1:] + (1 - cont) * live * boot[:, 1:]
+    decay = live * cont
+    ret, rets = boot[:, -1], []
+    for t in reversed(range(decay.shape[1])):
+        ret = interim[:, t] + decay[:, t] * ret
+        rets.append(ret)
+    return torch.stack(rets[::-1], 1)  # [N, H]
+
+
+def policy_loss(
+    policy: Policy,
+    action: Tensor,
+    advantage: Tensor,
+    weight: Tensor,
+    entropy_scale: float,
+    gradient: str = "reinforce",
+    mix: float = 0.0,
+) -> Tensor:
+    """Policy loss [N, H] with entropy bonus, weighted by the probability to get there (DreamerV3, eq. 11).
+
+    action [N, H, A], advantage and weight [N, H]. `gradient`: reinforce takes log-probability times
+    advantage; dynamics the gradient of the advantage itself, through the world model; both their mixture.
+    """
+    objective = torch.zeros_like(weight)
+    if gradient in ("reinforce", "both"):
+        share = 1.0 if gradient == "reinforce" else mix
+        objective = objective + share * policy.log_prob(action.detach()) * advantage.detach()
+    if gradient in ("dynamics", "both"):
+        share = 1.0 if gradient == "dynamics" else 1 - mix
+        objective = objective + share * advantage
+    return -weight * (objective + entropy_scale * policy.entropy())
+
+
+def value_loss(
+    value: dists.TwoHot, slow_value: dists.TwoHot, ret: Tensor, weight: Tensor, slow_reg: float
+) -> Tensor:
+    """Critic loss [N, H]: the returns, and with weight `slow_reg` the slow critic (DreamerV3, eq. 8)."""
+    return weight * (value.loss(ret) + slow_reg * value.loss(slow_value.mean))
+
+
+def imagination_losses(
+    policy: Policy, action: Tensor, reward: Tensor, cont: Tensor, target: Tensor,
+    value: dists.TwoHot, slow_value: dists.TwoHot, retnorm: "ReturnNorm",
+    *, lam: float, entropy_scale: float, slow_reg: float, gradient: str = "reinforce", mix: float = 0.0,
+) -> tuple[Losses, Tensor, Tensor]:  # fmt: skip
+    """Policy and value losses of imagined trajectories, returns and normalised advantages, all [N, H].
+
+    policy and action [N, H, A]; reward, cont, target, value, slow_value [N, H+1]. cont holds the discount;
+    target is what returns bootstrap from and advantages are measured against.
+    """
+    ret = lambda_return(torch.zeros_like(cont), 1 - cont, reward, target, 1.0, lam)
+    retnorm.update(ret)
+    weight = cont.detach().cumprod(1)[:, :-1]
+    advantage = (ret - target[:, :-1]) / retnorm.scale
+    losses = {
+        "policy": policy_loss(policy, action, advantage, weight, entropy_scale, gradient, mix),
+        "value": value_loss(value[:, :-1], slow_value[:, :-1], ret, weight, slow_reg),
+    }
+    return losses, ret, advantage
+
+
+def replay_value_loss(
+    last: Tensor, term: Tensor, reward: Tensor, boot: Tensor,
+    value: dists.TwoHot, slow_value: dists.TwoHot, disc: float, lam: float, slow_reg: float,
+) -> Tensor:  # fmt: skip
+    """Critic loss [B, K-1] along replayed rewards.
+
+    last, term, reward, boot [B, K]; boot are the imagined returns; value and slow_value [B, K-1].
+    """
+    ret = lambda_return(last, term, reward, boot, disc, lam)
+    return value_loss(value, slow_value, ret, (~last[:, :-1]).float(), slow_reg)
+
+
+class ReturnNorm(nn.Module):
+    """Moving percentiles of returns; their range, at least `limit`, scales advantages (DreamerV3, eq. 12)."""
+
+    def __init__(self, rate: float, limit: float, low: float, high: float):
+        super().__init__()
+        self.rate, self.limit = rate, limit
+        self.register_buffer("quantiles", torch.tensor([low / 100, high / 100]), persistent=False)
+        self.register_buffer("range", torch.zeros(2))  # low and high
+
+    @torch.no_grad()
+    def update(self, ret: Tensor) -> None:
+        """Move towards the percentiles of `ret` (any shape)."""
+        new = torch.quantile(ret.float().flatten(), self.quantiles)
+        self.range.copy_((1 - self.rate) * self.range + self.rate * new)
+
+    @property
+    def scale(self) -> Tensor:
+        return (self.range[1] - self.range[0]).clamp(min=self.limit)
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Within, gradients flow through the modules but not to their parameters."""
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for param in params:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in params:
+            param.requires_grad_(True)
+
+
+# --- World model ---------------------------------------------------------------------------------------
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward and continuation heads."""
+
+    def __init__(
+        self, obs_space: Mapping[str, gymnasium.Space], actions: networks.ActionVector, config: Mapping
+    ):
+        super().__init__()
+        self.actions = actions
+        self.encoder = networks.MultiEncoder(obs_space, config.encoder)
+        self.rssm = networks.RSSM(self.encoder.size, actions.size, config.rssm)
+        rssm = self.rssm
+        self.decoder = networks.MultiDecoder(obs_space, rssm.deter, rssm.stoch_size, config.decoder)
+        self.reward_head = networks.TwoHotHead(rssm.feat_size, config.reward_head)
+        self.cont_head = networks.BinaryHead(rssm.feat_size, config.cont_head)
+        self.free_nats = config.rssm.free_nats
+        self.disc = 1 - 1 / config.horizon
+        self.grad_heads = config.grad_heads
+        self.context = config.replay_context
+
+    def split_context(self, data: Data) -> tuple[State, Tensor, Data]:
+        """A batch [B, C + T, ...] as start state [B, ...], previous actions [B, T, A] and data [B, T, ...].
+
+        With a context of one step its stored latents are the start state; without, the sequence starts
+        from zeros, and so does its first previous action.
+        """
+        action = self.actions.encode(data)  # [B, C + T, A]
+        if not self.context:
+            prev_action = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)
+            return self.rssm.initial(len(action)), prev_action, data
+        state = self.rssm.unpack(data["deter"][:, 0], data["stoch"][:, 0])
+        return state, action[:, :-1], {k: v[:, 1:] for k, v in data.items()}
+
+    def observe(self, data: Data, generator: torch.Generator | None) -> tuple[State, Data]:
+        """Posterior states [B, T, ...] of a replayed batch, and the batch without its context."""
+        state, prev_action, data = self.split_context(data)
+        embed = self.encoder(data)  # [B, T, E]
+        noise = self.rssm.noise(*data["is_first"].shape, generator=generator)
+        return self.rssm.observe(state, embed, prev_action, data["is_first"], noise), data
+
+    def loss(self, post: State, data: Data) -> tuple[Losses, dict[str, Tensor]]:
+        """The losses [B, T] of posterior states along data, and metrics."""
+        rssm = self.rssm
+        post_dist, prior_dist = rssm.dist(post["logit"]), rssm.dist(rssm.prior(post["deter"]))
+        losses = kl_losses(post_dist, prior_dist, self.free_nats)
+        deter, stoch = self._head_input(post, "decoder")
+        recons = self.decoder(deter, rssm.flat(stoch))
+        for name, keys in (("image", self.decoder.keys.images), ("vector", self.decoder.keys.vectors)):
+            for key in keys:
+                target = data[key].float() / 255 if name == "image" else data[key].float()
+                target = target if name == "image" else target.reshape(*data["is_first"].shape, -1)
+                losses[name] = losses.get(name, 0.0) + recons[key].loss(target)
+        losses["reward"] = self.reward(post).loss(data["reward"])
+        cont = self.disc * (~data["is_terminal"]).float()
+        losses["cont"] = self.cont(post).loss(cont)
+        metrics = {"latent/post_entropy": post_dist.entropy().mean()}
+        metrics["latent/prior_entropy"] = prior_dist.entropy().mean()
+        return losses, {k: v.detach() for k, v in metrics.items()}
+
+    def _head_input(self, post: State, head: str) -> tuple[Tensor, Tensor]:
+        """deter and stoch, without a way for gradients where `grad_heads` leaves the head out."""
+        if head in self.grad_heads:
+            return post["deter"], post["stoch"]
+        return post["deter"].detach(), post["stoch"].detach()
+
+    def reward(self, post: State) -> dists.TwoHot:
+        deter, stoch = self._head_input(post, "reward")
+        return self.reward_head(self.rssm.feat({"deter": deter, "stoch": stoch}))
+
+    def cont(self, post: State) -> dists.Binary:
+        deter, stoch = self._head_input(post, "cont")
+        return self.cont_head(self.rssm.feat({"deter": deter, "stoch": stoch}))
+
+    @torch.no_grad()
+    def open_loop(self, data: Data, context: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Videos [T, B * H, 3 * W, C] uint8 per image key: truth, prediction, error side by side.
+
+        The model sees `context` frames and then predicts from the actions alone.
+        """
+        state, prev_action, data = self.split_context(data)
+        is_first = data["is_first"]
+        batch, length = is_first.shape
+        noise = self.rssm.noise(batch, length, generator=generator)
+        embed = self.encoder(data)
+        post = self.rssm.observe(
+            state, embed[:, :context], prev_action[:, :context], is_first[:, :context], noise[:, :context]
+        )
+        state = {k: post[k][:, -1] for k in ("deter", "stoch")}
+        states = {k: list(post[k].unbind(1)) for k in state}
+        for t in range(context, length):
+            state = self.rssm.imagine(state, prev_action[:, t], noise[:, t])
+            for key, value in state.items():
+                states[key].append(value)
+        deter, stoch = torch.stack(states["deter"], 1), torch.stack(states["stoch"], 1)
+        recons = self.decoder(deter, self.rssm.flat(stoch))
+        videos = {}
+        for key in self.decoder.keys.images:
+            truth, pred = data[key].float() / 255, recons[key].mean
+            error = (pred - truth + 1) / 2
+            video = torch.cat([truth, pred, error], 3)  # [B, T, H, 3 W, C]
+            video = (video.clamp(0, 1) * 255).to(torch.uint8)
+            videos[key] = video.transpose(0, 1).flatten(1, 2)  # [T, B * H, 3 W, C]
+        return videos
+
+
+# --- Behaviour -----------------------------------------------------------------------------------------
+
+
+class ImagBehavior(nn.Module):
+    """Actor and critic, learned in imagination from every replayed state."""
+
+    def __init__(self, feat: int, actions: networks.ActionVector, config: Mapping):
+        super().__init__()
+        self.config = config
+        self.actor = networks.Actor(feat, actions, config.actor)
+        self.critic = networks.TwoHotHead(feat, config.critic)
+        self.slow_critic = deepcopy(self.critic).requires_grad_(False)
+        self.retnorm = ReturnNorm(**config.retnorm)
+        self.disc = 1 - 1 / config.horizon
+
+    def imagine(
+        self, rssm: networks.RSSM, start: State, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        """Follow the actor from start states [N, ...]: feat [N, H+1, F] and action [N, H, A]."""
+        horizon, batch = self.config.imag_horizon, len(start["deter"])
+        noise = rssm.noise(horizon, batch, generator=generator)
+        policy_noise = self.actor.noise(horizon, batch, generator=generator)
+        state, feats, actions = start, [rssm.feat(start)], []
+        for t in range(horizon):
+            action = self.actor(feats[-1].detach()).sample([n[t] for n in policy_noise])
+            state = rssm.imagine(state, action, noise[t])
+            feats.append(rssm.feat(state))
+            actions.append(action)
+        return torch.stack(feats, 1), torch.stack(actions, 1)
+
+    def loss(
+        self, world_model: WorldModel, post: State, data: Data, generator: torch.Generator | None
+    ) -> tuple[Losses, dict[str, Tensor]]:
+        """Policy and value losses [N, H], the replay value loss [B, K-1], and metrics.
+
+        Imagination starts from the last K states of each sequence (`imag_last`, or all T).
+        """
+        c = self.config
+        last = c.imag_last or post["deter"].shape[1]
+        recent = {k: post[k][:, -last:] for k in ("deter", "stoch")}  # [B, K, ...]
+        start = {k: v.detach().flatten(0, 1) for k, v in recent.items()}  # [N, ...]
+        dynamics = c.imag_gradient != "reinforce"
+        with torch.set_grad_enabled(dynamics), frozen(world_model, self.critic):
+            feat, action = self.imagine(world_model.rssm, start, generator)
+            reward = world_model.reward_head(feat).mean  # [N, H+1]
+            cont = world_model.cont_head(feat).prob
+            target = self.critic(feat).mean if dynamics else None
+        feat = feat.detach()
+        value, slow_value = self.critic(feat), self.slow_critic(feat)
+        if c.slow_value_target:
+            target = slow_value.mean
+        elif not dynamics:
+            target = value.mean.detach()
+        policy = self.actor(feat[:, :-1])
+        losses, ret, advantage = imagination_losses(
+            policy, action, reward, cont, target, value, slow_value, self.retnorm,
+            lam=c.discount_lambda, entropy_scale=c.actor.entropy, slow_reg=c.slow_reg,
+            gradient=c.imag_gradient, mix=c.imag_gradient_mix,
+        )  # fmt: skip
+        value = self.critic(world_model.rssm.feat(recent)[:, :-1])
+        slow_value = self.slow_critic(world_model.rssm.feat(start).unflatten(0, (-1, last))[:, :-1])
+        is_last, term, rewards = (data[k][:, -last:] for k in ("is_last", "is_terminal", "reward"))
+        boot = ret[:, 0].detach().unflatten(0, (-1, last))  # [B, K]
+        losses["repval"] = replay_value_loss(
+            is_last, term, rewards, boot, value, slow_value, self.disc, c.discount_lambda, c.slow_reg
+        )
+        metrics = {
+            "imag/return": ret.mean(),
+            "imag/reward": reward.mean(),
+            "imag/cont": cont.mean(),
+            "imag/value": target.mean(),
+            "imag/return_scale": self.retnorm.scale,
+            "imag/advantage_mag": advantage.abs().mean(),
+            "actor/entropy": policy.entropy().mean(),
+        }
+        return losses, {k: v.detach() for k, v in metrics.items()}
+
+    @torch.no_grad()
+    def update_slow_critic(self) -> None:
+        """Move the slow critic towards the critic, after the optimiser's step as the reference does."""
+        slow, fast = list(self.slow_critic.parameters()), list(self.critic.parameters())
+        torch._foreach_lerp_(slow, fast, self.config.slow_target_fraction)
