@@ -1,0 +1,132 @@
+"""Statistics of episodes: returns and lengths, success rates, and intervals for means."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+BOOTSTRAP_RESAMPLES = 10_000
+
+
+class EpisodeStats:
+    """Sums up the open episode of each env and hands out those that have finished.
+
+    An episode counts from its `is_first` to its `is_last`; one that is abandoned in between is dropped.
+    """
+
+    def __init__(self, n_envs: int, action_repeat: int = 1):
+        self._action_repeat = action_repeat
+        self._started = np.zeros(n_envs, bool)
+        self._return = np.zeros(n_envs)
+        self._steps = np.zeros(n_envs, np.int64)
+        self._max: dict[str, np.ndarray] = {}  # by log key, [n]
+
+    def add(self, step: dict[str, np.ndarray]) -> list[dict[str, float]]:
+        """Take one step of all envs and return the episodes that it finished, in the envs' order.
+
+        Args:
+            step: `reward`, `is_first`, `is_last` and any `log_*` scalars, each [n].
+
+        Returns:
+            A dict for each finished episode: `return`, `length` in env steps (action repeat included;
+            the reset is none), and the highest value of each `log_*` key.
+        """
+        first = np.asarray(step["is_first"], bool)
+        self._started |= first
+        self._return = np.where(first, 0.0, self._return + np.asarray(step["reward"], np.float64))
+        self._steps = np.where(first, 0, self._steps + 1)
+        for key, value in step.items():
+            if key.startswith("log_"):
+                value = np.asarray(value, np.float64)
+                self._max[key] = np.where(first, value, np.maximum(self._max.get(key, value), value))
+        return [self._episode(index) for index in np.flatnonzero(self._started & step["is_last"])]
+
+    def _episode(self, index: int) -> dict[str, float]:
+        return {
+            "return": float(self._return[index]),
+            "length": float(self._steps[index] * self._action_repeat),
+            **{key: float(value[index]) for key, value in self._max.items()},
+        }
+
+    def state_dict(self) -> dict:
+        """The open episodes, as plain lists."""
+        return {
+            "started": self._started.tolist(),
+            "return": self._return.tolist(),
+            "steps": self._steps.tolist(),
+            "max": {key: value.tolist() for key, value in self._max.items()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on with the open episodes of `state`, from as many envs as this was made for."""
+        if len(state["started"]) != len(self._started):
+            raise ValueError(f"Statistics of {len(state['started'])} envs, expected {len(self._started)}.")
+        self._started = np.array(state["started"], bool)
+        self._return = np.array(state["return"], np.float64)
+        self._steps = np.array(state["steps"], np.int64)
+        self._max = {key: np.array(value, np.float64) for key, value in state["max"].items()}
+
+
+class SuccessRates:
+    """Success rates of `log_achievement_*` over all episodes so far: Crafter's official protocol.
+
+    `add` takes the episodes that `EpisodeStats` hands out. An achievement counts once for each episode in
+    which it reached 1.
+    """
+
+    PREFIX = "log_achievement_"
+
+    def __init__(self, suite: str):
+        self._suite = suite
+        self._episodes = 0
+        self._successes: dict[str, int] = {}
+
+    def add(self, episode: dict[str, float]) -> None:
+        """Count one finished episode."""
+        self._episodes += 1
+        for key, value in episode.items():
+            if key.startswith(self.PREFIX):
+                name = key.removeprefix(self.PREFIX)
+                self._successes[name] = self._successes.get(name, 0) + int(value >= 1)
+
+    def metrics(self) -> dict[str, float]:
+        """`{suite}/success_rate/{achievement}` in percent and `{suite}/score`; empty without achievements."""
+        rates = {name: 100 * count / self._episodes for name, count in self._successes.items()}
+        if not rates:
+            return {}
+        named = {f"{self._suite}/success_rate/{name}": rate for name, rate in sorted(rates.items())}
+        return {f"{self._suite}/score": achievement_score(list(rates.values())), **named}
+
+    def state_dict(self) -> dict:
+        """The counts, as plain integers."""
+        return {"episodes": self._episodes, "successes": dict(self._successes)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting from `state`."""
+        self._episodes = state["episodes"]
+        self._successes = dict(state["successes"])
+
+
+def achievement_score(rates: Sequence[float]) -> float:
+    """Crafter's score: exp(mean ln(1 + s)) - 1 over success rates s in percent (arXiv 2109.06780)."""
+    return math.expm1(float(np.mean(np.log1p(rates))))
+
+
+def bootstrap_interval(
+    values: Sequence[float], confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of the mean of independent values.
+
+    The same values and seed give the same interval. A single value says nothing about the spread: it gives
+    (nan, nan). Raises ValueError when there are none.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"An interval needs a list of values, got shape {values.shape}.")
+    if len(values) == 1:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    means = [rng.choice(values, len(values)).mean() for _ in range(BOOTSTRAP_RESAMPLES)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,137 @@
+"""Episode statistics, the Crafter score and intervals, against cases computed by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stats import EpisodeStats, SuccessRates, achievement_score, bootstrap_interval
+
+
+def _steps(*rows):
+    """Steps of one env from rows (reward, is_first, is_last, achievement so far)."""
+    for reward, first, last, achieved in rows:
+        yield {
+            "reward": np.array([reward], np.float32),
+            "is_first": np.array([first]),
+            "is_last": np.array([last]),
+            "log_achievement_eat": np.array([achieved], np.float32),
+            "image": np.zeros((1, 2, 2, 3), np.uint8),
+        }
+
+
+EPISODE = list(_steps((0, True, False, 0), (1, False, False, 1), (0.5, False, True, 0)))
+
+
+def _feed(stats, steps):
+    return [episode for step in steps for episode in stats.add(step)]
+
+
+def test_episode_has_its_return_its_length_and_the_maximum_of_log_keys():
+    expected = {"return": 1.5, "length": 2.0, "log_achievement_eat": 1.0}
+    assert _feed(EpisodeStats(1), EPISODE) == [expected]
+
+
+def test_length_counts_env_steps_with_action_repeat():
+    assert _feed(EpisodeStats(1, action_repeat=4), EPISODE)[0]["length"] == 8.0
+
+
+def test_nothing_leaks_from_an_episode_into_the_next():
+    second = list(_steps((0, True, False, 0), (0.25, False, True, 0)))
+    episodes = _feed(EpisodeStats(1), EPISODE + second)
+    assert episodes[1] == {"return": 0.25, "length": 1.0, "log_achievement_eat": 0.0}
+
+
+def test_abandoned_and_half_seen_episodes_are_not_counted():
+    assert _feed(EpisodeStats(1), EPISODE[1:]) == []
+    assert len(_feed(EpisodeStats(1), EPISODE[:2] + EPISODE)) == 1
+    assert _feed(EpisodeStats(1), EPISODE[:2] + EPISODE)[0]["return"] == 1.5
+
+
+def test_envs_are_counted_apart():
+    stats = EpisodeStats(2)
+    flags = np.zeros(2, bool)
+    stats.add({"reward": np.zeros(2), "is_first": ~flags, "is_last": flags})
+    done = stats.add({"reward": np.array([1.0, 2.0]), "is_first": flags, "is_last": np.array([False, True])})
+    assert done == [{"return": 2.0, "length": 1.0}]
+    done = stats.add({"reward": np.array([3.0, 0.0]), "is_first": ~flags & [False, True], "is_last": ~flags})
+    assert done == [{"return": 4.0, "length": 2.0}, {"return": 0.0, "length": 0.0}]
+
+
+def test_open_episodes_survive_a_checkpoint(tmp_path):
+    stats = EpisodeStats(1)
+    _feed(stats, EPISODE[:2])
+    torch.save(stats.state_dict(), tmp_path / "state.pt")
+    restored = EpisodeStats(1)
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert _feed(restored, EPISODE[2:]) == _feed(stats, EPISODE[2:]) != []
+
+
+def test_state_of_another_number_of_envs_is_refused():
+    with pytest.raises(ValueError, match="2 envs, expected 1"):
+        EpisodeStats(1).load_state_dict(EpisodeStats(2).state_dict())
+
+
+def test_score_is_the_geometric_mean_of_one_plus_percent():
+    assert achievement_score([0.0, 0.0]) == 0.0
+    assert achievement_score([100.0, 100.0]) == pytest.approx(100.0)
+    assert achievement_score([3.0, 0.0]) == pytest.approx(1.0)  # sqrt(4 * 1) - 1
+    assert achievement_score([8.0, 0.0, 0.0]) == pytest.approx(9 ** (1 / 3) - 1)
+
+
+def test_success_rate_is_the_share_of_all_episodes_so_far():
+    rates = SuccessRates("crafter")
+    assert rates.metrics() == {}
+    for eaten in (1.0, 0.0, 0.0, 3.0):
+        rates.add({"return": 1.0, "log_achievement_eat": eaten, "log_achievement_fly": 0.0})
+    metrics = rates.metrics()
+    assert metrics["crafter/success_rate/eat"] == 50.0
+    assert metrics["crafter/success_rate/fly"] == 0.0
+    assert metrics["crafter/score"] == pytest.approx(math.sqrt(51) - 1)
+    assert len(metrics) == 3
+
+
+def test_env_without_achievements_has_no_score():
+    rates = SuccessRates("dummy")
+    rates.add({"return": 1.0, "length": 3.0, "log_speed": 2.0})
+    assert rates.metrics() == {}
+
+
+def test_success_rates_survive_a_checkpoint(tmp_path):
+    rates = SuccessRates("crafter")
+    rates.add({"log_achievement_eat": 1.0})
+    torch.save(rates.state_dict(), tmp_path / "state.pt")
+    restored = SuccessRates("crafter")
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    rates.add({"log_achievement_eat": 0.0})
+    restored.add({"log_achievement_eat": 0.0})
+    assert restored.metrics() == rates.metrics()
+    assert restored.metrics()["crafter/success_rate/eat"] == 50.0
+
+
+def test_interval_of_two_values_follows_from_the_four_resamples():
+    # The means of the resamples of [0, 1] are 0, 1/2, 1/2, 1 with equal chances.
+    assert bootstrap_interval([0, 1], confidence=0.95) == (0.0, 1.0)
+    assert bootstrap_interval([0, 1], confidence=0.6) == (0.0, 1.0)
+    assert bootstrap_interval([0, 1], confidence=0.4) == (0.5, 0.5)
+
+
+def test_interval_of_many_values_is_near_the_normal_one():
+    values = np.random.default_rng(1).normal(5, 2, 200)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    low, high = bootstrap_interval(values)
+    assert low == pytest.approx(values.mean() - half, abs=0.02)
+    assert high == pytest.approx(values.mean() + half, abs=0.02)
+
+
+def test_interval_is_the_same_for_the_same_seed():
+    values = [0.0, 1.0, 5.0, 2.0]
+    assert bootstrap_interval(values, confidence=0.9, seed=3) == bootstrap_interval(values, 0.9, 3)
+    assert bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_one_value_has_no_interval_and_none_is_an_error():
+    assert np.isnan(bootstrap_interval([3.0])).all()
+    with pytest.raises(ValueError, match="list of values"):
+        bootstrap_interval([])
