@@ -1,0 +1,226 @@
+"""Episodes as .npz files: how a step is laid out, and how episodes are written, listed, checked and read."""
+
+import os
+import re
+import secrets
+import time
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tools import UserError, atomic_write
+
+Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype of one step
+Rows = dict[str, np.ndarray]  # key -> [L, ...] the steps of one episode
+
+FILE_NAME = re.compile(r"(\d{8}T\d{6}-[0-9A-Za-z]+)-(\d+)\.npz")  # {time}-{id}-{length}.npz
+# What np.load raises for broken bytes.
+BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError, OverflowError)
+BROKEN += (zipfile.BadZipFile, zlib.error)
+MAX_PENDING = 4  # episodes that wait for the disk before the loop has to wait too
+
+
+class BrokenEpisode(Exception):
+    """An episode file that was cut off, changed, or made for other spaces."""
+
+
+class EpisodeFile(NamedTuple):
+    path: Path
+    name: str  # {time}-{id}; names sort by the start of their episodes
+    length: int  # steps, the first observation included
+
+
+def step_layout(spaces: Mapping) -> Layout:
+    """How each key of a step is stored: uint8 and bool as they are, other integers int32, floats float32.
+
+    `spaces` maps keys to gymnasium spaces or (shape, dtype) pairs; `log_*` keys are left out.
+    Raises UserError for a space that is not an array.
+    """
+    layout = {}
+    for key, space in spaces.items():
+        if key.startswith("log_"):
+            continue
+        shape, dtype = space if isinstance(space, tuple) else (space.shape, space.dtype)
+        if shape is None or dtype is None or np.dtype(dtype).kind not in "buif":
+            raise UserError(f"The replay cannot store {key!r}: {space} is not an array of numbers.")
+        dtype = np.dtype(dtype)
+        if dtype.kind == "f":
+            dtype = np.dtype(np.float32)
+        elif dtype not in (np.uint8, np.bool_):
+            dtype = np.dtype(np.int32)
+        layout[key] = (tuple(shape), dtype)
+    return layout
+
+
+def list_episodes(folder: str | os.PathLike) -> list[EpisodeFile]:
+    """The episode files of a folder, the oldest first. Files with other names are not looked at."""
+    folder = Path(folder)
+    names = os.listdir(folder) if folder.is_dir() else []
+    matches = [match for name in sorted(names) if (match := FILE_NAME.fullmatch(name))]
+    return [EpisodeFile(folder / match[0], match[1], int(match[2])) for match in matches]
+
+
+def read_episode(path: Path, layout: Layout, length: int | None = None) -> Rows:
+    """Read one file and check it against the layout. Keys that are not in the layout are left out.
+
+    Raises BrokenEpisode with the reason if the content is damaged or does not fit (keys, shapes, dtypes,
+    `length` steps, finite numbers, is_first at the start), UserError if the file cannot be opened.
+    """
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
+    with file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                rows = {key: archive[key] for key in layout if key in archive.files}
+        except BROKEN as error:
+            raise BrokenEpisode(f"not a whole .npz file ({error})") from error
+    if missing := sorted(layout.keys() - rows.keys()):
+        raise BrokenEpisode(f"lacks {', '.join(missing)}")
+    length = len(rows["is_first"]) if length is None else length
+    for key, (shape, dtype) in layout.items():
+        value = rows[key]
+        if value.shape != (length, *shape) or value.dtype != dtype:
+            raise BrokenEpisode(
+                f"{key} should be {dtype} {(length, *shape)} but is {value.dtype} {value.shape}"
+            )
+        if dtype.kind == "f" and not np.isfinite(value).all():
+            raise BrokenEpisode(f"{key} holds numbers that are not finite")
+    if not length or not rows["is_first"][0]:
+        raise BrokenEpisode("it does not begin with is_first")
+    return rows
+
+
+def move_into(files: list[EpisodeFile], subfolder: str) -> None:
+    """Move episode files into a folder beside them, so that nobody reads them and nothing is lost."""
+    for file in files:
+        target = file.path.parent / subfolder / file.path.name
+        try:
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file.path, target)
+        except OSError as error:
+            raise UserError(f"Cannot move {file.path} to {target}: {error.strerror}.") from error
+
+
+def stack(steps: list[Rows]) -> Rows:
+    """Make one array a key [L, ...] of a list of steps."""
+    return {key: np.stack([step[key] for step in steps]) for key in steps[0]}
+
+
+def save_arrays(path: Path, arrays: Rows) -> None:
+    """Write an uncompressed .npz, whole or not at all."""
+    atomic_write(path, lambda file: np.savez(file, **arrays))
+
+
+def load_arrays(path: Path) -> Rows:
+    """Read what `save_arrays` wrote; nothing if there is no such file. Raises UserError if it is broken."""
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except BROKEN as error:
+        raise UserError(f"{path} is broken ({error}). Delete it to go on without what it holds.") from error
+
+
+class EpisodeWriter:
+    """Collects the steps of each environment and writes each finished episode as a compressed file.
+
+    One thread in the background compresses and writes; a file appears whole or not at all. What fails there
+    (disk full) is raised as UserError by the next `add`, `flush` or `close`.
+
+    Args:
+        folder: where the files go, as {time}-{id}-{length}.npz; time is the start of the episode in UTC.
+        spaces: the spaces of the steps, as in `step_layout`.
+        n_envs: environments whose steps come.
+        keep_steps: after each new file the oldest ones beyond this many steps are deleted; 0 keeps all.
+            Fewer steps than the replay's capacity cost a resumed run what is no longer there.
+    """
+
+    def __init__(self, folder: str | os.PathLike, spaces: Mapping, n_envs: int, keep_steps: int = 0):
+        self.folder = Path(folder)
+        self.layout = step_layout(spaces)
+        self.keep_steps = keep_steps
+        self.open: list[list[Rows]] = [[] for _ in range(n_envs)]  # steps of the unfinished episodes
+        self.names = [""] * n_envs  # {time}-{id} of each environment's current episode
+        self.tick = 0  # microseconds of the latest name
+        self.pending: deque[Future] = deque()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".*.npz.*.tmp"):  # a kill while a file was written
+                leftover.unlink()
+        except OSError as error:
+            raise UserError(f"Cannot write to {self.folder}: {error.strerror}.") from error
+        self.thread = ThreadPoolExecutor(1, "episode-writer")
+
+    def add(self, step: Mapping[str, np.ndarray]) -> None:
+        """Take one step of every environment: key -> [n_envs, ...]. Latents and log_ keys are left out."""
+        self._wait(MAX_PENDING)
+        for env, steps in enumerate(self.open):
+            if steps and step["is_first"][env]:
+                self.finish(env)  # abandoned: the environment was reset in the middle of an episode
+            if not self.open[env]:
+                self.names[env] = self.new_name()
+            # Copies, because the caller may use its arrays again.
+            self.open[env].append({key: np.array(step[key][env], t) for key, (_, t) in self.layout.items()})
+            if step["is_last"][env]:
+                self.finish(env)
+
+    def finish(self, env: int) -> None:
+        """Write the open episode of an environment as it is. Does nothing if there is none."""
+        if self.open[env]:
+            self.pending.append(self.thread.submit(self._write, self.names[env], self.open[env]))
+            self.open[env] = []
+
+    def resume(self, env: int, name: str, rows: Rows) -> None:
+        """Go on with an open episode of which these rows are known."""
+        self.names[env] = name
+        self.open[env] = [
+            {key: value[i] for key, value in rows.items()} for i in range(len(rows["is_first"]))
+        ]
+
+    def flush(self) -> None:
+        """Wait until all finished episodes are on the disk."""
+        self._wait(0)
+
+    def close(self) -> None:
+        """Write what is finished and end the thread. Open episodes are dropped."""
+        try:
+            self.flush()
+        finally:
+            self.thread.shutdown()
+
+    def new_name(self) -> str:
+        """A name {time}-{id} that sorts after all that this writer gave, even if the clock was set back."""
+        self.tick = max(time.time_ns() // 1000, self.tick + 1)
+        second, micro = divmod(self.tick, 1_000_000)
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
+        return f"{stamp}-{micro:05x}{secrets.token_hex(2)}"  # random end: files of other runs keep apart
+
+    def _wait(self, allowed: int) -> None:
+        while self.pending and (len(self.pending) > allowed or self.pending[0].done()):
+            self.pending.popleft().result()  # raises what failed in the background
+
+    def _write(self, name: str, steps: list[Rows]) -> None:
+        rows = stack(steps)
+        discount = 1 - rows["is_terminal"].astype(np.float32)
+        path = self.folder / f"{name}-{len(discount)}.npz"
+        atomic_write(path, lambda file: np.savez_compressed(file, discount=discount, **rows))
+        if self.keep_steps:
+            self._delete_old()
+
+    def _delete_old(self) -> None:
+        files = list_episodes(self.folder)
+        total = sum(file.length for file in files)
+        for file in files[:-1]:  # the newest stays in any case
+            if total <= self.keep_steps:
+                break
+            file.path.unlink(missing_ok=True)
+            total -= file.length

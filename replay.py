@@ -1,0 +1,533 @@
+"""The replay: steps in a ring, drawn as windows, uniformly or by curiosity.
+
+Each environment has its own stream of `rows` steps with one write head. A position counts the steps of a
+stream from its start and never goes back; its slot in the ring is position % rows. A window is
+`context + batch_length` steps in a row (L), so it never crosses the head, but it may run over a reset.
+
+Letters: B batch, T batch_length, L window, N all slots of all streams, D deter, S stoch.
+"""
+
+import os
+import re
+import shutil
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import episodes
+from episodes import BrokenEpisode, EpisodeFile, EpisodeWriter, Layout, Rows, step_layout
+from memory import free_disk, free_memory
+from samplers import Curious, Uniform, window_counts
+from tools import UserError, numpy_rng
+
+MOMENT = re.compile(r"\d{8}T\d{6}-[0-9a-f]+")  # folders that `save` makes
+NO_CLASS = 255  # stoch of a step without latents: no class is set, the agent makes a zero state of it
+MAX_CAPACITY = 1_000_000  # steps that `auto` takes at most
+AUTO_SHARE = 0.5  # of the free memory that `auto` takes at most
+FULL_SHARE = 0.9  # of the free memory that an explicit capacity may take
+GIB = 2**30
+
+
+class Plan(NamedTuple):
+    capacity: int  # steps of all streams together
+    backend: str  # tensor or memmap
+    nbytes: int  # what the full ring needs
+    line: str  # what was chosen, for the user
+
+
+class Loaded(NamedTuple):
+    steps: int  # in the ring now
+    transitions: int  # of them not is_first
+    exact: bool  # the ring is as it was, and open episodes may go on
+    lines: list[str]  # what the user should know
+
+
+def ring_layout(spaces: Mapping, deter_size: int, stoch_size: int, classes: int) -> Layout:
+    """How a step is stored, latents included. `classes` 0 means Gaussian latents."""
+    if classes > NO_CLASS:
+        raise UserError(f"rssm.classes is {classes}, but the replay stores at most {NO_CLASS}.")
+    latents: Layout = {
+        "deter": ((deter_size,), np.dtype(np.float16)),
+        "stoch": ((stoch_size,), np.dtype(np.uint8 if classes else np.float16)),
+    }
+    return {**step_layout(spaces), **latents}
+
+
+def plan(
+    layout: Layout,
+    n_envs: int,
+    window: int,
+    capacity: int | str = "auto",
+    backend: str = "auto",
+    folder: str | os.PathLike = ".",
+    sampler: str = "uniform",
+) -> Plan:
+    """Decide how many steps the ring holds and where. The variable LORE_REPLAY_BACKEND overrides `backend`.
+
+    Args:
+        layout: of `ring_layout`.
+        window: steps of a window (batch_length + context); each stream must hold one.
+        capacity: in steps; auto is 1e6, or what half of the free memory holds if that is less.
+        backend: auto takes memmap where an explicit capacity needs more than half of the free RAM.
+        folder: where the files of memmap would go; it need not exist.
+
+    Raises UserError if the capacity fits nowhere or is too small.
+    """
+    asked = backend = os.environ.get("LORE_REPLAY_BACKEND") or backend
+    if backend not in ("auto", "tensor", "memmap"):
+        raise UserError(f"LORE_REPLAY_BACKEND is {backend!r}; use tensor or memmap.")
+    per_step = sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in layout.values())
+    ram, disk = free_memory(), free_disk(folder)
+
+    def need(steps: int) -> int:
+        return steps * per_step + (Curious.bytes_for(steps) if sampler == "curious" else 0)
+
+    if capacity == "auto":
+        room = AUTO_SHARE * (disk if backend == "memmap" else ram)
+        capacity = MAX_CAPACITY
+        if need(capacity) > room:
+            capacity = int(capacity * room / need(capacity))
+        backend = "tensor" if backend == "auto" else backend
+    capacity = int(capacity) // n_envs * n_envs
+    nbytes = need(capacity)
+    if capacity < n_envs * window:
+        raise UserError(
+            f"replay.capacity is {capacity} steps, but {n_envs} environments with windows of {window} steps "
+            f"need {n_envs * window}. Raise it, or set batch_length or envs.amount lower."
+        )
+    if backend == "auto":
+        short = nbytes > AUTO_SHARE * ram
+        backend = "memmap" if short and nbytes <= FULL_SHARE * disk else "tensor"
+    free = disk if backend == "memmap" else ram
+    if nbytes > FULL_SHARE * free:
+        most = int(capacity * FULL_SHARE * (max(ram, disk) if asked == "auto" else free) / nbytes)
+        raise UserError(
+            f"replay.capacity {capacity} needs {nbytes / GIB:.2f} GiB, but {ram / GIB:.2f} GiB of RAM and "
+            f"{disk / GIB:.2f} GiB of disk are free. Set replay.capacity to auto or to {most} at most"
+            + (", or replay.backend to auto." if asked == "tensor" and nbytes <= FULL_SHARE * disk else ".")
+        )
+    place = f"files in {folder}" if backend == "memmap" else "RAM"
+    size = f"{nbytes / GIB:.2f} GiB when full, {free / GIB:.2f} GiB free"
+    return Plan(capacity, backend, nbytes, f"Replay: {capacity} steps in {place} ({size})")
+
+
+class Replay:
+    """A ring of steps in preallocated arrays, with the episodes' files beside it.
+
+    Args:
+        spaces: spaces (or (shape, dtype)) of all keys of a step but the latents.
+        n_envs: streams.
+        capacity: steps of all streams together.
+        batch_length, context: a window has context + batch_length steps.
+        seed: of the draws.
+        deter_size, stoch_size, classes: of the latents; classes 0 means Gaussian ones.
+        backend: tensor (RAM) or memmap (files in `folder`, deleted by `close`).
+        sampler: uniform or curious, with `curious` = its options c, beta, alpha, eps.
+        online: serve each fresh window once before the sampler fills the batch.
+        writer: gets every step too, and is needed to save and load; `close` closes it.
+    """
+
+    def __init__(
+        self,
+        spaces: Mapping,
+        n_envs: int,
+        capacity: int,
+        batch_length: int,
+        context: int,
+        seed: int,
+        *,
+        deter_size: int,
+        stoch_size: int,
+        classes: int,
+        backend: str = "tensor",
+        folder: str | os.PathLike | None = None,
+        sampler: str = "uniform",
+        curious: Mapping[str, float] | None = None,
+        online: bool = True,
+        writer: EpisodeWriter | None = None,
+    ):
+        self.layout = ring_layout(spaces, deter_size, stoch_size, classes)
+        self.step_layout = step_layout(spaces)  # of add and of the files: no latents
+        self.no_latents = {"deter": np.float16(0), "stoch": np.uint8(NO_CLASS) if classes else np.float16(0)}
+        self.n_envs, self.rows = n_envs, capacity // n_envs
+        self.context, self.window = context, context + batch_length
+        if self.rows < self.window:
+            raise UserError(f"replay.capacity {capacity} holds no window of {self.window} steps a stream.")
+        self.writer = writer
+        self.folder = Path(folder) if folder is not None else None
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)  # left by a kill
+        self.ring = {
+            key: self._allocate(f"{index}.bin", (n_envs * self.rows, *shape), dtype, backend)
+            for index, (key, (shape, dtype)) in enumerate(self.layout.items())
+        }  # [N, ...]
+        self.rng = numpy_rng(seed, "replay")
+        self.online = online
+        self.offsets = np.arange(n_envs) * self.rows  # slot 0 of each stream
+        if sampler == "curious":
+            options = curious or {}
+            self.make_sampler = lambda: Curious(n_envs, self.rows, self.window, context, **options)
+        else:
+            self.make_sampler = lambda: Uniform(self.rows, self.window)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all steps."""
+        self.heads = np.zeros(self.n_envs, np.int64)  # position that each stream writes next
+        self.fresh = np.zeros(self.n_envs, np.int64)  # steps since the last online window
+        self.expect_first = np.ones(self.n_envs, bool)  # streams whose last episode is closed
+        self.queue: deque[tuple[int, int]] = deque()  # (stream, start) of windows not trained on yet
+        self.segments: list[deque] = [deque() for _ in range(self.n_envs)]  # (episode, start) of what is kept
+        self.sampler = self.make_sampler()
+
+    @property
+    def oldest(self) -> np.ndarray:
+        """Position of each stream's oldest step. [n_envs]"""
+        return np.maximum(self.heads - self.rows, 0)
+
+    @property
+    def size(self) -> int:
+        """Steps in the ring."""
+        return int((self.heads - self.oldest).sum())
+
+    def nbytes(self) -> int:
+        """Bytes of the ring and the sampler when full."""
+        return sum(array.nbytes for array in self.ring.values()) + self.sampler.nbytes
+
+    def can_sample(self, batch_size: int) -> bool:
+        """Whether there are as many different windows as a batch has sequences."""
+        return int(window_counts(self.heads, self.rows, self.window).sum()) >= batch_size
+
+    def add(self, step: Mapping[str, np.ndarray]) -> None:
+        """Store one step of every environment: key -> [n_envs, ...]; `deter` and `stoch` may be absent.
+
+        Raises UserError for a key that is missing, breaks its space or is not finite, and for an episode
+        that does not begin with is_first.
+        """
+        for key in self.step_layout:
+            self._check(key, step)
+        first, last = step["is_first"], step["is_last"]
+        if (self.expect_first & ~first).any():
+            env = int(np.flatnonzero(self.expect_first & ~first)[0])
+            raise UserError(f"Environment {env}: a new episode begins, but is_first is False.")
+        if self.writer:
+            self.writer.add(step)
+        slots = self.heads % self.rows + self.offsets
+        for key, array in self.ring.items():
+            array[slots] = step[key] if key in step else self.no_latents[key]
+        self.sampler.add(slots)
+        for env in np.flatnonzero(first):
+            self._begin_segment(env, self.writer.names[env] if self.writer else "")
+        self.expect_first[:] = last
+        self.heads += 1
+        if self.online:
+            self._queue_fresh()
+
+    def _check(self, key: str, step: Mapping[str, np.ndarray]) -> None:
+        shape, dtype = self.layout[key]
+        value = step.get(key)
+        if value is None:
+            raise UserError(f"The step lacks {key!r}. It has {', '.join(step)}.")
+        if value.shape != (self.n_envs, *shape) or not np.can_cast(value.dtype, dtype, "same_kind"):
+            raise UserError(
+                f"{key!r} of {self.n_envs} environments should be {dtype} {(self.n_envs, *shape)}, "
+                f"as its space says, but is {value.dtype} {value.shape}."
+            )
+        if dtype.kind == "f" and not np.isfinite(value).all():
+            env = int(np.argwhere(~np.isfinite(value))[0][0])
+            raise UserError(f"Environment {env}: {key!r} holds a number that is not finite.")
+
+    def _begin_segment(self, env: int, name: str) -> None:
+        segments, oldest = self.segments[env], self.heads[env] - self.rows
+        while len(segments) > 1 and segments[1][1] <= oldest:
+            segments.popleft()
+        segments.append((name, int(self.heads[env])))
+
+    def _queue_fresh(self) -> None:
+        self.fresh += 1
+        done = self.fresh == self.window
+        if done.any():
+            self.fresh[done] = 0
+            self.queue.extend((int(env), int(self.heads[env] - self.window)) for env in np.flatnonzero(done))
+            while self.queue[0][1] < self.heads[self.queue[0][0]] - self.rows:
+                self.queue.popleft()  # evicted
+
+    def sample(self, batch_size: int) -> dict[str, np.ndarray]:
+        """Draw a batch: key -> [B, L, ...], latents included, and `where` as in `draw`."""
+        return self.gather(self.draw(batch_size))
+
+    def draw(self, batch_size: int) -> np.ndarray:
+        """Choose windows: int64 [B, 2] = (stream, position of the first step).
+
+        Fresh windows come first, each once; the sampler fills the batch. Raises UserError if there is no
+        window yet.
+        """
+        if not self.can_sample(1):
+            raise UserError(
+                f"The replay has {self.size} steps in {self.n_envs} streams, and none has the {self.window} "
+                "of a window. Raise prefill or set batch_length lower."
+            )
+        oldest = self.oldest
+        where = []
+        while self.queue and len(where) < batch_size:
+            env, start = self.queue.popleft()
+            if start >= oldest[env]:
+                where.append((env, start))
+        where = np.array(where, np.int64).reshape(-1, 2)
+        return np.concatenate([where, self.sampler.draw(batch_size - len(where), self.heads, self.rng)])
+
+    def gather(self, where: np.ndarray) -> dict[str, np.ndarray]:
+        """Copy the windows out of the ring; the arrays are the caller's.
+
+        As the reference does, `is_first` is True at each window's first step, and a step before a reset
+        counts as `is_last`, for an episode may have been abandoned there.
+        """
+        slots = self._slots(where[:, 0], where[:, 1], np.arange(self.window))  # [B, L]
+        # clip, for the default mode copies twice; all slots are in range.
+        batch = {key: np.take(array, slots, axis=0, mode="clip") for key, array in self.ring.items()}
+        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
+        batch["is_first"][:, 0] = True
+        batch["where"] = where
+        return batch
+
+    def _slots(self, env: np.ndarray, start: np.ndarray, steps: np.ndarray) -> np.ndarray:
+        return (start[:, None] + steps) % self.rows + self.offsets[env][:, None]
+
+    def _trained(self, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots of the steps after the context [B, T], and whether they still hold these steps [B, T]."""
+        env, start = where.T
+        steps = np.arange(self.context, self.window)
+        return self._slots(env, start, steps), start[:, None] + steps >= self.oldest[env][:, None]
+
+    def update_latents(self, where: np.ndarray, deter: np.ndarray, stoch: np.ndarray) -> None:
+        """Put new latents [B, T, D], [B, T, S] to the steps after the context. Evicted steps are skipped.
+
+        Give float16 and uint8: NumPy is slow at other floats.
+        """
+        slots, valid = self._trained(where)
+        for key, value in (("deter", deter), ("stoch", stoch)):
+            if valid.all():
+                self.ring[key][slots] = value
+            else:
+                self.ring[key][slots[valid]] = value[valid]
+
+    def update_priorities(self, where: np.ndarray, loss: np.ndarray) -> None:
+        """Tell the sampler the model's loss [B, T] at the steps after the context. Uniform ignores it."""
+        slots, valid = self._trained(where)
+        self.sampler.update(slots[valid], loss[valid])
+
+    def _put(self, env: int, name: str, start: int, rows: Rows) -> None:
+        """Write a whole episode at `start` of a stream and set the head behind it. Latents are not set."""
+        length = len(rows["is_first"])
+        kept = np.arange(max(0, length - self.rows), length)
+        slots = (start + kept) % self.rows + self.offsets[env]
+        for key in self.step_layout:
+            self.ring[key][slots] = rows[key][kept]
+        for key, value in self.no_latents.items():
+            self.ring[key][slots] = value
+        self.sampler.add(slots)
+        self.heads[env] = start
+        self._begin_segment(env, name)
+        self.heads[env] = start + length
+        self.expect_first[env] = True
+
+    def close_open(self, env: int) -> None:
+        """End the open episode of an environment that starts anew, and write it as its own file."""
+        self.writer.finish(env)
+        self.expect_first[env] = True
+
+    def load_episodes(self) -> Loaded:
+        """Fill the ring, which is emptied first, from the writer's folder: the newest up to the capacity.
+
+        They come in the order in which they began, each to the stream with the fewest steps. Broken files
+        are moved to broken/ in the folder. The environments must start new episodes.
+        """
+        folder = self.writer.folder
+        broken: list[EpisodeFile] = []
+        reasons: list[str] = []
+        while True:
+            self.clear()
+            chosen = newest(episodes.list_episodes(folder), self.n_envs * self.rows)
+            found = len(broken)
+            for file in chosen:
+                try:
+                    rows = episodes.read_episode(file.path, self.step_layout, file.length)
+                except BrokenEpisode as error:
+                    broken.append(file)
+                    reasons.append(str(error))
+                    continue
+                env = int(self.heads.argmin())
+                self._put(env, file.name, int(self.heads[env]), rows)
+            if len(broken) == found:
+                break
+            episodes.move_into(broken[found:], "broken")  # then again, for older files take their room
+        lines = []
+        if broken:
+            lines.append(
+                f"{len(broken)} broken episode files moved to {folder / 'broken'} "
+                f"(first {broken[0].path.name}: {reasons[0]})."
+            )
+        return self._loaded(False, lines)
+
+    def save(self, folder: str | os.PathLike, latents: bool, keep: int) -> dict:
+        """Write beside a checkpoint what its episode files lack, and return the state for the checkpoint.
+
+        `{folder}/{moment}/` gets the open episodes, the curious priorities and, if `latents`, the latents.
+        The newest `keep` moments stay. The state is small and plain: where each episode lies in the ring,
+        and the moment, by which younger files are told from those that the checkpoint knows.
+        """
+        self.writer.flush()
+        moment = self.writer.new_name()
+        place = Path(folder) / moment
+        opened = np.flatnonzero(~self.expect_first).tolist()
+        for env in opened:
+            episodes.save_arrays(place / f"open-{env}.npz", episodes.stack(self.writer.open[env]))
+        episodes.save_arrays(place / "sampler.npz", self.sampler.arrays())
+        if latents:
+            episodes.save_arrays(place / "latents.npz", self._latents())
+        moments = sorted(path for path in Path(folder).iterdir() if MOMENT.fullmatch(path.name))
+        for path in moments[:-keep]:
+            shutil.rmtree(path)
+        for path in moments[-keep:-1]:
+            (path / "latents.npz").unlink(missing_ok=True)  # large, and of use to the last stop only
+        streams = []
+        for env, segments in enumerate(self.segments):
+            ends = [start for _, start in list(segments)[1:]] + [int(self.heads[env])]
+            kept = zip(segments, ends, strict=True)
+            streams.append([[name, start, end] for (name, start), end in kept if end > self.oldest[env]])
+        return {
+            "moment": moment,
+            "tick": self.writer.tick,
+            "shape": [self.n_envs, self.rows],
+            "window": self.window,
+            "fresh": self.fresh.tolist(),
+            "open": {env: self.writer.names[env] for env in opened},
+            "streams": streams,
+            "queue": [list(window) for window in self.queue],
+            "rng": self.rng.bit_generator.state,
+        }
+
+    def _latents(self) -> Rows:
+        """The latents of each stream by slot, without copies."""
+        filled = np.minimum(self.heads, self.rows)
+        return {
+            f"{key}-{env}": self.ring[key][offset : offset + count]
+            for env, (offset, count) in enumerate(zip(self.offsets, filled, strict=True))
+            for key in self.no_latents
+        }
+
+    def load(self, state: dict, folder: str | os.PathLike) -> Loaded:
+        """Build the very ring that `save` saw: same positions, same draws and, where it kept them, latents.
+
+        Episode files that are younger go to newer/. If `exact`, the open episodes go on, but for those that
+        `close_open` ends. If not (files are missing or broken; the capacity or the number of environments has
+        changed), the ring is filled anew from the files that are there, open episodes are written to files
+        as they are, and the environments must start new ones.
+        """
+        lines = self._set_aside_newer(state)
+        self.writer.tick = max(self.writer.tick, state["tick"])
+        place = Path(folder) / state["moment"]
+        opened: dict[int, Rows] = {}
+        for env in state["open"]:
+            try:
+                opened[env] = episodes.read_episode(place / f"open-{env}.npz", self.step_layout)
+            except (BrokenEpisode, UserError) as error:
+                lines.append(f"The open episode of environment {env} is lost: {error}")
+        if lost := self._restore(state, opened):
+            lines.append(f"The replay is filled anew and not as it was: {lost}.")
+            for env, rows in opened.items():
+                self.writer.resume(0, state["open"][env], rows)
+                self.writer.finish(0)
+            self.writer.flush()
+            loaded = self.load_episodes()
+            return loaded._replace(lines=lines + loaded.lines)
+        for env, rows in opened.items():
+            self.writer.resume(env, state["open"][env], rows)
+            self.expect_first[env] = False
+        self.rng.bit_generator.state = state["rng"]
+        if self.online and state["window"] == self.window:
+            self.fresh[:] = state["fresh"]
+            self.queue.extend((env, start) for env, start in state["queue"])
+        self.sampler.load(episodes.load_arrays(place / "sampler.npz"))
+        self._restore_latents(episodes.load_arrays(place / "latents.npz"))
+        return self._loaded(True, lines)
+
+    def _set_aside_newer(self, state: dict) -> list[str]:
+        opened = set(state["open"].values())
+        files = episodes.list_episodes(self.writer.folder)
+        newer = [file for file in files if file.name > state["moment"] or file.name in opened]
+        if not newer:
+            return []
+        episodes.move_into(newer, "newer")
+        total = sum(file.length for file in newer)
+        place = self.writer.folder / "newer"
+        return [f"{len(newer)} episode files younger than the checkpoint ({total} steps) moved to {place}."]
+
+    def _restore(self, state: dict, opened: dict[int, Rows]) -> str:
+        """Put all segments back where they were. Returns why that cannot be done, or nothing."""
+        if state["shape"] != [self.n_envs, self.rows]:
+            return f"it had {state['shape'][0]} streams of {state['shape'][1]} steps"
+        self.clear()
+        for env, segments in enumerate(state["streams"]):
+            for name, start, end in segments:
+                path = self.writer.folder / f"{name}-{end - start}.npz"
+                if name != state["open"].get(env):
+                    try:
+                        rows = episodes.read_episode(path, self.step_layout, end - start)
+                    except (BrokenEpisode, UserError) as error:
+                        return f"{path.name} is lost ({error})"
+                elif env in opened and len(opened[env]["is_first"]) == end - start:
+                    rows = opened[env]
+                else:
+                    return f"the open episode of environment {env} is not there"
+                self._put(env, name, start, rows)
+        return ""
+
+    def _restore_latents(self, saved: Rows) -> None:
+        for key, current in self._latents().items():
+            if key in saved and saved[key].shape == current.shape and saved[key].dtype == current.dtype:
+                current[:] = saved[key]
+
+    def _loaded(self, exact: bool, lines: list[str]) -> Loaded:
+        filled = np.minimum(self.heads, self.rows)
+        starts = zip(self.offsets, filled, strict=True)
+        first = sum(int(self.ring["is_first"][offset : offset + count].sum()) for offset, count in starts)
+        return Loaded(self.size, self.size - first, exact, lines)
+
+    def close(self) -> None:
+        """Write what is finished and delete the ring's files."""
+        if self.writer:
+            self.writer.close()
+        self.ring.clear()  # Windows deletes no file that is still mapped
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _allocate(self, name: str, shape: tuple[int, ...], dtype: np.dtype, backend: str) -> np.ndarray:
+        if backend == "tensor":
+            return np.zeros(shape, dtype)
+        path = self.folder / name
+        nbytes = dtype.itemsize * int(np.prod(shape))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    # Without it, a disk that fills up later kills the process without a word.
+                    os.posix_fallocate(file.fileno(), 0, nbytes)
+                else:
+                    file.truncate(nbytes)
+        except OSError as error:
+            need = f"{nbytes / GIB:.2f} GiB in {path}"
+            raise UserError(f"Cannot reserve {need}: {error.strerror}. Set replay.capacity lower.") from error
+        return np.asarray(np.memmap(path, dtype, "r+", shape=shape))  # [N, ...]
+
+
+def newest(files: list[EpisodeFile], steps: int) -> list[EpisodeFile]:
+    """The newest files until they hold `steps` steps, in the order in which they began."""
+    total, first = 0, len(files)
+    while first and total < steps:
+        first -= 1
+        total += files[first].length
+    return files[first:]
