@@ -1,0 +1,708 @@
+"""Train DreamerV3: python3 dreamer.py --configs crafter --logdir ./logdir/crafter
+
+The entry: reads the config, makes envs, replay and agent, and runs the loop: act, store, train, log,
+evaluate, save. `--help` lists presets and options. Running the same command again resumes.
+"""
+
+import functools
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+
+import config as configs
+import models
+import networks
+import replay as replays
+import tools
+from config import Config
+from envs import make_env
+from episodes import EpisodeWriter
+from exploration import Random
+from logger import Logger, Timer, write_mp4
+from parallel import VecEnv, make_vec
+from replay import Replay
+from stats import EpisodeStats, SuccessRates
+from tools import UserError
+
+OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
+OPEN_LOOP_ROWS = 6  # sequences shown in it
+CHECKPOINT_FORMAT = 1
+ESTIMATE_UPDATES = 20  # updates after which the run's duration is estimated
+
+Arrays = dict[str, np.ndarray]
+
+
+# --- The agent -----------------------------------------------------------------------------------------
+
+
+class Dreamer:
+    """The agent: acts from observations, learns from replayed sequences, saves and loads itself.
+
+    Its random draws come from generators of its own: acting, training and reports do not disturb each
+    other.
+    """
+
+    def __init__(
+        self,
+        obs_space: Mapping[str, gymnasium.Space],
+        act_space: Mapping[str, gymnasium.Space],
+        config: Config,
+        device: torch.device,
+    ):
+        self.config, self.device = config, device
+        self.actions = networks.ActionVector(act_space)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(tools.derive_seed(config.seed, "weights"))
+            self.world_model = models.WorldModel(obs_space, self.actions, config).to(device)
+            self.behavior = models.ImagBehavior(self.rssm.feat_size, self.actions, config).to(device)
+        self.opt = tools.LaProp(self._param_groups(), **config.opt)
+        self.obs_keys = sorted({"is_first", *obs_space} - {"reward", "is_last", "is_terminal"})
+        self.rngs = {
+            name: tools.torch_rng(config.seed, name, device=device) for name in ("act", "train", "report")
+        }
+        self.autocast = functools.partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=precision(config, device) == "bfloat16"
+        )
+        self.updates = 0
+        if compiles(config, device):
+            self._compile()
+
+    @property
+    def rssm(self) -> networks.RSSM:
+        return self.world_model.rssm
+
+    def _param_groups(self) -> list[dict]:
+        """One optimiser over all, with learning rates of their own where the config gives them."""
+        c = self.config
+        modules = (
+            (self.world_model, c.model_lr),
+            (self.behavior.actor, c.actor_lr),
+            (self.behavior.critic, c.critic_lr),
+        )
+        return [{"params": list(m.parameters()), "lr": c.opt.lr if lr is None else lr} for m, lr in modules]
+
+    def _compile(self) -> None:
+        """Compile the functions that training calls, in place: so checkpoints keep their names."""
+        compiled = (
+            (self.world_model.encoder, "forward"),
+            (self.world_model.decoder, "forward"),
+            (self.rssm, "observe_step"),
+            (self.rssm, "imagine"),
+            (self.behavior.actor, "forward"),
+            (self.behavior.critic, "forward"),
+        )
+        for module, name in compiled:
+            setattr(module, name, torch.compile(getattr(module, name)))
+
+    def parameters(self) -> int:
+        """How many parameters are trained."""
+        return sum(p.numel() for group in self.opt.param_groups for p in group["params"])
+
+    def initial_state(self, envs: int) -> dict[str, Tensor]:
+        """The state before the first observation: deter, stoch, previous action, each [envs, ...]."""
+        return {**self.rssm.initial(envs), "action": torch.zeros(envs, self.actions.size, device=self.device)}
+
+    @torch.no_grad()
+    def act(
+        self, obs: Arrays, state: dict[str, Tensor], generator: torch.Generator
+    ) -> tuple[Arrays, dict[str, Tensor], Arrays]:
+        """Actions for observations [n, ...]: (action, next state, latents to store with the step)."""
+        data = {k: torch.from_numpy(obs[k]).to(self.device) for k in self.obs_keys}
+        amount, rssm = len(data["is_first"]), self.rssm
+        with self.autocast():
+            embed = self.world_model.encoder({k: v[:, None] for k, v in data.items()})
+            noise = rssm.noise(amount, 1, generator=generator)
+            post = rssm.observe(state, embed, state["action"][:, None], data["is_first"][:, None], noise)
+            post = {k: post[k][:, 0] for k in ("deter", "stoch")}
+            policy = self.behavior.actor(rssm.feat(post))
+        action = policy.sample(self.behavior.actor.noise(amount, generator=generator))
+        deter, stoch = rssm.pack(post)
+        latents = {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy()}
+        return self.actions.decode(action), {**post, "action": action}, latents
+
+    def train(self, batch: Arrays) -> tuple[dict[str, Tensor], Arrays | None]:
+        """One update from sequences [B, context + T, ...]: (metrics, refreshed latents [B, T, ...]).
+
+        A gradient that is not finite changes nothing: the metric `opt/skipped` is 1, the latents None.
+        """
+        scales, generator = self.config.loss_scales, self.rngs["train"]
+        data = self._to_device(batch)
+        with self.autocast():
+            post, data = self.world_model.observe(data, generator)
+            losses, metrics = self.world_model.loss(post, data)
+            more, more_metrics = self.behavior.loss(self.world_model, post, data, generator)
+        losses |= more
+        total = sum(scales[name] * loss.mean() for name, loss in losses.items())
+        self.opt.zero_grad()
+        total.backward()
+        outcome = self.opt.step()
+        skipped = bool(outcome["skipped"])
+        if not skipped:
+            self.updates += 1
+            if self.updates % self.config.slow_target_update == 0:
+                self.behavior.update_slow_critic()
+        metrics |= more_metrics
+        metrics |= {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
+        metrics |= {"opt/loss": total.detach(), "opt/grad_norm": outcome["grad_norm"], "opt/skipped": skipped}
+        if skipped:
+            return metrics, None
+        deter, stoch = self.rssm.pack({k: post[k].detach() for k in ("deter", "stoch")})
+        return metrics, {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy()}
+
+    def report(self, batch: Arrays) -> dict[str, np.ndarray]:
+        """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image key."""
+        data = self._to_device({k: v[:OPEN_LOOP_ROWS] for k, v in batch.items()})
+        context = min(OPEN_LOOP_CONTEXT, self.config.batch_length - 1)
+        with self.autocast():
+            videos = self.world_model.open_loop(data, context, self.rngs["report"])
+        return {key: video.cpu().numpy() for key, video in videos.items()}
+
+    def _to_device(self, batch: Arrays) -> dict[str, Tensor]:
+        return {k: torch.from_numpy(v).to(self.device, non_blocking=True) for k, v in batch.items()}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The learned parameters and the return normaliser, by module."""
+        return {"world_model": self.world_model.state_dict(), "behavior": self.behavior.state_dict()}
+
+    def state_dict(self) -> dict:
+        return {
+            **self.weights(),
+            "optimizer": self.opt.state_dict(),
+            "updates": self.updates,
+            "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
+        }
+
+    def load_state_dict(self, state: dict, *, rngs: bool = True) -> None:
+        """Take weights and optimiser from a checkpoint; random states too, unless `rngs` is False.
+
+        Raises UserError where a shape differs.
+        """
+        for name, module in (("world_model", self.world_model), ("behavior", self.behavior)):
+            _load_weights(module, state[name], name)
+        self.opt.load_state_dict(state["optimizer"])
+        self.updates = state["updates"]
+        if rngs:
+            for name, rng in self.rngs.items():
+                # A run may go on with another kind of device, whose generators have other states.
+                if state["rngs"][name].shape == rng.get_state().shape:
+                    rng.set_state(state["rngs"][name])
+
+
+def _load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    own = module.state_dict()
+    for key in sorted(own.keys() | weights.keys()):
+        here = tuple(own[key].shape) if key in own else "nothing"
+        there = tuple(weights[key].shape) if key in weights else "nothing"
+        if here != there:
+            raise UserError(
+                f"The checkpoint does not fit this agent: {name}.{key} is {there} in the checkpoint and "
+                f"{here} here. Use the config and the task that it was trained with, or a new --logdir "
+                "without it."
+            )
+    module.load_state_dict(weights)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where it works, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if cuda_works() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--device {name} does not work here: {reason} --device auto finds one that does."
+        ) from error
+    return device
+
+
+def cuda_works() -> bool:
+    """Whether a CUDA GPU is here and computes: a driver too old for this torch is found out now."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.zeros(1, device="cuda") + 1
+    except RuntimeError:
+        return False
+    return True
+
+
+def precision(config: Config, device: torch.device) -> str:
+    """What `precision: auto` means: bfloat16 on GPUs that have it, else float32."""
+    if config.precision != "auto":
+        return config.precision
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """What `compile: auto` means: on CUDA under Linux, where Triton is."""
+    if config.compile != "auto":
+        return config.compile
+    return device.type == "cuda" and sys.platform == "linux"
+
+
+# --- The run -------------------------------------------------------------------------------------------
+
+
+class Diverged(UserError):
+    """Too many updates in a row had a gradient that is not finite."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Within, Ctrl-C and SIGTERM are noted in the list that is given; a second one interrupts at once."""
+    received: list[int] = []
+
+    def note(signum: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    before = {sig: signal.signal(sig, note) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)
+
+
+class Run:
+    """Everything that a run consists of, and the counters that tell where it is.
+
+    `step` counts env steps (action repeat included), `transitions` stored steps that are not is_first.
+    """
+
+    def __init__(self, config: Config, logdir: Path, checkpoint: dict | None, resume: bool):
+        """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken."""
+        self.config, self.logdir = config, logdir
+        saved = checkpoint if resume else None
+        if config.deterministic:
+            tools.enable_determinism()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        tools.seed_everything(config.seed)
+        self.device = choose_device(config.device)
+        self.step = self.transitions = self.evaluations = self.streak = self.timed_updates = 0
+        self.logger = Logger(
+            logdir, total_steps=config.steps, fps=config.video_fps, resume_step=saved and saved["step"]
+        )
+        self.print = self.logger.print
+        self.timer = Timer()
+        self.envs: VecEnv | None = None
+        self.eval_envs: VecEnv | None = None
+        self.replay: Replay | None = None
+        try:
+            self._build(checkpoint, saved)
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, checkpoint: dict | None, saved: dict | None) -> None:
+        config = self.config
+        self.envs = make_vec(
+            functools.partial(make_env, config, "train"), config.envs.amount, config.envs.parallel
+        )
+        obs_space, act_space = self.envs.obs_space, self.envs.act_space
+        self.agent = Dreamer(obs_space, act_space, config, self.device)
+        self.print(
+            f"{config.task} on {device_name(self.device)} in {precision(config, self.device)}: "
+            f"{self.agent.parameters():,} parameters; presets {', '.join(config.presets) or 'none'}"
+        )
+        self.prefill = Random(act_space, tools.numpy_rng(config.seed, "prefill"))
+        self.stats = EpisodeStats(config.envs.amount, config.action_repeat)
+        self.success = SuccessRates(config.task.partition("_")[0])
+        every = {"log": config.log_every, "eval": config.eval_every, "save": config.save_every}
+        self.every = {name: tools.Every(steps) for name, steps in every.items()}
+        self.ratio = tools.Ratio(config.train_ratio / (config.batch_size * config.batch_length))
+        self.replay = self._make_replay(obs_space | act_space, saved)
+        self.last_batch: Arrays | None = None
+        if checkpoint:
+            self.agent.load_state_dict(checkpoint["agent"], rngs=saved is not None)
+        if saved:
+            self._resume(saved)
+        else:
+            self._start()
+
+    def _make_replay(self, spaces: Mapping[str, gymnasium.Space], saved: dict | None) -> Replay:
+        config, rssm = self.config, self.config.rssm
+        c = config.replay
+        ring = self.logdir / "replay_ring"
+        window = config.batch_length + config.replay_context
+        layout = replays.ring_layout(spaces, rssm.deter, rssm.stoch, rssm.classes)
+        capacity = c.capacity
+        if saved and capacity == "auto":  # what was chosen once stays: the free memory differs each time
+            capacity = saved["capacity"]
+        plan = replays.plan(layout, len(self.envs), window, capacity, c.backend, ring, c.sampler)
+        self.print(plan.line)
+        folder = Path(config.traindir) if config.traindir else self.logdir / "train_eps"
+        return Replay(
+            spaces, len(self.envs), plan.capacity, config.batch_length, config.replay_context, config.seed,
+            deter_size=rssm.deter, stoch_size=rssm.stoch, classes=rssm.classes, backend=plan.backend,
+            folder=ring, sampler=c.sampler, online=c.online,
+            curious={k.removeprefix("curious_"): v for k, v in c.items() if k.startswith("curious_")},
+            writer=EpisodeWriter(folder, spaces, len(self.envs), c.keep_steps),
+        )  # fmt: skip
+
+    def _start(self) -> None:
+        """Begin a new run; episodes that are already in the training folder are learned from and counted."""
+        loaded = self.replay.load_episodes()
+        for line in loaded.lines:
+            self.print(line)
+        if loaded.steps:
+            self.print(f"Loaded {loaded.steps} steps from {self.replay.writer.folder}")
+        self.transitions = loaded.transitions
+        self.step = self.transitions * self.config.action_repeat
+        self.config.save(self.logdir / "config.yaml")
+        self._reset_envs()
+
+    def _reset_envs(self) -> None:
+        self.obs = self.envs.reset()
+        self.stats.add(self.obs)
+        self.state = self.agent.initial_state(len(self.envs))
+
+    def save(self, *, clean: bool) -> None:
+        """Write a checkpoint of this moment, between two steps; with `clean`, all that exact resume needs."""
+        tools.save_checkpoint(self.logdir, self._state_dict(clean), self.step, self.config.keep_checkpoints)
+        self.print(f"Saved {self.logdir / 'latest.pt'} at step {self.step:,}")
+
+    def save_after_failure(self) -> None:
+        """Keep what was collected when an env or the disk failed; the envs' open episodes end here."""
+        self.envs = None
+        try:
+            self.save(clean=True)
+        except UserError as error:
+            self.print(f"The steps since the last checkpoint could not be saved: {error}")
+
+    def _state_dict(self, clean: bool) -> dict:
+        config = self.config
+        replay = self.replay.save(self.logdir / "replay_state", latents=clean, keep=config.keep_checkpoints)
+        envs = self.envs.state() if self.envs else None
+        return {
+            "format": CHECKPOINT_FORMAT,
+            "config": config.to_yaml(),
+            "step": self.step,
+            "transitions": self.transitions,
+            "evaluations": self.evaluations,
+            "agent": self.agent.state_dict(),
+            "acting": {k: v.cpu() for k, v in self.state.items()},
+            "obs": _tensors(self.obs),
+            "envs": envs
+            and [{**state, "actions": _tensors(state["actions"])} for state in envs],  # None: failed
+            "prefill": self.prefill.rng.bit_generator.state,
+            "replay": replay,
+            "capacity": self.replay.n_envs * self.replay.rows,
+            "logger": self.logger.state_dict(),
+            "stats": self.stats.state_dict(),
+            "success": self.success.state_dict(),
+            "every": {name: clock.state_dict() for name, clock in self.every.items()},
+            "ratio": self.ratio.state_dict(),
+            "rng": tools.rng_state(),
+        }
+
+    def _resume(self, saved: dict) -> None:
+        """Go on from a checkpoint of this run, at the very moment at which it was written."""
+        self.step, self.transitions = saved["step"], saved["transitions"]
+        self.evaluations = saved["evaluations"]
+        self.prefill.rng.bit_generator.state = saved["prefill"]
+        self.logger.load_state_dict(saved["logger"])
+        self.success.load_state_dict(saved["success"])
+        for name, clock in self.every.items():
+            clock.load_state_dict(saved["every"][name])
+        self.ratio.load_state_dict(saved["ratio"])
+        loaded = self.replay.load(saved["replay"], self.logdir / "replay_state")
+        for line in loaded.lines:
+            self.print(line)
+        if not (loaded.exact and self._restore_envs(saved)):
+            self._reset_envs()
+        tools.set_rng_state(saved["rng"])  # last: nothing may draw after it
+        self.print(f"Resumed at step {self.step:,} with {loaded.steps:,} steps in the replay")
+
+    def _restore_envs(self, saved: dict) -> bool:
+        """Bring the envs back to where they were; False if they are not, and must start anew."""
+        states, amount = saved["envs"], len(self.envs)
+        same = False
+        if states and len(states) == amount:
+            restored = [{**state, "actions": _arrays(state["actions"])} for state in states]
+            self.obs = self.envs.restore(restored)
+            before = _arrays(saved["obs"])
+            same = before.keys() == self.obs.keys() and all(
+                np.array_equal(before[key], value) for key, value in self.obs.items()
+            )
+        if same:
+            self.stats.load_state_dict(saved["stats"])
+            self.state = {k: v.to(self.device) for k, v in saved["acting"].items()}
+            return True
+        self.print("The open episodes cannot be gone on with (the envs do not repeat them); they are closed.")
+        for index in range(amount):
+            self.replay.close_open(index)
+        return False
+
+    def close(self) -> None:
+        """Give everything back; the files stay."""
+        for part in (self.envs, self.eval_envs, self.replay, self.logger):
+            if part is not None:
+                part.close()
+
+    # --- What happens in the loop ----------------------------------------------------------------------
+
+    def interact(self) -> None:
+        """One step in each training env: act, store, observe."""
+        if self.step < self.config.prefill:
+            action, latents = self.prefill.act(len(self.envs)), {}
+        else:
+            with self.timer("policy"):
+                action, self.state, latents = self.agent.act(self.obs, self.state, self.agent.rngs["act"])
+        with self.timer("replay"):
+            self.replay.add({k: v for k, v in {**self.obs, **action, **latents}.items() if k[:4] != "log_"})
+        with self.timer("env"):
+            self.obs = self.envs.step(action)
+        moved = int((~self.obs["is_first"]).sum())
+        self.transitions += moved
+        self.step += moved * self.config.action_repeat
+        for episode in self.stats.add(self.obs):
+            self.success.add(episode)
+            metrics = {f"env/episode_{name}": episode[name] for name in ("return", "length")}
+            extra = {f"env/{k[4:]}": v for k, v in episode.items() if k.startswith("log_")}
+            self.logger.add(metrics | {k: v for k, v in extra.items() if "achievement" not in k})
+
+    def learn(self) -> None:
+        """As many updates as `train_ratio` asks for by now."""
+        if self.step < self.config.prefill or not self.replay.can_sample(self.config.batch_size):
+            return
+        for _ in range(self.ratio(self.transitions)):
+            with self.timer("replay"):
+                batch = self.replay.sample(self.config.batch_size)
+                where = batch.pop("where")
+            with self.timer("train"):
+                metrics, latents = self.agent.train(batch)
+            self.logger.add(metrics)
+            self.last_batch = batch
+            self._estimate()
+            if latents is None:
+                self._count_nonfinite(batch)
+                continue
+            self.streak = 0
+            with self.timer("replay"):
+                self.replay.update_latents(where, **latents)
+
+    def _estimate(self) -> None:
+        """After the first updates, one line says how long the run will take."""
+        self.timed_updates += 1
+        if self.timed_updates == 1:
+            self.first_update = time.perf_counter(), self.step
+        elif self.timed_updates == ESTIMATE_UPDATES:
+            since, step = self.first_update
+            rate = (time.perf_counter() - since) / max(1, self.step - step)  # seconds per env step
+            hours = rate * (self.config.steps - self.step) / 3600
+            each = (time.perf_counter() - since) / (ESTIMATE_UPDATES - 1)
+            self.print(
+                f"About {hours:.1f} hours to go at {each:.2f} seconds per update (evaluation not included)"
+            )
+
+    def _count_nonfinite(self, batch: Arrays) -> None:
+        """A streak of skipped updates ends the run; the last good checkpoint stays as it is."""
+        self.streak += 1
+        if self.streak < self.config.max_nonfinite:
+            return
+        path = self.logdir / "diagnosis.pt"
+        diagnosis = {"step": self.step, "batch": _tensors(batch), "agent": self.agent.state_dict()}
+        tools.atomic_write(path, lambda file: torch.save(diagnosis, file))
+        raise Diverged(
+            f"The gradient was not finite in {self.streak} updates in a row, so the run stops. The batch and "
+            f"the weights are in {path}. Resume with a lower --opt.lr; the last checkpoint is untouched."
+        )
+
+    def evaluate(self) -> None:
+        """Full episodes in the evaluation envs: returns, videos and episode files."""
+        config = self.config
+        if self.eval_envs is None:
+            make = functools.partial(make_env, config, "eval")
+            self.eval_envs = make_vec(make, config.envs.eval_amount, config.envs.parallel)
+        share = config.eval_episodes // config.envs.eval_amount
+        rng = tools.torch_rng(config.seed, "eval", self.evaluations, device=self.device)
+        with self.timer("eval"):
+            # Each evaluation has worlds of its own: an env begins at most one episode more than its share.
+            done = play_episodes(self.agent, self.eval_envs, share, rng, self.evaluations * (share + 1))
+            self._write_eval_episodes(done)
+            self._write_eval_videos(done)
+        self.evaluations += 1
+        for episode in done:
+            length = episode.length * config.action_repeat
+            self.logger.add({"eval/episode_return": episode.score, "eval/episode_length": length})
+
+    def _write_eval_episodes(self, done: "list[EvalEpisode]") -> None:
+        folder = Path(self.config.evaldir) if self.config.evaldir else self.logdir / "eval_eps"
+        writer = EpisodeWriter(folder, self.eval_envs.obs_space | self.eval_envs.act_space, 1)
+        for episode in done:
+            for t in range(len(episode.steps["reward"])):
+                writer.add({key: value[t : t + 1] for key, value in episode.steps.items()})
+        writer.close()
+
+    def _write_eval_videos(self, done: "list[EvalEpisode]") -> None:
+        config = self.config
+        for index, episode in enumerate(done):
+            frames = episode.frames
+            if frames is None:
+                break
+            write_mp4(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", frames, config.video_fps)
+            if index == 0:
+                self.logger.video("eval_policy", frames[: config.video_frames], self.step)
+        if config.video_pred_log and self.last_batch is not None:
+            for key, frames in self.agent.report(self.last_batch).items():
+                name = "train_openl" if key == "image" else f"train_openl_{key}"
+                self.logger.video(name, frames, self.step)
+
+    def log(self) -> None:
+        """Write what was collected since the last time."""
+        self.logger.add({"replay/size": self.replay.size, "opt/updates": self.agent.updates})
+        self.logger.add(self.success.metrics())
+        self.logger.add(self.timer.shares())
+        self.logger.write(self.step)
+
+
+@dataclass
+class EvalEpisode:
+    """One finished episode as arrays [L, ...] by key, actions included, from the reset on."""
+
+    steps: Arrays
+
+    @property
+    def score(self) -> float:
+        """The return: the sum of rewards."""
+        return float(self.steps["reward"].astype(np.float64).sum())
+
+    @property
+    def length(self) -> int:
+        """Policy steps."""
+        return len(self.steps["reward"]) - 1
+
+    @property
+    def frames(self) -> np.ndarray | None:
+        """What it looked like, uint8 [L, H, W, C]: the key `image`, else the first that is one."""
+        images = sorted(
+            (k != "image", k) for k, v in self.steps.items() if v.dtype == np.uint8 and v.ndim == 4
+        )
+        return self.steps[images[0][1]] if images else None
+
+
+def play_episodes(
+    agent: Dreamer, envs: VecEnv, share: int, generator: torch.Generator, first: int = 0
+) -> list[EvalEpisode]:
+    """Play `share` full episodes in each env, from episode number `first` on.
+
+    Each env counts the same number, so that envs whose episodes are short do not weigh more.
+    """
+    amount = len(envs)
+    obs, state = envs.reset(first), agent.initial_state(amount)
+    running: list[list[Arrays]] = [[] for _ in range(amount)]
+    done: list[list[EvalEpisode]] = [[] for _ in range(amount)]
+    while any(len(episodes) < share for episodes in done):
+        action, state, _ = agent.act(obs, state, generator)
+        for index, steps in enumerate(running):
+            if len(done[index]) == share:
+                continue
+            steps.append({key: value[index] for key, value in {**obs, **action}.items()})
+            if obs["is_last"][index]:
+                done[index].append(EvalEpisode({k: np.stack([s[k] for s in steps]) for k in steps[0]}))
+                steps.clear()
+        obs = envs.step(action)
+    return [episode for episodes in done for episode in episodes]
+
+
+def train(run: Run, stop: list[int]) -> None:
+    """The loop. Everything that happens in a run happens here, in this order."""
+    while run.step < run.config.steps and not stop:
+        run.interact()
+        run.learn()
+        if run.every["eval"](run.step):
+            run.evaluate()
+        if run.every["log"](run.step):
+            run.log()
+        if run.every["save"](run.step):
+            run.save(clean=False)
+        run.logger.progress(run.step)
+
+
+def open_run(argv: list[str]) -> Run:
+    """The run that the command line asks for: a new one, or one that is gone on with.
+
+    A logdir with a checkpoint is resumed. `--from_checkpoint` without `--logdir` resumes the run that the
+    checkpoint belongs to; with a new logdir it starts a new run from its weights and optimiser.
+    """
+    logdir, source = configs.run_paths(argv)
+    if logdir is None and source is not None:
+        logdir = str(run_folder(Path(source)))
+        resume, origin = True, source
+    else:
+        resume = logdir is not None and bool(tools.find_checkpoints(logdir))
+        origin = logdir if resume else source
+    checkpoint, path, notes = tools.load_checkpoint(origin) if origin else (None, None, [])
+    saved = checkpoint and Config.from_yaml(checkpoint["config"], f"the config in {path}")
+    config = configs.load(argv, has_cuda=cuda_works(), saved=saved)
+    changes = configs.resume_changes(saved, config) if resume else []
+    folder = Path(logdir or Path("logdir") / config.task / time.strftime("%Y%m%dT%H%M%S"))
+    run = Run(config, folder, checkpoint, resume)
+    for line in [*notes, *config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]:
+        run.print(line)
+    return run
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The logdir of the run that a checkpoint file, or a folder, belongs to."""
+    if checkpoint.is_dir():
+        return checkpoint
+    return checkpoint.parent.parent if checkpoint.parent.name == tools.CHECKPOINTS else checkpoint.parent
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def _tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> Arrays:
+    return {k: v.numpy() for k, v in tensors.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train as the command line says. Returns the exit code: 0, 2 for the user's mistakes, 130, 143."""
+    argv = sys.argv[1:] if argv is None else argv
+    run = None
+    try:
+        with stop_signals() as stop:
+            run = open_run(argv)
+            try:
+                train(run, stop)
+            except Diverged:
+                raise
+            except UserError:
+                run.save_after_failure()
+                raise
+            run.save(clean=True)
+        return 128 + stop[0] if stop else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        if run is not None:
+            run.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
