@@ -176,8 +176,9 @@ class TwoHot:
         above = above.clamp(0, last)
         to_below = (self.bins[below] - target).abs()
         to_above = (self.bins[above] - target).abs()
-        # Outside the bins both neighbours are the outermost bin, and all mass belongs there.
-        weight_above = torch.where(below == above, 0.5, to_below / (to_below + to_above))
+        # Outside the bins both neighbours are the outermost bin, and all mass belongs there. A NaN lies
+        # outside as well; adding it lets the loss become NaN, so that the update is skipped.
+        weight_above = torch.where(below == above, 0.5 + 0 * target, to_below / (to_below + to_above))
         neighbours = torch.stack([below, above], -1)  # [..., 2]
         weights = torch.stack([1 - weight_above, weight_above], -1)  # [..., 2]
         picked = (self.logits.gather(-1, neighbours) * weights).sum(-1)

@@ -134,7 +134,9 @@ class ReturnNorm(nn.Module):
     def update(self, ret: Tensor) -> None:
         """Move towards the percentiles of `ret` (any shape)."""
         new = torch.quantile(ret.float().flatten(), self.quantiles)
-        self.range.copy_((1 - self.rate) * self.range + self.rate * new)
+        # An update that is not finite is skipped as a whole; it must not stay here either.
+        new = torch.where(new.isfinite(), new, self.range)
+        self.range.lerp_(new, self.rate)
 
     @property
     def scale(self) -> Tensor:
