@@ -245,10 +245,10 @@ class WorldModel(nn.Module):
         post = self.rssm.observe(
             state, embed[:, :context], prev_action[:, :context], is_first[:, :context], noise[:, :context]
         )
-        state = {k: post[k][:, -1] for k in ("deter", "stoch")}
+        state, weights = {k: post[k][:, -1] for k in ("deter", "stoch")}, self.rssm.split_weights()
         states = {k: list(post[k].unbind(1)) for k in state}
         for t in range(context, length):
-            state = self.rssm.imagine(state, prev_action[:, t], noise[:, t])
+            state = self.rssm.imagine(state, prev_action[:, t], noise[:, t], weights)
             for key, value in state.items():
                 states[key].append(value)
         deter, stoch = torch.stack(states["deter"], 1), torch.stack(states["stoch"], 1)
@@ -286,9 +286,10 @@ class ImagBehavior(nn.Module):
         noise = rssm.noise(horizon, batch, generator=generator)
         policy_noise = self.actor.noise(horizon, batch, generator=generator)
         state, feats, actions = start, [rssm.feat(start)], []
+        weights = rssm.split_weights()
         for t in range(horizon):
             action = self.actor(feats[-1].detach()).sample([n[t] for n in policy_noise])
-            state = rssm.imagine(state, action, noise[t])
+            state = rssm.imagine(state, action, noise[t], weights)
             feats.append(rssm.feat(state))
             actions.append(action)
         return torch.stack(feats, 1), torch.stack(actions, 1)

@@ -306,8 +306,11 @@ def test_hoisted_core_equals_the_concatenated_form():
     gates = rssm.gru(x).unflatten(-1, (rssm.blocks, -1)).chunk(3, -1)
     reset, cand, update = (gate.flatten(1) for gate in gates)
     update = torch.sigmoid(update - 1)
+    weights = rssm.split_weights()
     plain = update * torch.tanh(torch.sigmoid(reset) * cand) + (1 - update) * state["deter"]
-    torch.testing.assert_close(rssm.core(state, rssm.action_input(action)), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        rssm.core(state, rssm.action_input(action, weights), weights), plain, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_samples_follow_the_probabilities():

@@ -301,7 +301,8 @@ def test_encoder(net):
 def test_rssm_core_and_prior(net):
     g, wm, *_ = net
     state = {"deter": g["in:deter"], "stoch": g["in:stoch"]}
-    deter = wm.rssm.core(state, wm.rssm.action_input(g["in:action"][:, 0]))
+    weights = wm.rssm.split_weights()
+    deter = wm.rssm.core(state, wm.rssm.action_input(g["in:action"][:, 0], weights), weights)
     assert_close(deter, g["out:core_deter"])
     assert_close(wm.rssm.prior(deter), g["out:prior_logit"])
 
