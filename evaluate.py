@@ -1,0 +1,228 @@
+"""Evaluate a trained agent: python3 evaluate.py --logdir ./logdir/crafter --episodes 100
+
+Plays full episodes with the weights and the config of a checkpoint, in worlds that training never saw, and
+tells the mean return with a confidence interval. `--random` plays the same worlds with random actions.
+The result goes to the standard output, what happens meanwhile to the standard error.
+"""
+
+import argparse
+import difflib
+import functools
+import json
+import math
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import gymnasium
+import numpy as np
+import torch
+
+import tools
+from config import Config
+from dreamer import Arrays, Dreamer, EvalEpisode, choose_device, play_episodes, run_folder
+from envs import make_env
+from exploration import Random
+from logger import write_mp4
+from parallel import VecEnv, make_vec
+from stats import SuccessRates, bootstrap_interval
+from tools import UserError
+
+CONFIDENCE = 0.95  # of the interval
+SEEDS = "evaluate"  # names the seeds of these episodes: apart from training's and from its evaluations'
+
+
+class RandomAgent:
+    """Uniformly random actions behind the agent's interface: the baseline."""
+
+    def __init__(self, act_space: Mapping[str, gymnasium.Space], seed: int):
+        self._random = Random(act_space, tools.numpy_rng(seed, SEEDS, "random"))
+
+    def initial_state(self, envs: int) -> dict:
+        return {}
+
+    def act(self, obs: Arrays, state: dict, generator: torch.Generator) -> tuple[Arrays, dict, Arrays]:
+        return self._random.act(len(obs["is_first"])), state, {}
+
+
+def evaluate(
+    checkpoint: str | Path,
+    episodes: int = 10,
+    *,
+    envs: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+    random: bool = False,
+    video_folder: Path | None = None,
+) -> dict:
+    """Play `episodes` full episodes as the agent of a checkpoint, or at random, and sum them up.
+
+    Args:
+        checkpoint: a run's folder or one of its .pt files.
+        episodes: how many in all, a multiple of `envs`: the same number in each env.
+        envs: how many are played side by side; more than one run in a process each.
+        seed: of worlds and actions. With the same `envs` too, every agent plays the same worlds.
+        video_folder: where an mp4 of each episode is written; None writes none.
+
+    Returns:
+        Plain values for JSON; see `summarize`. Raises UserError.
+    """
+    if episodes % envs:
+        low = episodes // envs * envs
+        nearest = f"{low} or {low + envs}" if low else envs
+        raise UserError(f"--episodes {episodes} must be a multiple of --envs {envs}: take {nearest}")
+    payload, path, notes = tools.load_checkpoint(checkpoint)
+    for note in notes:
+        print(note, file=sys.stderr)
+    config = Config.from_yaml(payload["config"], f"the config in {path}")
+    # Compiling would take longer than most evaluations.
+    config = config.replace({"seed": seed, "compile": False})
+    chosen = choose_device(device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    parallel = "process" if envs > 1 else "none"
+    vec = make_vec(functools.partial(make_env, config, SEEDS), envs, parallel)
+    try:
+        if video_folder and not has_images(vec):
+            raise UserError(f"{config.task} shows no images, so there is nothing for --video")
+        if random:
+            agent = RandomAgent(vec.act_space, seed)
+        else:
+            agent = Dreamer(vec.obs_space, vec.act_space, config, chosen)
+            agent.load_state_dict(payload["agent"], rngs=False)
+        label = "random" if random else payload["step"]
+        generator = tools.torch_rng(seed, SEEDS, device=chosen)
+        done, videos = [], []
+        for index, episode in enumerate(play_episodes(agent, vec, episodes // envs, generator)):
+            done.append(outcome(episode, config.action_repeat))
+            print(f"episode {index + 1}/{episodes}: return {episode.score:.4g}", file=sys.stderr, flush=True)
+            if video_folder:
+                videos.append(video_folder / f"evaluate_{label}_{index}.mp4")
+                write_mp4(videos[-1], episode.frames, config.video_fps)
+    finally:
+        vec.close()
+    about = {"task": config.task, "policy": "random" if random else "agent", "checkpoint": str(path)}
+    about |= {"step": payload["step"], "seed": seed, "episodes": episodes, "envs": envs}
+    return {**about, **summarize(done, config.task), "videos": [str(video) for video in videos]}
+
+
+def has_images(envs: VecEnv) -> bool:
+    return any(len(s.shape) == 3 and s.dtype == np.uint8 for s in envs.obs_space.values())
+
+
+def outcome(episode: EvalEpisode, action_repeat: int) -> dict[str, float]:
+    """Return, length in env steps, and the highest value of each `log_*` key of one episode."""
+    logged = {key: float(value.max()) for key, value in episode.steps.items() if key.startswith("log_")}
+    return {"return": episode.score, "length": episode.length * action_repeat, **logged}
+
+
+def summarize(episodes: list[dict[str, float]], task: str) -> dict:
+    """Sums up finished episodes, each with `return`, `length` and its `log_achievement_*` values.
+
+    `return_interval` [low, high] is the bootstrap interval of the mean, None for a single episode.
+    `success_rates` by achievement and `score` are in percent; {} and None where the env has none.
+    """
+    returns, lengths = ([episode[name] for episode in episodes] for name in ("return", "length"))
+    interval = bootstrap_interval(returns, CONFIDENCE)
+    suite = task.partition("_")[0]
+    success = SuccessRates(suite)
+    for episode in episodes:
+        success.add(episode)
+    metrics = success.metrics()
+    prefix = f"{suite}/success_rate/"
+    return {
+        "return_mean": float(np.mean(returns)),
+        "return_interval": None if math.isnan(interval[0]) else list(interval),
+        "confidence": CONFIDENCE,
+        "length_mean": float(np.mean(lengths)),
+        "score": metrics.get(f"{suite}/score"),
+        "success_rates": {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)},
+        "returns": returns,
+        "lengths": lengths,
+    }
+
+
+def report(result: Mapping) -> str:
+    """The result for people, in a few lines."""
+    who = "random actions" if result["policy"] == "random" else f"the agent at step {result['step']:,}"
+    returns, lengths, interval = result["returns"], result["lengths"], result["return_interval"]
+    spread = f"{min(returns):.4g} to {max(returns):.4g}"
+    if interval:
+        spread = f"{result['confidence']:.0%} interval {interval[0]:.4g} to {interval[1]:.4g}; all {spread}"
+    lines = [
+        f"{result['task']}, {who}, {result['episodes']} episodes, seed {result['seed']}",
+        f"checkpoint  {result['checkpoint']}",
+        f"return      {result['return_mean']:.4g}  ({spread})",
+        f"length      {result['length_mean']:.4g}  ({min(lengths):.4g} to {max(lengths):.4g})",
+    ]
+    if result["success_rates"]:
+        lines.append(f"score       {result['score']:.2f} %")
+        rates = sorted(result["success_rates"].items(), key=lambda item: (-item[1], item[0]))
+        lines += [f"  {rate:5.1f} %  {name}" for name, rate in rates]
+    if result["videos"]:
+        lines += [f"video       {video}" for video in result["videos"]]
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return int(text)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises UserError for a mistake, SystemExit(0) after `--help`."""
+    parser = _Parser(prog="evaluate.py", description=__doc__.split("\n\n")[1], allow_abbrev=False)
+    add = parser.add_argument
+    add("--logdir", metavar="DIR", help="the run; its latest checkpoint is taken, and videos go there")
+    add("--from_checkpoint", metavar="F", help="this checkpoint; without --logdir, videos go to its run")
+    add("--episodes", metavar="N", type=_positive, default=10, help="how many to play; 10 by default")
+    add("--envs", metavar="N", type=_positive, default=1, help="played side by side; 1 by default")
+    add("--seed", metavar="S", type=int, default=0, help="of worlds and actions; 0 by default")
+    add("--device", metavar="D", default="auto", help="auto (by default), cpu, cuda, or one GPU: cuda:1")
+    add("--random", action="store_true", help="random actions instead of the agent's: the baseline")
+    add("--video", action="store_true", help="write {logdir}/videos/evaluate_{step}_{episode}.mp4")
+    add("--json", action="store_true", help="the result as one JSON object")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [f"--{name}" for name in (*vars(args), "help")]
+        nearest = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1, cutoff=0)[0]
+        raise UserError(f"{unknown[0]} is not an option; the nearest is {nearest}")
+    if not (args.logdir or args.from_checkpoint):
+        raise UserError("Which run? Give --logdir DIR, or --from_checkpoint with a checkpoint file")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate as the command line says. Returns the exit code: 0, 2 for the user's mistakes, 130."""
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        checkpoint = args.from_checkpoint or args.logdir
+        folder = Path(args.logdir) if args.logdir else run_folder(Path(checkpoint))
+        result = evaluate(
+            checkpoint,
+            args.episodes,
+            envs=args.envs,
+            seed=args.seed,
+            device=args.device,
+            random=args.random,
+            video_folder=folder / "videos" if args.video else None,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(json.dumps(result, allow_nan=False) if args.json else report(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

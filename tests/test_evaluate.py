@@ -1,0 +1,277 @@
+"""evaluate.py against a checkpoint that dreamer.py has just written."""
+
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+import config
+import dreamer
+import envs
+import evaluate
+import tools
+from envs.dummy import COLORS, CUE_LENGTH
+
+STEPS = 120
+
+
+@pytest.fixture(scope="module")
+def logdir(tmp_path_factory) -> Path:
+    """A run that has just been trained, for some steps."""
+    folder = tmp_path_factory.mktemp("run")
+    options = ["--steps", str(STEPS), "--prefill", "64", "--eval_every", "0"]
+    code = dreamer.main(["--configs", "dummy_cue", "debug", "--logdir", str(folder), *options])
+    assert code == 0
+    return folder
+
+
+@pytest.fixture
+def played(monkeypatch) -> list[dreamer.EvalEpisode]:
+    """The episodes that are played in the test."""
+    episodes = []
+
+    def play(*args, **kwargs):
+        for episode in dreamer.play_episodes(*args, **kwargs):
+            episodes.append(episode)
+            yield episode
+
+    monkeypatch.setattr(evaluate, "play_episodes", play)
+    return episodes
+
+
+def run(capsys, *options: object) -> dict:
+    """What `evaluate.py --json` prints."""
+    capsys.readouterr()
+    assert evaluate.main([*map(str, options), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def error(capsys, *options: object) -> str:
+    """The one line that tells a mistake."""
+    capsys.readouterr()
+    assert evaluate.main([*map(str, options)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    return captured.err
+
+
+# The result
+
+
+def test_json_is_one_object_on_the_standard_output(logdir, capsys):
+    result = run(capsys, "--logdir", logdir, "--episodes", 4)
+    about = {"task": "dummy_cue", "policy": "agent", "step": STEPS, "seed": 0, "episodes": 4, "envs": 1}
+    assert about.items() <= result.items()
+    assert result["checkpoint"] == str(logdir / "latest.pt")
+    assert result["lengths"] == [CUE_LENGTH] * 4 and result["length_mean"] == CUE_LENGTH
+    assert len(result["returns"]) == 4 and result["return_mean"] == np.mean(result["returns"])
+    low, high = result["return_interval"]
+    assert min(result["returns"]) <= low <= result["return_mean"] <= high <= max(result["returns"])
+    assert (result["score"], result["success_rates"], result["videos"]) == (None, {}, [])
+
+
+def test_one_episode_has_no_interval(logdir, capsys):
+    assert run(capsys, "--logdir", logdir, "--episodes", 1)["return_interval"] is None
+
+
+def test_returns_are_those_of_the_episodes(logdir, played, capsys):
+    result = run(capsys, "--logdir", logdir, "--episodes", 2)
+    cues = [episode.steps["image"][:-1, 32, 32] for episode in played]  # of the steps that were acted in
+    right = [COLORS[episode.steps["action"][:-1]] for episode in played]
+    assert result["returns"] == [(a == b).all(-1).sum() for a, b in zip(cues, right, strict=True)]
+
+
+def test_an_agent_that_is_always_right_gets_the_best_return(logdir, monkeypatch, capsys):
+    def act(self, obs, state, generator):
+        distance = np.abs(obs["image"][:, None, 32, 32].astype(int) - COLORS).sum(-1)
+        return {"action": distance.argmin(-1).astype(np.int32)}, state, {}
+
+    monkeypatch.setattr(dreamer.Dreamer, "act", act)
+    assert run(capsys, "--logdir", logdir, "--episodes", 2)["returns"] == [CUE_LENGTH] * 2
+
+
+def test_the_agent_acts_with_the_weights_of_the_checkpoint(logdir, monkeypatch, capsys):
+    saved, _, _ = tools.load_checkpoint(logdir)
+    agents = []
+    act = dreamer.Dreamer.act
+
+    def remember(agent, *args):
+        agents.append(agent)
+        return act(agent, *args)
+
+    monkeypatch.setattr(dreamer.Dreamer, "act", remember)
+    run(capsys, "--logdir", logdir, "--episodes", 1)
+    for module, weights in agents[0].weights().items():
+        for name, value in weights.items():
+            assert torch.equal(value.cpu(), saved["agent"][module][name]), f"{module}.{name}"
+
+
+def test_achievements_become_success_rates_and_a_score():
+    episode = {"return": 1.0, "length": 10.0}
+    done = [
+        episode | {"log_achievement_wood": 1.0, "log_achievement_coal": 0.0},
+        episode | {"log_achievement_wood": 0.0, "log_achievement_coal": 0.0},
+    ]
+    summary = evaluate.summarize(done, "crafter_reward")
+    assert summary["success_rates"] == {"coal": 0.0, "wood": 50.0}
+    assert summary["score"] == pytest.approx(math.sqrt(51) - 1)
+
+
+def test_an_achievement_counts_wherever_in_the_episode_it_was_unlocked():
+    steps = {"reward": np.zeros(4, np.float32), "log_achievement_wood": np.array([0, 1, 0, 0], np.float32)}
+    outcome = evaluate.outcome(dreamer.EvalEpisode(steps), action_repeat=2)
+    assert outcome == {"return": 0.0, "length": 6, "log_achievement_wood": 1.0}
+
+
+def test_without_json_the_result_is_told_in_words(logdir, capsys):
+    assert evaluate.main(["--logdir", str(logdir), "--episodes", "3"]) == 0
+    out = capsys.readouterr().out
+    assert f"dummy_cue, the agent at step {STEPS}, 3 episodes, seed 0" in out
+    assert "95% interval" in out
+
+
+# Which worlds
+
+
+def test_the_same_seed_gives_the_same_result_and_another_seed_other_worlds(logdir, played, capsys):
+    first, again, _ = (run(capsys, "--logdir", logdir, "--seed", s, "--episodes", 2) for s in (3, 3, 4))
+    assert first == again
+    worlds = [episode.steps["image"][:, 32, 32].tobytes() for episode in played]
+    assert worlds[:2] == worlds[2:4]
+    assert len(set(worlds[2:])) == 4
+
+
+def test_worlds_are_those_of_no_training_or_evaluation_during_it(logdir, played, capsys):
+    saved = config.Config.load_saved(logdir / "config.yaml")
+    run(capsys, "--logdir", logdir, "--seed", saved.seed, "--episodes", 4)
+    ours = {episode.steps["image"][:, 32, 32].tobytes() for episode in played}
+    for mode in ("train", "eval"):
+        env = envs.make_env(saved, mode, 0)
+        for _ in range(8):
+            cues = [env.reset()[0]["image"][32, 32]]
+            cues += [env.step({"action": 0})[0]["image"][32, 32] for _ in range(CUE_LENGTH)]
+            assert np.stack(cues).tobytes() not in ours
+
+
+def test_random_plays_the_same_worlds_without_the_agent(logdir, played, monkeypatch, capsys):
+    agent = run(capsys, "--logdir", logdir, "--episodes", 2)
+    monkeypatch.setattr(dreamer.Dreamer, "act", None)  # whoever calls it fails
+    random = run(capsys, "--logdir", logdir, "--episodes", 2, "--random")
+    assert random["policy"] == "random" and random.keys() == agent.keys()
+    for one, other in zip(played[:2], played[2:], strict=True):
+        np.testing.assert_array_equal(one.steps["image"], other.steps["image"])
+        assert not np.array_equal(one.steps["action"], other.steps["action"])
+
+
+def test_random_actions_get_a_sixth_of_the_best_return(logdir, capsys):
+    episodes, chance = 100, 1 / len(COLORS)
+    result = run(capsys, "--logdir", logdir, "--random", "--episodes", episodes)
+    deviation = math.sqrt(CUE_LENGTH * chance * (1 - chance) / episodes)  # of the mean return
+    assert abs(result["return_mean"] - CUE_LENGTH * chance) < 4 * deviation
+
+
+def test_each_env_plays_the_same_number_of_episodes(logdir, played, capsys):
+    result = run(capsys, "--logdir", logdir, "--episodes", 4, "--envs", 2)
+    assert len(result["returns"]) == 4
+    assert len({episode.steps["image"][:, 32, 32].tobytes() for episode in played}) == 4
+
+
+# Videos
+
+
+def test_video_writes_an_mp4_of_each_episode(logdir, tmp_path, played, capsys):
+    folder = tmp_path / "elsewhere"
+    options = ("--from_checkpoint", logdir / "latest.pt", "--logdir", folder, "--episodes", 2, "--video")
+    result = run(capsys, *options)
+    files = [folder / "videos" / f"evaluate_{STEPS}_{index}.mp4" for index in range(2)]
+    assert result["videos"] == [str(file) for file in files]
+    assert sorted((folder / "videos").iterdir()) == files
+    for file, episode in zip(files, played, strict=True):
+        frames = read_mp4(file)
+        assert len(frames) == len(episode.frames) == CUE_LENGTH + 1
+        middle = frames[:, 128, 128].astype(int)  # the video is 256 x 256
+        assert np.abs(middle - episode.frames[:, 32, 32]).max() < 40  # the codec blurs colours
+
+
+def test_videos_of_random_actions_do_not_replace_the_agents(logdir, capsys):
+    result = run(capsys, "--logdir", logdir, "--episodes", 1, "--video", "--random")
+    assert [Path(video).name for video in result["videos"]] == ["evaluate_random_0.mp4"]
+
+
+def test_without_video_nothing_is_written(logdir, tmp_path, capsys):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    shutil.copy(logdir / "latest.pt", copy)  # the checkpoint alone is enough
+    run(capsys, "--logdir", copy, "--episodes", 1)
+    assert [file.name for file in copy.iterdir()] == ["latest.pt"]
+
+
+def read_mp4(path: Path) -> np.ndarray:
+    """The frames of a video, uint8 [T, 256, 256, 3]."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path)]
+    done = subprocess.run(
+        [*command, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"], capture_output=True, check=True
+    )
+    return np.frombuffer(done.stdout, np.uint8).reshape(-1, 256, 256, 3)
+
+
+# Mistakes
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path, capsys):
+    assert f"No checkpoint at {tmp_path}" in error(capsys, "--logdir", tmp_path)
+    assert "No checkpoint at" in error(capsys, "--from_checkpoint", tmp_path / "latest.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, capsys):
+    path = tmp_path / "other.pt"
+    torch.save({"weights": torch.zeros(1)}, path)
+    assert f"{path} is not a checkpoint of" in error(capsys, "--from_checkpoint", path)
+    torch.save(torch.zeros(1), path)
+    assert f"{path} is not a checkpoint of" in error(capsys, "--from_checkpoint", path)
+
+
+def test_a_broken_latest_is_passed_over_and_told(logdir, tmp_path, capsys):
+    copy = shutil.copytree(logdir, tmp_path / "run")
+    whole = (copy / "latest.pt").read_bytes()
+    (copy / "latest.pt").unlink()  # it may be a hard link
+    (copy / "latest.pt").write_bytes(whole[:1000])
+    assert evaluate.main(["--logdir", str(copy), "--episodes", "1", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["checkpoint"] == str(copy / "checkpoints" / f"step-{STEPS:012d}.pt")
+    assert "latest.pt cannot be read and is passed over" in captured.err
+
+
+def test_options_that_cannot_be_are_told_in_one_line(logdir, capsys):
+    assert "--logdir" in error(capsys)
+    assert "the nearest is --episodes" in error(capsys, "--logdir", logdir, "--episode", 3)
+    assert "the nearest is --video" in error(capsys, "--logdir", logdir, "--vidoe=True")
+    for value in ("0", "-2", "many", "1.5"):
+        assert "--episodes" in error(capsys, "--logdir", logdir, "--episodes", value)
+    assert "take 4 or 8" in error(capsys, "--logdir", logdir, "--episodes", 5, "--envs", 4)
+    assert "seed -1" in error(capsys, "--logdir", logdir, "--seed", -1)
+    assert "--device" in error(capsys, "--logdir", logdir, "--device", "abacus")
+
+
+def test_video_of_a_task_without_images_is_refused(logdir, tmp_path, capsys):
+    path = with_another_task(logdir, tmp_path)
+    assert "dummy_vector shows no images" in error(capsys, "--from_checkpoint", path, "--video")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(logdir, tmp_path, capsys):
+    path = with_another_task(logdir, tmp_path)
+    assert "does not fit this agent" in error(capsys, "--from_checkpoint", path)
+
+
+def with_another_task(logdir: Path, folder: Path) -> Path:
+    """The run's checkpoint with a task in its config that its weights do not fit."""
+    payload, _, _ = tools.load_checkpoint(logdir)
+    payload["config"] = payload["config"].replace("task: dummy_cue", "task: dummy_vector")
+    return tools.save_checkpoint(folder, payload, STEPS, keep=1)

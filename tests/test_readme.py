@@ -1,0 +1,263 @@
+"""What both READMEs say is true: their commands run, and the names in their tables exist."""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import config
+import dreamer
+import evaluate
+import plot
+from tools import UserError
+
+ROOT = Path(__file__).parent.parent
+READMES = ("README.md", "README.ja.md")
+ACTIVATE = ("source .venv/bin/activate", r".venv\Scripts\Activate.ps1")
+MAKE_OPTIONS = ("PYTHON", "CONFIGS", "LOGDIR", "ARGS")
+PYTHONS = ("python3", "python", "py")
+TRAIN = "python3 dreamer.py --configs crafter debug --logdir ./logdir/debug"  # is really run
+STEPS = 160  # past an evaluation
+
+
+def text_of(readme: str) -> str:
+    return (ROOT / readme).read_text(encoding="utf-8")
+
+
+def commands(readme: str) -> list[str]:
+    """The lines of all fenced blocks, in order."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(readme), re.MULTILINE | re.DOTALL)
+    assert {language for language, _ in blocks} == {"sh", "powershell"}
+    return [line for _, block in blocks for line in block.splitlines()]
+
+
+def table(readme: str, index: int) -> list[list[list[str]]]:
+    """The `names` in each cell of each row of table number `index`."""
+    tables = re.findall(r"(?:^\|.*\n)+", text_of(readme), re.MULTILINE)
+    rows = [row.split("|")[1:-1] for row in tables[index].splitlines()[2:]]
+    return [[re.findall(r"`([^`]+)`", cell) for cell in row] for row in rows]
+
+
+def first_column(readme: str, index: int) -> list[str]:
+    return [name for row in table(readme, index) for name in row[0]]
+
+
+PRESETS, OUTPUT, METRICS, FILES, MODULES, OPTIONS = range(6)  # the tables, in order
+
+
+# Commands
+
+
+def test_both_readmes_hold_the_same_commands():
+    assert commands("README.md") == commands("README.ja.md")
+
+
+def test_they_open_with_the_two_commands():
+    assert commands("README.md")[:2] == ["make crafter", "make test"]
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands("README.md")))
+def test_command_is_understood(command, capsys):
+    program, *args = shlex.split(command, posix="\\" not in command)
+    if command in ACTIVATE:
+        return
+    if program == "make":
+        understand_make(args)
+    elif program in PYTHONS and args[0] == "-m":
+        assert importlib.util.find_spec(args[1])
+    elif program in PYTHONS:
+        understand_script(args)
+    elif command.startswith("pip install -r "):
+        assert (ROOT / args[2]).is_file()
+    else:
+        assert program == "tensorboard"  # run below
+
+
+def understand_make(args: list[str]) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    # Not as a part of the `make test` that may be running this, with its ARGS.
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", *MAKE_OPTIONS)
+    }
+    command = ["make", "-n", *args]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    python, *rest = shlex.split(done.stdout.splitlines()[-1])
+    assert Path(python).name == "python"
+    if args[0] == "test":
+        assert rest == ["-m", "pytest"]
+    else:
+        understand_script(rest)
+
+
+def understand_script(args: list[str]) -> None:
+    script, *options = args
+    if script == "evaluate.py":
+        evaluate.parse(options)
+    elif script == "plot.py":
+        plot.parse(options)
+    else:
+        assert script == "dreamer.py"
+        try:
+            config.load(options)
+        except SystemExit as done:
+            assert done.code == 0 and {"--help", "--print_config"} & set(options)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    """A folder in which the README's debug run was run; ./logdir/crafter is the same run."""
+    folder = tmp_path_factory.mktemp("work")
+    assert TRAIN in commands("README.md")
+    _, script, *options = shlex.split(TRAIN)
+    command = [sys.executable, ROOT / script, *options, "--steps", str(STEPS)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(folder / "logdir" / "debug", folder / "logdir" / "crafter")
+    return folder
+
+
+def of_script(script: str, word: str) -> list[str]:
+    found = [line for line in commands("README.md") if line.startswith(f"python3 {script}") and word in line]
+    assert found
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("command", of_script("evaluate.py", ""))
+def test_evaluation_runs(command, workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    assert evaluate.main([*shlex.split(command)[2:], "--episodes", "1", "--envs", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "crafter_reward" in out and "collect_wood" in out
+    if "--video" in command:
+        assert (workdir / f"logdir/crafter/videos/evaluate_{STEPS}_0.mp4").is_file()
+
+
+def test_the_curves_are_drawn(workdir, monkeypatch):
+    (command,) = of_script("plot.py", "")
+    monkeypatch.chdir(workdir)
+    assert plot.main(shlex.split(command)[2:]) == 0
+    assert (workdir / "crafter.png").stat().st_size > 0
+
+
+def test_the_same_command_again_resumes(workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    command = "python3 dreamer.py --configs crafter lore_full --logdir ./logdir/crafter"
+    assert commands("README.md").count(command) == 2  # it begins the run, and it resumes it
+    assert dreamer.main([*shlex.split(command)[2:], "--configs", "debug", "--steps", str(STEPS)]) == 0
+    assert f"Resumed at step {STEPS}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", of_script("dreamer.py", "--from_checkpoint"))
+def test_a_checkpoint_is_gone_on_with(command, workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    options = shlex.split(command)[2:]
+    new = "--logdir" in options
+    assert dreamer.main([*options, *(["--steps", "20"] if new else [])]) == 0
+    assert (f"Resumed at step {STEPS}" in capsys.readouterr().out) != new
+    assert (workdir / "logdir" / "second" / "latest.pt").exists() == new
+
+
+def test_tensorboard_shows_the_runs(workdir):
+    (command,) = (line for line in commands("README.md") if line.startswith("tensorboard"))
+    program = [sys.executable, "-m", "tensorboard.main", *shlex.split(command)[1:], "--inspect"]
+    done = subprocess.run(program, cwd=workdir, capture_output=True, text=True)
+    assert done.returncode == 0 and "loss/image" in done.stdout and "train_openl" in done.stdout
+
+
+# Tables
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_preset_is_listed(readme):
+    presets = config.read().presets.values()
+    assert sorted(first_column(readme, PRESETS)) == sorted(name for group in presets for name in group)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_file_is_listed(readme):
+    listed = first_column(readme, FILES)
+    assert all((ROOT / name).exists() for name in listed)
+    assert sorted(name for name in listed if name.endswith(".py")) == sorted(
+        path.name for path in ROOT.glob("*.py")
+    )
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_a_run_writes_what_is_listed(readme, workdir):
+    logdir = workdir / "logdir" / "debug"
+    patterns = [name.rstrip("/") for name in first_column(readme, OUTPUT)]
+    for path in logdir.iterdir():
+        assert any(fnmatchcase(path.name, pattern) for pattern in patterns), path
+    for pattern in patterns:
+        assert list(logdir.glob(pattern)), pattern
+
+
+def metrics_of(logdir: Path) -> set[str]:
+    lines = (logdir / "metrics.jsonl").read_text().splitlines()
+    return {name for line in lines for name in json.loads(line)} - {"step"}
+
+
+def videos_of(logdir: Path) -> set[str]:
+    events = EventAccumulator(str(logdir))
+    events.Reload()
+    return set(events.Tags()["images"])
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_metrics_that_are_listed_exist(readme, workdir):
+    logdir = workdir / "logdir" / "debug"
+    known = metrics_of(logdir) | videos_of(logdir)
+    for pattern in first_column(readme, METRICS):
+        assert any(fnmatchcase(name, pattern) for name in known), pattern
+
+
+def test_docs_logs_explains_each_metric_and_no_other(workdir):
+    patterns = first_column("docs/logs.md", 0)
+    metrics = metrics_of(workdir / "logdir" / "debug")
+    for name in metrics:
+        assert any(fnmatchcase(name, pattern) for pattern in patterns), f"{name} is not explained"
+    patterns.remove("loss/vector")  # Crafter has none
+    for pattern in patterns:
+        assert any(fnmatchcase(name, pattern) for name in metrics), f"{pattern} is not logged"
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_old_options_are_told_their_successors(readme):
+    for old, new in table(readme, OPTIONS):
+        assert len(old) == len(new)
+        for name, successor in zip(old, new, strict=True):
+            with pytest.raises(UserError, match=rf"its successor is --{re.escape(successor)}\b"):
+                config.load([f"--{name}", "1"])
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_what_replaces_dreamerv3_torch_exists(readme):
+    for old, new in table(readme, MODULES):
+        for name in new or old:  # no name: it is called the same
+            module, _, attribute = name.partition(".")
+            if attribute in ("py", ""):
+                assert (ROOT / name).is_file()
+            else:
+                assert hasattr(importlib.import_module(module), attribute)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_tasks_that_are_named_exist(readme):
+    for name in re.findall(r"`((?:crafter|dummy)_\w+)`", text_of(readme)):
+        dreamer.make_env(config.load(["--task", name]), "train", 0)
+
+
+@pytest.mark.parametrize("page", [*READMES, "docs/logs.md"])
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
+        assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
