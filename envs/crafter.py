@@ -8,11 +8,13 @@ import numpy as np
 from gymnasium import spaces
 
 import envs
+from envs.crafter_worldgen import generate_world
 from tools import UserError
 
 TASKS = {"reward": True, "noreward": False}
 DEFAULT_LENGTH = 10000  # env steps of an episode, Crafter's own choice
 MIN_SIZE = 18  # pixels; 9 x 9 fields are drawn, and below 2 pixels a field the items have none
+OUTSIDE = 127  # gray of what lies beyond the world's edge
 
 
 def make(name: str, config: Any) -> "Crafter":
@@ -41,8 +43,7 @@ class Crafter:
     def __init__(self, reward: bool = True, size: tuple[int, int] = (64, 64), length: int = DEFAULT_LENGTH):
         height, width = size
         # The seed is set at each reset. Without one here, Crafter would draw from NumPy's global generator.
-        self._env = crafter.Env(size=(width, height), reward=reward, length=length, seed=0)
-        self._env._world.__class__ = _World
+        self._env = _Env(size=(width, height), reward=reward, length=length, seed=0)
         self._achievements = {name: f"log_achievement_{name}" for name in crafter.constants.achievements}
         self.obs_space: dict[str, spaces.Space] = {"image": spaces.Box(0, 255, (height, width, 3), np.uint8)}
         self.obs_space |= {key: spaces.Box(0, 1, (), np.float32) for key in self._achievements.values()}
@@ -65,6 +66,30 @@ class Crafter:
         return {"image": image} | unlocked
 
 
+class _Env(crafter.Env):
+    """Crafter, the same game, faster."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._world.__class__ = _World
+        self._local_view = _LocalView(self._world, self._textures, self._local_view._grid)
+        self._item_view = _ItemView(self._textures, self._item_view._grid)
+
+    def reset(self) -> np.ndarray:
+        """That of `crafter.Env`, line by line, but for the world generator."""
+        center = (self._world.area[0] // 2, self._world.area[1] // 2)
+        self._episode += 1
+        self._step = 0
+        self._world.reset(seed=hash((self._seed, self._episode)) % (2**31 - 1))
+        self._update_time()
+        self._player = crafter.objects.Player(self._world, center)
+        self._last_health = self._player.health
+        self._world.add(self._player)
+        self._unlocked = set()
+        generate_world(self._world, self._player)
+        return self._obs()
+
+
 class _World(crafter.engine.World):
     """Crafter's world with its objects in order.
 
@@ -85,3 +110,55 @@ class _OrderedSet(dict):
 
     def remove(self, item: Any) -> None:
         del self[item]
+
+
+class _LocalView(crafter.engine.LocalView):
+    """What the player sees. The original draws field by field; here one lookup draws the whole terrain."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._tiles: dict[tuple[int, int], np.ndarray] = {}  # by size, as `_draw_tiles` gives them
+
+    def __call__(self, player: Any, unit: np.ndarray) -> np.ndarray:
+        """Image of the fields around the player, each of `unit` pixels."""
+        corner = player.pos - self._offset
+        fields = self._around(self._world._mat_map, corner)  # [X, Y]
+        size = tuple(unit.tolist())
+        if size not in self._tiles:
+            self._tiles[size] = self._draw_tiles(*size)
+        # [X, Y, width, height, 3] -> [X * width, Y * height, 3]
+        canvas = self._tiles[size][fields].swapaxes(1, 2).reshape(*self._grid * unit, 3)
+        objects = self._around(self._world._obj_map, corner)  # no two at one place, so in any order
+        for place in np.argwhere(objects):
+            texture = self._world._objects[objects[tuple(place)]].texture
+            crafter.engine._draw_alpha(canvas, place * unit, self._textures.get(texture, unit))
+        canvas = self._light(canvas, self._world.daylight)
+        return self._sleep(canvas) if player.sleeping else canvas
+
+    def _around(self, values: np.ndarray, corner: np.ndarray) -> np.ndarray:
+        """The part of a map from `corner` on; 0 beyond the map's edges."""
+        result = np.zeros(self._grid, values.dtype)
+        low, high = np.maximum(corner, 0), np.minimum(corner + self._grid, self._area)
+        (x0, y0), (x1, y1) = low - corner, high - corner
+        result[x0:x1, y0:y1] = values[low[0] : high[0], low[1] : high[1]]
+        return result
+
+    def _draw_tiles(self, width: int, height: int) -> np.ndarray:
+        """Texture of each material by its number [materials, width, height, 3]; gray for 0, the outside."""
+        names = list(self._world._mat_names.values())[1:]
+        textures = [self._textures.get(name, (width, height))[..., :3] for name in names]
+        return np.stack([np.full((width, height, 3), OUTSIDE, np.uint8), *textures])
+
+
+class _ItemView(crafter.engine.ItemView):
+    """The inventory, drawn anew only when it has changed."""
+
+    _drawn: tuple | None = None
+
+    def __call__(self, inventory: dict[str, int], unit: np.ndarray) -> np.ndarray:
+        """Image of the items and their amounts; not to be written to."""
+        wanted = (*unit, *inventory.items())
+        if wanted != self._drawn:
+            self._image = super().__call__(inventory, unit)
+            self._drawn = wanted
+        return self._image
