@@ -4,12 +4,13 @@ The entry: reads the config, makes envs, replay and agent, and runs the loop: ac
 evaluate, save. `--help` lists presets and options. Running the same command again resumes.
 """
 
+import contextlib
 import functools
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,8 @@ from tools import UserError
 
 OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
 OPEN_LOOP_ROWS = 6  # sequences shown in it
-CHECKPOINT_FORMAT = 1
+REPLAY_STATE = "replay_state"  # folder in the logdir, with one folder for each checkpoint
+REPLAY_RING = "replay_ring"  # folder in the logdir for a ring on the disk
 ESTIMATE_UPDATES = 20  # updates after which the run's duration is estimated
 
 Arrays = dict[str, np.ndarray]
@@ -130,15 +132,18 @@ class Dreamer:
         return self.actions.decode(action), {**post, "action": action}, latents
 
     def train(self, batch: Arrays) -> tuple[dict[str, Tensor], Arrays | None]:
-        """One update from sequences [B, context + T, ...]: (metrics, refreshed latents [B, T, ...]).
+        """One update from sequences [B, context + T, ...].
 
-        A gradient that is not finite changes nothing: the metric `opt/skipped` is 1, the latents None.
+        Returns metrics, and per step [B, T, ...] what the replay keeps: refreshed latents `deter` and
+        `stoch`, and the world model's `loss`. A gradient that is not finite changes nothing: then the metric
+        `opt/skipped` is 1 and there is nothing to keep.
         """
         scales, generator = self.config.loss_scales, self.rngs["train"]
         data = self._to_device(batch)
         with self.autocast():
             post, data = self.world_model.observe(data, generator)
             losses, metrics = self.world_model.loss(post, data)
+            model_loss = sum(scales[name] * loss.detach() for name, loss in losses.items())  # [B, T]
             more, more_metrics = self.behavior.loss(self.world_model, post, data, generator)
         losses |= more
         total = sum(scales[name] * loss.mean() for name, loss in losses.items())
@@ -156,7 +161,8 @@ class Dreamer:
         if skipped:
             return metrics, None
         deter, stoch = self.rssm.pack({k: post[k].detach() for k in ("deter", "stoch")})
-        return metrics, {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy()}
+        kept = {"deter": deter, "stoch": stoch, "loss": model_loss}
+        return metrics, {k: v.cpu().numpy() for k, v in kept.items()}
 
     def report(self, batch: Arrays) -> dict[str, np.ndarray]:
         """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image key."""
@@ -258,7 +264,7 @@ class Diverged(UserError):
     """Too many updates in a row had a gradient that is not finite."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Within, Ctrl-C and SIGTERM are noted in the list that is given; a second one interrupts at once."""
     received: list[int] = []
@@ -282,76 +288,104 @@ class Run:
     `step` counts env steps (action repeat included), `transitions` stored steps that are not is_first.
     """
 
-    def __init__(self, config: Config, logdir: Path, checkpoint: dict | None, resume: bool):
-        """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken."""
+    def __init__(
+        self,
+        config: Config,
+        logdir: Path,
+        checkpoint: dict | None = None,
+        resume: bool = False,
+        notes: Sequence[str] = (),
+    ):
+        """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken.
+
+        `notes` are lines that the log begins with. Raises UserError; what can be wrong with the command is
+        found before anything is written.
+        """
         self.config, self.logdir = config, logdir
-        saved = checkpoint if resume else None
         if config.deterministic:
             tools.enable_determinism()
         if config.threads:
             torch.set_num_threads(config.threads)
         tools.seed_everything(config.seed)
         self.device = choose_device(config.device)
-        self.step = self.transitions = self.evaluations = self.streak = self.timed_updates = 0
-        self.logger = Logger(
-            logdir, total_steps=config.steps, fps=config.video_fps, resume_step=saved and saved["step"]
-        )
-        self.print = self.logger.print
-        self.timer = Timer()
-        self.envs: VecEnv | None = None
+        self.step = self.transitions = self.episodes = self.evaluations = 0
+        self.streak = self.timed_updates = 0
         self.eval_envs: VecEnv | None = None
-        self.replay: Replay | None = None
+        self.last_batch: Arrays | None = None
+        self.timer = Timer()
+        self._parts = contextlib.ExitStack()  # what `close` has to close
         try:
-            self._build(checkpoint, saved)
+            self._build(checkpoint, resume, notes)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, checkpoint: dict | None, saved: dict | None) -> None:
-        config = self.config
-        self.envs = make_vec(
-            functools.partial(make_env, config, "train"), config.envs.amount, config.envs.parallel
-        )
+    def _build(self, checkpoint: dict | None, resume: bool, notes: Sequence[str]) -> None:
+        config, saved = self.config, checkpoint if resume else None
+        self.envs = self._make_envs("train")
         obs_space, act_space = self.envs.obs_space, self.envs.act_space
         self.agent = Dreamer(obs_space, act_space, config, self.device)
-        self.print(
-            f"{config.task} on {device_name(self.device)} in {precision(config, self.device)}: "
-            f"{self.agent.parameters():,} parameters; presets {', '.join(config.presets) or 'none'}"
-        )
+        if checkpoint:
+            self.agent.load_state_dict(checkpoint["agent"], rngs=resume)
+        plan = self._plan_replay(obs_space | act_space, saved)
         self.prefill = Random(act_space, tools.numpy_rng(config.seed, "prefill"))
         self.stats = EpisodeStats(config.envs.amount, config.action_repeat)
         self.success = SuccessRates(config.task.partition("_")[0])
         every = {"log": config.log_every, "eval": config.eval_every, "save": config.save_every}
         self.every = {name: tools.Every(steps) for name, steps in every.items()}
         self.ratio = tools.Ratio(config.train_ratio / (config.batch_size * config.batch_length))
-        self.replay = self._make_replay(obs_space | act_space, saved)
-        self.last_batch: Arrays | None = None
-        if checkpoint:
-            self.agent.load_state_dict(checkpoint["agent"], rngs=saved is not None)
+
+        self.logger = Logger(
+            self.logdir,
+            total_steps=config.steps,
+            fps=config.video_fps,
+            resume_step=saved["every"]["log"]["last"] if saved else None,  # what came later is told again
+        )
+        self._parts.callback(self.logger.close)
+        self.print = self.logger.print
+        self.print(
+            f"{config.task} on {device_name(self.device)} in {precision(config, self.device)}: "
+            f"{self.agent.parameters():,} parameters; presets {', '.join(config.presets) or 'none'}"
+        )
+        for line in [*notes, plan.line]:
+            self.print(line)
+        self.replay = self._make_replay(obs_space | act_space, plan)
         if saved:
             self._resume(saved)
         else:
             self._start()
+        config.save(self.logdir / "config.yaml")
 
-    def _make_replay(self, spaces: Mapping[str, gymnasium.Space], saved: dict | None) -> Replay:
+    def _make_envs(self, mode: str) -> VecEnv:
+        options = self.config.envs
+        make = functools.partial(make_env, self.config, mode)
+        envs = make_vec(make, options.amount if mode == "train" else options.eval_amount, options.parallel)
+        self._parts.callback(envs.close)
+        return envs
+
+    def _plan_replay(self, spaces: Mapping[str, gymnasium.Space], saved: dict | None) -> replays.Plan:
         config, rssm = self.config, self.config.rssm
-        c = config.replay
-        ring = self.logdir / "replay_ring"
-        window = config.batch_length + config.replay_context
         layout = replays.ring_layout(spaces, rssm.deter, rssm.stoch, rssm.classes)
-        capacity = c.capacity
+        window = config.batch_length + config.replay_context
+        capacity = config.replay.capacity
         if saved and capacity == "auto":  # what was chosen once stays: the free memory differs each time
             capacity = saved["capacity"]
-        plan = replays.plan(layout, len(self.envs), window, capacity, c.backend, ring, c.sampler)
-        self.print(plan.line)
+        backend, sampler = config.replay.backend, config.replay.sampler
+        ring = self.logdir / REPLAY_RING
+        return replays.plan(layout, len(self.envs), window, capacity, backend, ring, sampler)
+
+    def _make_replay(self, spaces: Mapping[str, gymnasium.Space], plan: replays.Plan) -> Replay:
+        config, rssm, c = self.config, self.config.rssm, self.config.replay
         folder = Path(config.traindir) if config.traindir else self.logdir / "train_eps"
-        return Replay(
+        replay = Replay(
             spaces, len(self.envs), plan.capacity, config.batch_length, config.replay_context, config.seed,
             deter_size=rssm.deter, stoch_size=rssm.stoch, classes=rssm.classes, backend=plan.backend,
-            folder=ring, sampler=c.sampler, online=c.online,
+            folder=self.logdir / REPLAY_RING, sampler=c.sampler, online=c.online,
             curious={k.removeprefix("curious_"): v for k, v in c.items() if k.startswith("curious_")},
             writer=EpisodeWriter(folder, spaces, len(self.envs), c.keep_steps),
         )  # fmt: skip
+        self._parts.callback(replay.close)
+        return replay
 
     def _start(self) -> None:
         """Begin a new run; episodes that are already in the training folder are learned from and counted."""
@@ -359,45 +393,63 @@ class Run:
         for line in loaded.lines:
             self.print(line)
         if loaded.steps:
-            self.print(f"Loaded {loaded.steps} steps from {self.replay.writer.folder}")
+            self.print(f"Loaded {loaded.steps:,} steps from {self.replay.writer.folder}")
         self.transitions = loaded.transitions
         self.step = self.transitions * self.config.action_repeat
-        self.config.save(self.logdir / "config.yaml")
+        self.episodes = loaded.steps - loaded.transitions
         self._reset_envs()
 
     def _reset_envs(self) -> None:
-        self.obs = self.envs.reset()
-        self.stats.add(self.obs)
+        """Begin a new episode in every env, with numbers, and so seeds, that no env has had yet."""
+        self.obs = self.envs.reset(self.episodes)
         self.state = self.agent.initial_state(len(self.envs))
 
-    def save(self, *, clean: bool) -> None:
-        """Write a checkpoint of this moment, between two steps; with `clean`, all that exact resume needs."""
-        tools.save_checkpoint(self.logdir, self._state_dict(clean), self.step, self.config.keep_checkpoints)
+    def close(self) -> None:
+        """Give everything back; the files stay."""
+        self._parts.close()
+
+    # --- Checkpoints -----------------------------------------------------------------------------------
+
+    def save(self, *, clean: bool, failed: bool = False) -> None:
+        """Write a checkpoint of this moment, between two steps; with `clean`, all that exact resume needs.
+
+        If the envs have `failed`, their open episodes end here: a resumed run starts new ones.
+        """
+        # Two, for until the checkpoint is written, an older one of the same step needs its own.
+        place = self._replay_state(self.step)
+        replay = self.replay.save(place, latents=clean, keep=2)
+        state = self._state_dict(replay, None if failed else self.envs.state())
+        tools.save_checkpoint(self.logdir, state, self.step, self.config.keep_checkpoints)
+        for folder in place.parent.iterdir():
+            if not (self.logdir / tools.CHECKPOINTS / f"{folder.name}.pt").exists():
+                shutil.rmtree(folder)
+            elif folder != place:
+                for latents in folder.glob("*/latents.npz"):
+                    latents.unlink()  # large, and of use to the last stop only
         self.print(f"Saved {self.logdir / 'latest.pt'} at step {self.step:,}")
 
+    def _replay_state(self, step: int) -> Path:
+        """Folder of what the replay keeps beside the checkpoint of an env step."""
+        return self.logdir / REPLAY_STATE / tools.checkpoint_path(self.logdir, step).stem
+
     def save_after_failure(self) -> None:
-        """Keep what was collected when an env or the disk failed; the envs' open episodes end here."""
-        self.envs = None
+        """Keep what was collected when an env or the disk failed."""
         try:
-            self.save(clean=True)
+            self.save(clean=True, failed=True)
         except UserError as error:
             self.print(f"The steps since the last checkpoint could not be saved: {error}")
 
-    def _state_dict(self, clean: bool) -> dict:
-        config = self.config
-        replay = self.replay.save(self.logdir / "replay_state", latents=clean, keep=config.keep_checkpoints)
-        envs = self.envs.state() if self.envs else None
+    def _state_dict(self, replay: dict, envs: list[dict] | None) -> dict:
         return {
-            "format": CHECKPOINT_FORMAT,
-            "config": config.to_yaml(),
+            "config": self.config.to_yaml(),
             "step": self.step,
             "transitions": self.transitions,
+            "episodes": self.episodes,
             "evaluations": self.evaluations,
             "agent": self.agent.state_dict(),
             "acting": {k: v.cpu() for k, v in self.state.items()},
             "obs": _tensors(self.obs),
-            "envs": envs
-            and [{**state, "actions": _tensors(state["actions"])} for state in envs],  # None: failed
+            "envs": envs and [{**state, "actions": _tensors(state["actions"])} for state in envs],
             "prefill": self.prefill.rng.bit_generator.state,
             "replay": replay,
             "capacity": self.replay.n_envs * self.replay.rows,
@@ -412,64 +464,64 @@ class Run:
     def _resume(self, saved: dict) -> None:
         """Go on from a checkpoint of this run, at the very moment at which it was written."""
         self.step, self.transitions = saved["step"], saved["transitions"]
-        self.evaluations = saved["evaluations"]
+        self.episodes, self.evaluations = saved["episodes"], saved["evaluations"]
         self.prefill.rng.bit_generator.state = saved["prefill"]
         self.logger.load_state_dict(saved["logger"])
         self.success.load_state_dict(saved["success"])
         for name, clock in self.every.items():
             clock.load_state_dict(saved["every"][name])
         self.ratio.load_state_dict(saved["ratio"])
-        loaded = self.replay.load(saved["replay"], self.logdir / "replay_state")
+        loaded = self.replay.load(saved["replay"], self._replay_state(self.step))
         for line in loaded.lines:
             self.print(line)
-        if not (loaded.exact and self._restore_envs(saved)):
+        if loaded.exact and self._restore_envs(saved):
+            self.stats.load_state_dict(saved["stats"])
+            self.state = {k: v.to(self.device) for k, v in saved["acting"].items()}
+        else:
+            self.print("The open episodes end here, as they cannot be gone on with; the envs start new ones.")
             self._reset_envs()
         tools.set_rng_state(saved["rng"])  # last: nothing may draw after it
         self.print(f"Resumed at step {self.step:,} with {loaded.steps:,} steps in the replay")
 
     def _restore_envs(self, saved: dict) -> bool:
-        """Bring the envs back to where they were; False if they are not, and must start anew."""
-        states, amount = saved["envs"], len(self.envs)
-        same = False
-        if states and len(states) == amount:
-            restored = [{**state, "actions": _arrays(state["actions"])} for state in states]
-            self.obs = self.envs.restore(restored)
-            before = _arrays(saved["obs"])
-            same = before.keys() == self.obs.keys() and all(
-                np.array_equal(before[key], value) for key, value in self.obs.items()
-            )
-        if same:
-            self.stats.load_state_dict(saved["stats"])
-            self.state = {k: v.to(self.device) for k, v in saved["acting"].items()}
-            return True
-        self.print("The open episodes cannot be gone on with (the envs do not repeat them); they are closed.")
-        for index in range(amount):
-            self.replay.close_open(index)
-        return False
-
-    def close(self) -> None:
-        """Give everything back; the files stay."""
-        for part in (self.envs, self.eval_envs, self.replay, self.logger):
-            if part is not None:
-                part.close()
+        """Play the open episodes again. False if they are not what they were."""
+        if not saved["envs"]:
+            return False
+        try:
+            self.obs = self.envs.restore([{**s, "actions": _arrays(s["actions"])} for s in saved["envs"]])
+        except UserError as error:  # an env that does not repeat itself may not take these actions
+            self.print(str(error))
+            self.envs = self._make_envs("train")
+            return False
+        before = _arrays(saved["obs"])
+        return before.keys() == self.obs.keys() and all(
+            np.array_equal(before[key], value) for key, value in self.obs.items()
+        )
 
     # --- What happens in the loop ----------------------------------------------------------------------
 
     def interact(self) -> None:
-        """One step in each training env: act, store, observe."""
+        """One step in each training env: act, store, count, and see what comes of it."""
+        obs = self.obs
         if self.step < self.config.prefill:
             action, latents = self.prefill.act(len(self.envs)), {}
         else:
             with self.timer("policy"):
-                action, self.state, latents = self.agent.act(self.obs, self.state, self.agent.rngs["act"])
+                action, self.state, latents = self.agent.act(obs, self.state, self.agent.rngs["act"])
         with self.timer("replay"):
-            self.replay.add({k: v for k, v in {**self.obs, **action, **latents}.items() if k[:4] != "log_"})
+            self.replay.add({k: v for k, v in {**obs, **action, **latents}.items() if k[:4] != "log_"})
+        self._count(obs)
         with self.timer("env"):
             self.obs = self.envs.step(action)
-        moved = int((~self.obs["is_first"]).sum())
+
+    def _count(self, obs: Arrays) -> None:
+        """Count what was stored, and log the episodes that it ends."""
+        first = int(obs["is_first"].sum())
+        moved = len(self.envs) - first
+        self.episodes += first
         self.transitions += moved
         self.step += moved * self.config.action_repeat
-        for episode in self.stats.add(self.obs):
+        for episode in self.stats.add(obs):
             self.success.add(episode)
             metrics = {f"env/episode_{name}": episode[name] for name in ("return", "length")}
             extra = {f"env/{k[4:]}": v for k, v in episode.items() if k.startswith("log_")}
@@ -477,23 +529,27 @@ class Run:
 
     def learn(self) -> None:
         """As many updates as `train_ratio` asks for by now."""
-        if self.step < self.config.prefill or not self.replay.can_sample(self.config.batch_size):
+        if self.step < self.config.prefill:
             return
-        for _ in range(self.ratio(self.transitions)):
+        due = self.ratio(self.transitions)
+        if not self.replay.can_sample(self.config.batch_size):
+            return  # what is due now is not owed later
+        for _ in range(due):
             with self.timer("replay"):
                 batch = self.replay.sample(self.config.batch_size)
                 where = batch.pop("where")
             with self.timer("train"):
-                metrics, latents = self.agent.train(batch)
+                metrics, kept = self.agent.train(batch)
             self.logger.add(metrics)
             self.last_batch = batch
             self._estimate()
-            if latents is None:
+            if kept is None:
                 self._count_nonfinite(batch)
                 continue
             self.streak = 0
             with self.timer("replay"):
-                self.replay.update_latents(where, **latents)
+                self.replay.update_latents(where, kept["deter"], kept["stoch"])
+                self.replay.update_priorities(where, kept["loss"])
 
     def _estimate(self) -> None:
         """After the first updates, one line says how long the run will take."""
@@ -516,37 +572,44 @@ class Run:
             return
         path = self.logdir / "diagnosis.pt"
         diagnosis = {"step": self.step, "batch": _tensors(batch), "agent": self.agent.state_dict()}
-        tools.atomic_write(path, lambda file: torch.save(diagnosis, file))
+        tools.save_tensors(path, diagnosis)
         raise Diverged(
             f"The gradient was not finite in {self.streak} updates in a row, so the run stops. The batch and "
             f"the weights are in {path}. Resume with a lower --opt.lr; the last checkpoint is untouched."
         )
 
-    def evaluate(self) -> None:
-        """Full episodes in the evaluation envs: returns, videos and episode files."""
+    def evaluate(self, stop: Sequence[int] = ()) -> bool:
+        """Full episodes in the evaluation envs: returns, videos and episode files.
+
+        False if it was stopped in between; then nothing is kept of it, and it can be done anew.
+        """
         config = self.config
         if self.eval_envs is None:
-            make = functools.partial(make_env, config, "eval")
-            self.eval_envs = make_vec(make, config.envs.eval_amount, config.envs.parallel)
+            self.eval_envs = self._make_envs("eval")
         share = config.eval_episodes // config.envs.eval_amount
         rng = tools.torch_rng(config.seed, "eval", self.evaluations, device=self.device)
+        first = self.evaluations * share  # each evaluation counts other episodes, with seeds of their own
+        done: list[EvalEpisode] = []
         with self.timer("eval"):
-            # Each evaluation has worlds of its own: an env begins at most one episode more than its share.
-            done = play_episodes(self.agent, self.eval_envs, share, rng, self.evaluations * (share + 1))
+            for episode in play_episodes(self.agent, self.eval_envs, share, rng, first):
+                if stop:
+                    return False
+                done.append(episode)
             self._write_eval_episodes(done)
             self._write_eval_videos(done)
         self.evaluations += 1
         for episode in done:
             length = episode.length * config.action_repeat
             self.logger.add({"eval/episode_return": episode.score, "eval/episode_length": length})
+        return True
 
     def _write_eval_episodes(self, done: "list[EvalEpisode]") -> None:
         folder = Path(self.config.evaldir) if self.config.evaldir else self.logdir / "eval_eps"
-        writer = EpisodeWriter(folder, self.eval_envs.obs_space | self.eval_envs.act_space, 1)
-        for episode in done:
-            for t in range(len(episode.steps["reward"])):
-                writer.add({key: value[t : t + 1] for key, value in episode.steps.items()})
-        writer.close()
+        spaces = self.eval_envs.obs_space | self.eval_envs.act_space
+        with contextlib.closing(EpisodeWriter(folder, spaces, 1)) as writer:
+            for episode in done:
+                for t in range(episode.length + 1):
+                    writer.add({key: value[t : t + 1] for key, value in episode.steps.items()})
 
     def _write_eval_videos(self, done: "list[EvalEpisode]") -> None:
         config = self.config
@@ -597,52 +660,62 @@ class EvalEpisode:
 
 def play_episodes(
     agent: Dreamer, envs: VecEnv, share: int, generator: torch.Generator, first: int = 0
-) -> list[EvalEpisode]:
-    """Play `share` full episodes in each env, from episode number `first` on.
+) -> Iterator[EvalEpisode]:
+    """Play `share` full episodes in each env, from episode number `first` on; yields them as they finish.
 
-    Each env counts the same number, so that envs whose episodes are short do not weigh more.
+    Each env counts the same number, so that envs whose episodes are short do not weigh more. `agent` is
+    anything with the agent's `initial_state` and `act`.
     """
     amount = len(envs)
     obs, state = envs.reset(first), agent.initial_state(amount)
     running: list[list[Arrays]] = [[] for _ in range(amount)]
-    done: list[list[EvalEpisode]] = [[] for _ in range(amount)]
-    while any(len(episodes) < share for episodes in done):
+    left = [share] * amount
+    while any(left):
         action, state, _ = agent.act(obs, state, generator)
         for index, steps in enumerate(running):
-            if len(done[index]) == share:
+            if not left[index]:
                 continue
             steps.append({key: value[index] for key, value in {**obs, **action}.items()})
             if obs["is_last"][index]:
-                done[index].append(EvalEpisode({k: np.stack([s[k] for s in steps]) for k in steps[0]}))
+                left[index] -= 1
+                yield EvalEpisode({k: np.stack([s[k] for s in steps]) for k in steps[0]})
                 steps.clear()
-        obs = envs.step(action)
-    return [episode for episodes in done for episode in episodes]
+        if any(left):
+            obs = envs.step(action)
 
 
-def train(run: Run, stop: list[int]) -> None:
-    """The loop. Everything that happens in a run happens here, in this order."""
-    while run.step < run.config.steps and not stop:
-        run.interact()
-        run.learn()
-        if run.every["eval"](run.step):
-            run.evaluate()
+def train(run: Run, stop: Sequence[int] = ()) -> None:
+    """The loop. Everything that happens in a run happens here, in this order.
+
+    It ends between two steps when all are done, or soon after `stop` gets an entry. What is due then and not
+    done is done first by the resumed run, so it sees the same numbers.
+    """
+    while not stop:
+        if run.every["eval"].due(run.step) and not run.evaluate(stop):
+            break
+        run.every["eval"](run.step)
         if run.every["log"](run.step):
             run.log()
         if run.every["save"](run.step):
             run.save(clean=False)
+        if run.step >= run.config.steps:
+            break
+        run.interact()
+        run.learn()
         run.logger.progress(run.step)
 
 
 def open_run(argv: list[str]) -> Run:
     """The run that the command line asks for: a new one, or one that is gone on with.
 
-    A logdir with a checkpoint is resumed. `--from_checkpoint` without `--logdir` resumes the run that the
-    checkpoint belongs to; with a new logdir it starts a new run from its weights and optimiser.
+    A logdir with a checkpoint is resumed. `--from_checkpoint` without `--logdir`, or with its own run's,
+    resumes the run that the checkpoint belongs to; with a new logdir it starts a new run from its weights
+    and optimiser.
     """
     logdir, source = configs.run_paths(argv)
-    if logdir is None and source is not None:
-        logdir = str(run_folder(Path(source)))
-        resume, origin = True, source
+    home = run_folder(Path(source)) if source else None
+    if home and (logdir is None or Path(logdir).resolve() == home.resolve()):
+        logdir, resume, origin = home, True, source
     else:
         resume = logdir is not None and bool(tools.find_checkpoints(logdir))
         origin = logdir if resume else source
@@ -650,11 +723,9 @@ def open_run(argv: list[str]) -> Run:
     saved = checkpoint and Config.from_yaml(checkpoint["config"], f"the config in {path}")
     config = configs.load(argv, has_cuda=cuda_works(), saved=saved)
     changes = configs.resume_changes(saved, config) if resume else []
+    notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
     folder = Path(logdir or Path("logdir") / config.task / time.strftime("%Y%m%dT%H%M%S"))
-    run = Run(config, folder, checkpoint, resume)
-    for line in [*notes, *config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]:
-        run.print(line)
-    return run
+    return Run(config, folder, checkpoint, resume, notes)
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -681,10 +752,8 @@ def _arrays(tensors: Mapping[str, Tensor]) -> Arrays:
 def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code: 0, 2 for the user's mistakes, 130, 143."""
     argv = sys.argv[1:] if argv is None else argv
-    run = None
     try:
-        with stop_signals() as stop:
-            run = open_run(argv)
+        with stop_signals() as stop, contextlib.closing(open_run(argv)) as run:
             try:
                 train(run, stop)
             except Diverged:
@@ -693,15 +762,14 @@ def main(argv: list[str] | None = None) -> int:
                 run.save_after_failure()
                 raise
             run.save(clean=True)
+            if stop:
+                run.print(f"Stopped by {signal.Signals(stop[0]).name}; the same command goes on")
         return 128 + stop[0] if stop else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    finally:
-        if run is not None:
-            run.close()
 
 
 if __name__ == "__main__":

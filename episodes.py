@@ -134,7 +134,8 @@ class EpisodeWriter:
     """Collects the steps of each environment and writes each finished episode as a compressed file.
 
     One thread in the background compresses and writes; a file appears whole or not at all. What fails there
-    (disk full) is raised as UserError by the next `add`, `flush` or `close`.
+    (disk full) is raised as UserError by the next `add`, `flush` or `close`, and tried again by the one after
+    it: until an episode is on the disk, it is kept here.
 
     Args:
         folder: where the files go, as {time}-{id}-{length}.npz; time is the start of the episode in UTC.
@@ -151,7 +152,8 @@ class EpisodeWriter:
         self.open: list[list[Rows]] = [[] for _ in range(n_envs)]  # steps of the unfinished episodes
         self.names = [""] * n_envs  # {time}-{id} of each environment's current episode
         self.tick = 0  # microseconds of the latest name
-        self.pending: deque[Future] = deque()
+        self.pending: deque[tuple[Future, str, list[Rows]]] = deque()  # episodes that are being written
+        self.failed: list[tuple[str, list[Rows]]] = []  # episodes that could not be written
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".*.npz.*.tmp"):  # a kill while a file was written
@@ -176,7 +178,7 @@ class EpisodeWriter:
     def finish(self, env: int) -> None:
         """Write the open episode of an environment as it is. Does nothing if there is none."""
         if self.open[env]:
-            self.pending.append(self.thread.submit(self._write, self.names[env], self.open[env]))
+            self._submit(self.names[env], self.open[env])
             self.open[env] = []
 
     def resume(self, env: int, name: str, rows: Rows) -> None:
@@ -204,9 +206,20 @@ class EpisodeWriter:
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
         return f"{stamp}-{micro:05x}{secrets.token_hex(2)}"  # random end: files of other runs keep apart
 
+    def _submit(self, name: str, steps: list[Rows]) -> None:
+        self.pending.append((self.thread.submit(self._write, name, steps), name, steps))
+
     def _wait(self, allowed: int) -> None:
-        while self.pending and (len(self.pending) > allowed or self.pending[0].done()):
-            self.pending.popleft().result()  # raises what failed in the background
+        """Wait until at most `allowed` episodes are not on the disk; raises what failed in the background."""
+        while self.failed:
+            self._submit(*self.failed.pop())
+        while self.pending and (len(self.pending) > allowed or self.pending[0][0].done()):
+            future, name, steps = self.pending.popleft()
+            try:
+                future.result()
+            except UserError:
+                self.failed.append((name, steps))
+                raise
 
     def _write(self, name: str, steps: list[Rows]) -> None:
         rows = stack(steps)

@@ -396,7 +396,7 @@ class Replay:
         streams = []
         for env, segments in enumerate(self.segments):
             ends = [start for _, start in list(segments)[1:]] + [int(self.heads[env])]
-            kept = zip(segments, ends, strict=True)
+            kept = zip(segments, ends, strict=False)  # a stream without steps has an end but no segment
             streams.append([[name, start, end] for (name, start), end in kept if end > self.oldest[env]])
         return {
             "moment": moment,

@@ -22,6 +22,7 @@ import torch
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 CHECKPOINTS = "checkpoints"  # folder in the logdir
 LATEST = "latest.pt"
+CHECKPOINT_FORMAT = 1  # goes up when the program can no longer read what it wrote before
 
 
 class UserError(Exception):
@@ -101,11 +102,13 @@ class Every:
         self.last = 0
 
     def __call__(self, step: int) -> bool:
-        if not self.every:
-            return False
-        passed = step // self.every > self.last // self.every
+        due = self.due(step)
         self.last = step
-        return passed
+        return due
+
+    def due(self, step: int) -> bool:
+        """Whether a call would tell so now; changes nothing."""
+        return bool(self.every) and step // self.every > self.last // self.every
 
     def state_dict(self) -> dict:
         return {"last": self.last}
@@ -192,18 +195,8 @@ def _check_plain(value, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}; make it a tensor or a plain Python type.")
 
 
-def save_checkpoint(logdir: str | os.PathLike, payload: dict, step: int, keep: int) -> Path:
-    """Write `{logdir}/checkpoints/step-*.pt`, make `{logdir}/latest.pt` the same file, delete old ones.
-
-    `payload` holds tensors and plain Python types only (TypeError otherwise). The last `keep` >= 1
-    checkpoints stay, latest.pt's included. If the disk refuses, a UserError is raised and latest.pt is
-    still the one before. Returns the path of the step's file.
-    """
-    _check_plain(payload, "payload")
-    logdir = Path(logdir)
-    path = logdir / CHECKPOINTS / f"step-{step:012d}.pt"
-    for leftover in [*path.parent.glob(".step-*.tmp"), *logdir.glob(".latest.pt.*.tmp")]:
-        leftover.unlink()  # a kill in the middle of an earlier save
+def save_tensors(path: str | os.PathLike, payload: dict) -> None:
+    """Write tensors and plain Python types, whole or not at all. Raises UserError if the disk refuses."""
 
     def write(file: BinaryIO) -> None:
         try:
@@ -215,6 +208,26 @@ def save_checkpoint(logdir: str | os.PathLike, payload: dict, step: int, keep: i
             raise
 
     atomic_write(path, write)
+
+
+def checkpoint_path(logdir: str | os.PathLike, step: int) -> Path:
+    """Where the checkpoint of an env step is."""
+    return Path(logdir) / CHECKPOINTS / f"step-{step:012d}.pt"
+
+
+def save_checkpoint(logdir: str | os.PathLike, payload: dict, step: int, keep: int) -> Path:
+    """Write the `checkpoint_path`, make `{logdir}/latest.pt` the same file, delete old ones.
+
+    `payload` holds tensors and plain Python types only (TypeError otherwise). The last `keep` >= 1
+    checkpoints stay, latest.pt's included. If the disk refuses, a UserError is raised and latest.pt is
+    still the one before. Returns the path of the step's file.
+    """
+    _check_plain(payload, "payload")
+    logdir = Path(logdir)
+    path = checkpoint_path(logdir, step)
+    for leftover in [*path.parent.glob(".step-*.tmp"), *logdir.glob(".latest.pt.*.tmp")]:
+        leftover.unlink()  # a kill in the middle of an earlier save
+    save_tensors(path, {**payload, "format": CHECKPOINT_FORMAT})
     _link_or_copy(path, logdir / LATEST)
     older = [other for other in find_checkpoints(logdir) if other.name not in (LATEST, path.name)]
     for other in older[keep - 1 :]:
@@ -237,13 +250,19 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def find_checkpoints(logdir: str | os.PathLike) -> list[Path]:
-    """The run's checkpoints: latest.pt, then the others, the last written first. Empty for a new run."""
+    """The run's checkpoints: latest.pt, then the others, the last written first. Empty for a new run.
+
+    Raises UserError if the folder may not be looked into.
+    """
     logdir = Path(logdir)
-    others = list((logdir / CHECKPOINTS).glob("step-*.pt"))
-    # By time, because a run that went back to an earlier step writes smaller numbers later.
-    others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-    latest = logdir / LATEST
-    return [latest, *others] if latest.exists() else others
+    try:
+        others = list((logdir / CHECKPOINTS).glob("step-*.pt"))
+        # By time, because a run that went back to an earlier step writes smaller numbers later.
+        others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+        latest = logdir / LATEST
+        return [latest, *others] if latest.exists() else others
+    except PermissionError as error:
+        raise UserError(f"Cannot read {logdir}: {error.strerror}.") from error
 
 
 def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
@@ -251,7 +270,7 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
 
     `path` is a run's folder or one file. For a folder or a latest.pt, broken checkpoints are passed over
     for the next older one. Returns the payload, the file it came from, and a line for each broken one.
-    Raises UserError if none can be read.
+    Raises UserError if none can be read, or if it is no checkpoint of this program.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -287,9 +306,12 @@ def _read_checkpoint(path: Path) -> dict:
     if damaged:
         raise BrokenCheckpoint(f"the checksum of {damaged} is wrong")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
         raise BrokenCheckpoint(str(error).split("\n")[0]) from error
+    if not isinstance(payload, dict) or payload.pop("format", None) != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this version of LoRe. Use the version that wrote it.")
+    return payload
 
 
 class LaProp(torch.optim.Optimizer):

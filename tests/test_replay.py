@@ -1,8 +1,11 @@
 """The replay: ring, windows, samplers, episode files, stop and resume."""
 
 import errno
+import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -177,9 +180,9 @@ def test_each_fresh_window_is_served_once_before_uniform_draws():
 
 def test_evicted_fresh_window_is_not_served():
     replay = make(capacity=16, online=True)
-    Source().fill(replay, 40)
-    assert len(replay.queue) <= 3
-    assert replay.draw(8)[:, 1].min() >= 24
+    Source().fill(replay, 44)
+    assert [start for _, start in replay.queue] == [25, 30, 35]  # 25 has lost three steps since
+    assert replay.draw(8)[:, 1].min() >= 28
 
 
 def test_draws_depend_on_the_seed_only():
@@ -256,7 +259,9 @@ def test_sum_tree_finds_slots_by_weight_and_never_one_without():
     drawn = np.bincount(tree.find(rng.random(200_000)), minlength=37) / 200_000
     np.testing.assert_allclose(drawn, weights / weights.sum(), atol=5e-3)
     assert (drawn[weights == 0] == 0).all()
-    assert weights[tree.find(np.array([0, np.nextafter(1, 0)]))].all()
+    weights[20:] = 0
+    tree.set(np.arange(37), weights)
+    assert weights[tree.find(np.array([0.0, 1.0]))].all()  # 1 stands for a share that was rounded up
 
 
 def test_curious_draws_are_proportional_to_the_priorities_of_valid_starts():
@@ -291,6 +296,8 @@ def test_curious_priority_follows_the_papers_formula():
     np.testing.assert_allclose(sampler.priority[3], 100 * 0.7 + 4.01**0.5, rtol=1e-6)
     np.testing.assert_allclose(sampler.priority[4], 100 * 0.7**2 + 9.01**0.5, rtol=1e-6)
     assert sampler.visits.tolist() == [0, 0, 0, 1, 2, 0, 0, 0, 0, 0]
+    sampler.add(np.array([4]))  # a new step in the slot of an old one
+    assert sampler.visits[4] == 0 and sampler.priority[4] == sampler.largest
 
 
 def test_curious_never_draws_across_the_head():
@@ -454,10 +461,10 @@ def test_full_disk_surfaces_and_leaves_nothing_half_written(tmp_path, monkeypatc
         with pytest.raises(UserError, match="disk full"):
             writer.flush()
     assert os.listdir(tmp_path) == []
-    for _ in range(4):  # with room again it goes on
+    for _ in range(4):  # with room again it goes on, and nothing was lost
         writer.add(source.step())
     writer.close()
-    assert [file.length for file in list_episodes(tmp_path)] == [4]
+    assert [file.length for file in list_episodes(tmp_path)] == [4, 4]
 
 
 def test_leftover_of_a_kill_is_removed(tmp_path):
@@ -652,6 +659,8 @@ def test_open_episode_can_be_closed_as_abandoned_after_a_kill(tmp_path):
     resumed = build(tmp_path, n_envs=1)
     resumed.load(state, tmp_path / "state")
     resumed.close_open(0)
+    resumed.writer.flush()
+    assert [file.length for file in list_episodes(tmp_path / "train_eps")] == [7, 3]
     Source().fill(resumed, 7)
     batch = resumed.gather(np.array([[0, 7]]))
     assert batch["is_last"][0].tolist() == [False, False, True, False, False]
@@ -701,3 +710,17 @@ def test_only_the_newest_moments_are_kept_and_strange_folders_stay(tmp_path):
     assert (tmp_path / "state" / moments[3] / "latents.npz").exists()
     assert (tmp_path / "state" / moments[2] / "open-0.npz").exists()
     replay.close()
+
+
+@pytest.mark.parametrize("script", ["replay_speed.py", "replay_memory.py"])
+def test_benchmark_gives_its_figures_as_json(script):
+    if script == "replay_memory.py" and not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    path = Path(replay_module.__file__).parent / "benchmarks" / script
+    size = ["--steps", "800"] if script == "replay_speed.py" else ["--steps", "1600", "--capacity", "400"]
+    done = subprocess.run(
+        [sys.executable, path, *size, "--deter", "8", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert {"sample_ms", "add_per_env_ms"} <= figures.keys() or figures["ratio"] > 0
