@@ -334,11 +334,6 @@ class Replay:
         self.heads[env] = start + length
         self.expect_first[env] = True
 
-    def close_open(self, env: int) -> None:
-        """End the open episode of an environment that starts anew, and write it as its own file."""
-        self.writer.finish(env)
-        self.expect_first[env] = True
-
     def load_episodes(self) -> Loaded:
         """Fill the ring, which is emptied first, from the writer's folder: the newest up to the capacity.
 
@@ -422,8 +417,8 @@ class Replay:
     def load(self, state: dict, folder: str | os.PathLike) -> Loaded:
         """Build the very ring that `save` saw: same positions, same draws and, where it kept them, latents.
 
-        Episode files that are younger go to newer/. If `exact`, the open episodes go on, but for those that
-        `close_open` ends. If not (files are missing or broken; the capacity or the number of environments has
+        Episode files that are younger go to newer/. If `exact`, the open episodes go on; one whose
+        environment starts anew is closed by its next step. If not (files are missing or broken; the capacity or the number of environments has
         changed), the ring is filled anew from the files that are there, open episodes are written to files
         as they are, and the environments must start new ones.
         """

@@ -1,6 +1,6 @@
 """Small environments that are solved within minutes, for tests.
 
-One of six colours is the cue; it names the rewarded action. A random agent gets a sixth of the best return.
+One of four colours is the cue; it names the rewarded action. A random agent gets a quarter of the best return.
 
     dummy_cue         image; each step shows a new cue
     dummy_memory      image; the cue is seen at the first step only, and is asked for at all later ones
@@ -17,9 +17,7 @@ from gymnasium import spaces
 
 import envs
 
-COLORS = np.array(
-    [(230, 30, 30), (30, 200, 30), (40, 60, 240), (230, 220, 30), (220, 40, 220), (30, 210, 220)], np.uint8
-)
+COLORS = np.array([(230, 30, 30), (30, 200, 30), (40, 60, 240), (230, 220, 30)], np.uint8)
 BACKGROUND = 60  # gray level; a blank image is all background
 CUE_LENGTH = 16  # steps of an episode that shows a new cue each step
 MEMORY_LENGTH = 6  # steps of an episode with one cue, the step that shows it included

@@ -169,7 +169,7 @@ def test_random_plays_the_same_worlds_without_the_agent(logdir, played, monkeypa
         assert not np.array_equal(one.steps["action"], other.steps["action"])
 
 
-def test_random_actions_get_a_sixth_of_the_best_return(logdir, capsys):
+def test_random_actions_get_a_quarter_of_the_best_return(logdir, capsys):
     episodes, chance = 100, 1 / len(COLORS)
     result = run(capsys, "--logdir", logdir, "--random", "--episodes", episodes)
     deviation = math.sqrt(CUE_LENGTH * chance * (1 - chance) / episodes)  # of the mean return
