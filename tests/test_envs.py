@@ -277,7 +277,9 @@ def test_random_actions_get_at_most_a_quarter_of_the_best_return(task):
     env = make(task, size=[8, 8])
     space = env.act_space["action"]
     space.seed(0)
-    assert returns(env, lambda obs: space.sample(), 200).mean() <= 0.25 * env.best_return
+    found = returns(env, lambda obs: space.sample(), 200)
+    by_chance = 3 * found.std() / len(found) ** 0.5  # what the mean may be off
+    assert found.mean() <= 0.25 * env.best_return + by_chance
 
 
 # Crafter
