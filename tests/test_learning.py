@@ -18,7 +18,7 @@ SMALL = shlex.split(
     " --actor.units 128 --critic.units 128"
     " --opt.lr 1e-3 --model_lr 1e-3 --actor_lr 2e-4 --opt.warmup 50"
 )
-RUN = shlex.split("--device cpu --eval_every 2000 --eval_episodes 20 --video_pred_log False")
+RUN = shlex.split("--device cpu --threads 1 --eval_every 2000 --eval_episodes 20 --video_pred_log False")
 SOLVED = 0.9  # of the best return; a random agent gets a quarter
 
 
