@@ -271,7 +271,7 @@ class NonFiniteVector(Bad):
         super().__init__(size, vectors=("vector",))
 
     def spoil(self, obs, reward):
-        return {**obs, "vector": np.full(6, np.inf, np.float32)}, reward
+        return {**obs, "vector": np.full_like(obs["vector"], np.inf)}, reward
 
 
 class Raises(Bad):
