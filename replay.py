@@ -418,9 +418,9 @@ class Replay:
         """Build the very ring that `save` saw: same positions, same draws and, where it kept them, latents.
 
         Episode files that are younger go to newer/. If `exact`, the open episodes go on; one whose
-        environment starts anew is closed by its next step. If not (files are missing or broken; the capacity or the number of environments has
-        changed), the ring is filled anew from the files that are there, open episodes are written to files
-        as they are, and the environments must start new ones.
+        environment starts anew is closed by its next step. If not (files are missing or broken; the capacity
+        or the number of environments has changed), the ring is filled anew from the files that are there,
+        open episodes are written to files as they are, and the environments must start new ones.
         """
         lines = self._set_aside_newer(state)
         self.writer.tick = max(self.writer.tick, state["tick"])

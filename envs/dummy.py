@@ -1,6 +1,6 @@
 """Small environments that are solved within minutes, for tests.
 
-One of four colours is the cue; it names the rewarded action. A random agent gets a quarter of the best return.
+One of four colours is the cue; it names the rewarded action. A random agent gets a quarter of the best.
 
     dummy_cue         image; each step shows a new cue
     dummy_memory      image; the cue is seen at the first step only, and is asked for at all later ones
