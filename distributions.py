@@ -172,12 +172,12 @@ class TwoHot:
     def mean(self) -> Tensor:
         """The expected value [...]; exactly 0 for uniform probabilities, as at the start of training.
 
-        The bins are symmetric, so each positive bin is weighted by its probability minus that of its mirror
-        image: large terms cancel before they are summed.
+        The bins are symmetric, so each term is added to that of its mirror image first, as the reference
+        does: large terms cancel before they are summed.
         """
-        probs, half = F.softmax(self.logits, -1), self.bins.shape[-1] // 2
-        surplus = probs[..., -half:] - probs[..., :half].flip(-1)
-        mean = (surplus * self.bins[-half:]).sum(-1)
+        terms, half = F.softmax(self.logits, -1) * self.bins, self.bins.shape[-1] // 2
+        pairs = terms[..., :half].flip(-1) + terms[..., -half:]
+        mean = terms[..., half:-half].sum(-1) + pairs.sum(-1)
         return symexp(mean) if self.symlog_space else mean
 
     @cached_property

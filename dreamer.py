@@ -135,8 +135,8 @@ class Dreamer:
         """One update from sequences [B, context + T, ...].
 
         Returns metrics, and per step [B, T, ...] what the replay keeps: refreshed latents `deter` and
-        `stoch`, and the world model's `loss`. A gradient that is not finite changes nothing: then the metric
-        `opt/skipped` is 1 and there is nothing to keep.
+        `stoch`, and the world model's `loss`. A gradient that is not finite changes no weight: then the
+        metric `opt/skipped` is 1 and there is nothing to keep.
         """
         scales, generator = self.config.loss_scales, self.rngs["train"]
         data = self._to_device(batch)
