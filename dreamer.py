@@ -61,6 +61,7 @@ class Dreamer:
         device: torch.device,
     ):
         self.config, self.device = config, device
+        check_actions(act_space, config.actor_dist)
         self.actions = networks.ActionVector(act_space)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(tools.derive_seed(config.seed, "weights"))
@@ -201,6 +202,19 @@ class Dreamer:
                 # A run may go on with another kind of device, whose generators have other states.
                 if state["rngs"][name].shape == rng.get_state().shape:
                     rng.set_state(state["rngs"][name])
+
+
+def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:
+    """Raise UserError for an action that the actor cannot take, or that `actor_dist` does not fit."""
+    fits = {gymnasium.spaces.Discrete: "onehot", gymnasium.spaces.Box: "normal"}
+    for key, space in act_space.items():
+        dist = fits.get(type(space))
+        if dist is None:
+            raise UserError(f"Action {key!r} is {space}; the actor knows Discrete and Box.")
+        if actor_dist not in ("auto", dist):
+            raise UserError(
+                f"--actor_dist {actor_dist} does not fit action {key!r} ({space}): use {dist} or auto."
+            )
 
 
 def _load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], name: str) -> None:

@@ -11,6 +11,7 @@ import distributions as dists
 import dreamer
 import models
 import networks
+from tools import UserError
 
 DISCRETE = {"action": gymnasium.spaces.Discrete(5)}
 CONTINUOUS = {"action": gymnasium.spaces.Box(-1, 1, (3,), np.float32)}
@@ -378,6 +379,20 @@ def test_acting_continues_where_training_would():
         )
         state = {k: step[k][:, 0] for k in ("deter", "stoch")}
         torch.testing.assert_close(state["deter"], scan["deter"][:, t])
+
+
+@pytest.mark.parametrize(
+    ("act_space", "dist", "nearest"), [(DISCRETE, "normal", "onehot"), (CONTINUOUS, "onehot", "normal")]
+)
+def test_an_actor_dist_that_does_not_fit_the_actions_names_the_one_that_does(act_space, dist, nearest):
+    make_agent("--actor_dist", nearest, act_space=act_space)
+    with pytest.raises(UserError, match=f"use {nearest} or auto"):
+        make_agent("--actor_dist", dist, act_space=act_space)
+
+
+def test_actions_of_an_unknown_kind_are_refused():
+    with pytest.raises(UserError, match="knows Discrete and Box"):
+        make_agent(act_space={"action": gymnasium.spaces.MultiDiscrete([3, 4])})
 
 
 @pytest.mark.slow
