@@ -47,6 +47,7 @@ REGISTRY: dict[str, str | Callable[[str, Any], Any]] = {
     "minigrid": "envs.minigrid:make",
 }
 
+NOT_FOR_3_13 = ("dm_control", "labmaze", "memory_maze")
 MAX_LISTED = 20  # names in an error; of more, the nearest are listed
 
 
@@ -86,8 +87,9 @@ def _make(suite: str, name: str, config: Any) -> Any:
             entry = getattr(importlib.import_module(module), function)
         return entry(name, config)
     except ModuleNotFoundError as error:
+        older = " (Python 3.11 or 3.12 only)" if error.name in NOT_FOR_3_13 else ""
         raise UserError(
-            f"Tasks of {suite} need the Python package {error.name}, which is not installed: "
+            f"Tasks of {suite} need the Python package {error.name}{older}, which is not installed: "
             f"pip install -r {_requirements(suite)}"
         ) from error
 

@@ -57,3 +57,6 @@ class Atari:
     def step(self, action: int) -> tuple[dict, float, bool, bool, dict]:
         image, reward, terminated, truncated, info = self._env.step(action)
         return {"image": image}, reward, terminated, truncated, info
+
+    def close(self) -> None:
+        self._env.close()

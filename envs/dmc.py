@@ -1,6 +1,5 @@
 """DeepMind Control (Tunyasuvunakool et al. 2020), `dmc_{domain}_{task}`: for example `dmc_walker_walk`."""
 
-import contextlib
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,15 @@ CAMERAS = {"quadruped": 2}  # the camera that shows most; 0 for all other domain
 def make(name: str, config: Any) -> "DMC":
     """The environment of task `dmc_{name}`."""
     images = config.obs != "native"
-    if images:
-        rendering.choose_backend(f"dmc_{name}")
-    with contextlib.nullcontext() if images else rendering.no_backend():
+    with rendering.dm_control(f"dmc_{name}", draws=images):
         from dm_control import suite
-    tasks = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
-    if name not in tasks:
-        raise envs.unknown_task("dmc", name, tasks)
-    domain, task = tasks[name]
+
+        tasks = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
+        if name not in tasks:
+            raise envs.unknown_task("dmc", name, tasks)
+        domain, task = tasks[name]
+        env = suite.load(domain, task, task_kwargs={"random": 0})
     camera = CAMERAS.get(domain, 0) if config.dmc.camera == "auto" else config.dmc.camera
-    env = suite.load(domain, task, task_kwargs={"random": 0})
     return DMC(env, config.size if images else None, camera, config.action_repeat, config.obs != "pixels")
 
 

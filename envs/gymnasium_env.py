@@ -31,7 +31,8 @@ def make(name: str, config: Any) -> "Gymnasium":
         prefix = f"{module}:" if module else ""
         raise envs.unknown_task("gym", name, [prefix + each for each in sorted(gymnasium.registry)])
     try:
-        creator = load_env_creator(gymnasium.spec(env_id).entry_point)
+        creator = gymnasium.spec(env_id).entry_point
+        creator = creator if callable(creator) else load_env_creator(creator)
         draws = "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ())
         if config.obs != "native" and not draws:
             raise UserError(f"{task} cannot draw itself as an image: use --obs native.")
@@ -41,6 +42,7 @@ def make(name: str, config: Any) -> "Gymnasium":
         if config.obs != "native":
             if hasattr(env.unwrapped, "mujoco_renderer"):
                 rendering.choose_backend(task)
+            env.reset(seed=0)  # a camera may keep its place from the first reset of all
             env = AddRenderObservation(env, config.obs == "pixels", render_key="image", obs_key="vector")
     except gymnasium.error.DependencyNotInstalled as error:
         reason = str(error).splitlines()[0]

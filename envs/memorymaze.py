@@ -26,9 +26,9 @@ def make(name: str, config: Any) -> "MemoryMaze":
     height, width = config.size
     if height != width or height < MIN_SIZE:
         raise UserError(f"Memory Maze draws squares from {MIN_SIZE} x {MIN_SIZE} on; size is {config.size}.")
-    rendering.choose_backend(f"memorymaze_{name}")
-    task = getattr(_tasks(), f"memory_maze_{name}")
-    return MemoryMaze(functools.partial(task, image_only_obs=True, camera_resolution=height))
+    with rendering.dm_control(f"memorymaze_{name}", draws=True):
+        task = getattr(_tasks(), f"memory_maze_{name}")
+        return MemoryMaze(functools.partial(task, image_only_obs=True, camera_resolution=height))
 
 
 def _tasks() -> Any:

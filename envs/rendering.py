@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -55,15 +56,19 @@ def choose_backend(task: str) -> None:
 
 
 @contextlib.contextmanager
-def no_backend() -> Iterator[None]:
-    """Within, importing dm_control looks for no OpenGL, which may warn or fail; MUJOCO_GL wins where set."""
-    unset = "MUJOCO_GL" not in os.environ
-    if unset:
-        os.environ["MUJOCO_GL"] = "disabled"
+def dm_control(task: str, draws: bool) -> Iterator[None]:
+    """Within, dm_control is imported and its environments are made: able to draw, or without any OpenGL."""
+    hidden = not draws and "MUJOCO_GL" not in os.environ
+    if draws:
+        choose_backend(task)
+    elif hidden:
+        os.environ["MUJOCO_GL"] = "disabled"  # else the import looks for an OpenGL, which may warn or fail
+    handlers = logging.root.handlers[:]
     try:
         yield
     finally:
-        if unset:
+        logging.root.handlers[:] = handlers  # absl adds one, which would show each line of the log twice
+        if hidden:
             del os.environ["MUJOCO_GL"]
 
 
