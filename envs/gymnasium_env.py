@@ -25,31 +25,39 @@ def make(name: str, config: Any) -> "Gymnasium":
     """The environment of task `gym_{name}`. Where `obs` is not native, `image` is what it draws."""
     task = f"gym_{name}"
     module, _, env_id = name.rpartition(":")
-    if module:
-        importlib.import_module(module)
+    try:
+        if module:
+            importlib.import_module(module)
+        return Gymnasium(_make(task, module, env_id, config.obs), config.size)
+    except gymnasium.error.DependencyNotInstalled as error:
+        reason = _first_line(error)
+        raise UserError(f"{task}: {reason} LoRe's own list: pip install -r requirements/gym.txt") from error
+    except (gymnasium.error.Error, ImportError) as error:  # also an id that gymnasium has dropped
+        raise UserError(f"{task} cannot be made: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _make(task: str, module: str, env_id: str, obs: str) -> gymnasium.Env:
     if env_id not in gymnasium.registry:
         prefix = f"{module}:" if module else ""
-        raise envs.unknown_task("gym", name, [prefix + each for each in sorted(gymnasium.registry)])
-    try:
-        creator = gymnasium.spec(env_id).entry_point
-        creator = creator if callable(creator) else load_env_creator(creator)
-        draws = "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ())
-        if config.obs != "native" and not draws:
-            raise UserError(f"{task} cannot draw itself as an image: use --obs native.")
-        options = {"render_mode": "rgb_array"} if draws else {}
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no window is opened: pygame need not look for one
-        env = gymnasium.make(env_id, disable_env_checker=True, **options)
-        if config.obs != "native":
-            if hasattr(env.unwrapped, "mujoco_renderer"):
-                rendering.choose_backend(task)
-            env.reset(seed=0)  # a camera may keep its place from the first reset of all
-            env = AddRenderObservation(env, config.obs == "pixels", render_key="image", obs_key="vector")
-    except gymnasium.error.DependencyNotInstalled as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{task}: {reason} LoRe's own list: pip install -r requirements/gym.txt") from error
-    except gymnasium.error.Error as error:  # an id without an implementation, as of old versions
-        raise UserError(f"{task}: {str(error).splitlines()[0]}") from error
-    return Gymnasium(env, config.size)
+        known = [prefix + each for each in sorted(gymnasium.registry)]
+        raise envs.unknown_task("gym", prefix + env_id, known)
+    creator = gymnasium.spec(env_id).entry_point
+    creator = creator if callable(creator) else load_env_creator(creator)
+    draws = "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ())
+    if obs != "native" and not draws:
+        raise UserError(f"{task} cannot draw itself as an image: use --obs native.")
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no window is opened: pygame need not look for one
+    env = gymnasium.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if draws else {}))
+    if obs == "native":
+        return env
+    if hasattr(env.unwrapped, "mujoco_renderer"):
+        rendering.choose_backend(task)
+    env.reset(seed=0)  # a camera may keep its place from the first reset of all
+    return AddRenderObservation(env, obs == "pixels", render_key="image", obs_key="vector")
 
 
 class Gymnasium:

@@ -34,23 +34,19 @@ def make(name: str, config: Any) -> "Minecraft":
     if name not in TASKS:
         raise envs.unknown_task("minecraft", name, TASKS)
     env_id, length = TASKS[name]
-    java = shutil.which("java")
+    missing = [] if shutil.which("java") else ["java"]
     try:
         import gym
         import minerl  # noqa: F401 (registers the ids)
     except ImportError as error:
-        raise _not_installed(name, error.name) from error
-    if not java:
-        raise _not_installed(name, "java")
+        missing.append(f"the Python package {error.name}")
+    if missing:
+        raise UserError(
+            f"minecraft_{name} needs Java 8 and MineRL 0.4.4; here {' and '.join(missing)} cannot be found. "
+            "Java: apt install openjdk-8-jdk (Debian, Ubuntu), conda install -c conda-forge openjdk=8. Then: "
+            "pip install minerl==0.4.4. Without a display, start the run with xvfb-run -a."
+        )
     return Minecraft(gym.make(env_id), config.size, length)
-
-
-def _not_installed(name: str, missing: str) -> UserError:
-    return UserError(
-        f"minecraft_{name} needs Java 8 and MineRL 0.4.4; {missing} is missing. Debian, Ubuntu: apt install "
-        "openjdk-8-jdk; conda: conda install -c conda-forge openjdk=8. Then: pip install minerl==0.4.4. "
-        "Without a display, start the run with xvfb-run -a."
-    )
 
 
 class Minecraft:
