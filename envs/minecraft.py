@@ -5,7 +5,8 @@ spaces; the real game was not run. A seed gives the same world, but the game doe
 step: a resumed run begins new episodes.
 """
 
-import shutil
+import re
+import subprocess
 from typing import Any
 
 import cv2
@@ -34,7 +35,8 @@ def make(name: str, config: Any) -> "Minecraft":
     if name not in TASKS:
         raise envs.unknown_task("minecraft", name, TASKS)
     env_id, length = TASKS[name]
-    missing = [] if shutil.which("java") else ["java"]
+    java = java_version()
+    missing = [] if java == "8" else [f"Java 8 (but Java {java})" if java else "Java"]
     try:
         import gym
         import minerl  # noqa: F401 (registers the ids)
@@ -42,11 +44,21 @@ def make(name: str, config: Any) -> "Minecraft":
         missing.append(f"the Python package {error.name}")
     if missing:
         raise UserError(
-            f"minecraft_{name} needs Java 8 and MineRL 0.4.4; here {' and '.join(missing)} cannot be found. "
+            f"minecraft_{name} needs Java 8 and MineRL 0.4.4; not found: {', '.join(missing)}. "
             "Java: apt install openjdk-8-jdk (Debian, Ubuntu), conda install -c conda-forge openjdk=8. Then: "
             "pip install minerl==0.4.4. Without a display, start the run with xvfb-run -a."
         )
     return Minecraft(gym.make(env_id), config.size, length)
+
+
+def java_version() -> str | None:
+    """The major version of the `java` that is started by that name, "8" for 1.8; None where there is none."""
+    try:
+        told = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr
+    except OSError:
+        return None
+    version = re.search(r'version "(?:1\.)?(\d+)', told)
+    return version and version[1]
 
 
 class Minecraft:

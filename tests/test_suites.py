@@ -648,7 +648,7 @@ def fake_minerl(monkeypatch) -> None:
     made = {"MineRLObtainDiamond-v0": FakeMineRL}
     monkeypatch.setitem(sys.modules, "gym", types.SimpleNamespace(make=lambda name: made[name]()))
     monkeypatch.setitem(sys.modules, "minerl", types.ModuleType("minerl"))
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(minecraft, "java_version", lambda: "8")
 
 
 def test_minecraft_on_a_fake_of_minerl_keeps_the_contract(fake_minerl):
@@ -690,18 +690,32 @@ def test_the_end_of_time_in_minecraft_is_a_truncation_and_any_other_end_is_termi
 
 
 def test_minecraft_without_minerl_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(minecraft, "java_version", lambda: "8")
     monkeypatch.setitem(sys.modules, "gym", None)
-    with pytest.raises(
-        UserError, match=r"package gym cannot.*openjdk-8-jdk.*pip install minerl==0\.4\.4"
-    ) as error:
+    with pytest.raises(UserError, match=r"not found: the Python package gym\..*minerl==0\.4\.4") as error:
         make("minecraft_diamond", ("minecraft",))
     assert "\n" not in str(error.value)
 
 
-def test_minecraft_without_java_says_what_to_install(fake_minerl, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(UserError, match=r"here java cannot be found.*openjdk-8-jdk"):
+@pytest.mark.parametrize(("version", "missing"), [(None, "Java"), ("17", r"Java 8 \(but Java 17\)")])
+def test_minecraft_without_java_8_says_what_to_install(version, missing, fake_minerl, monkeypatch):
+    monkeypatch.setattr(minecraft, "java_version", lambda: version)
+    with pytest.raises(UserError, match=rf"not found: {missing}\. Java: apt install openjdk-8-jdk"):
         make("minecraft_diamond", ("minecraft",))
+
+
+@pytest.mark.parametrize(
+    ("told", "version"),
+    [('openjdk version "1.8.0_412"', "8"), ('java version "17.0.15" 2025-04-15', "17"), (None, None)],
+)
+def test_java_tells_its_version(told, version, monkeypatch, tmp_path):
+    if sys.platform == "win32":
+        pytest.skip("a script without an ending is no program on Windows")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if told:
+        (tmp_path / "java").write_text(f"#!/bin/sh\necho '{told}' >&2\n")
+        (tmp_path / "java").chmod(0o755)
+    assert minecraft.java_version() == version
 
 
 # Actions of every kind
