@@ -30,7 +30,7 @@ def make(name: str, config: Any) -> Gymnasium:
     `image` is the part of the grid that the agent sees, drawn. With `minigrid.direction` there is also where
     it looks, one-hot [4], and with `minigrid.mission` what it is told, a one-hot row for each word.
     """
-    ids = [key for key, spec in gymnasium.registry.items() if str(spec.entry_point).startswith("minigrid.")]
+    ids = list_ids()
     short = {re.sub(r"^MiniGrid-|-v\d+$", "", each): each for each in sorted(ids)}  # the latest version wins
     if name not in short and name not in ids:
         raise envs.unknown_task("minigrid", name, short)
@@ -47,6 +47,12 @@ def make(name: str, config: Any) -> Gymnasium:
             spaces.Dict({**env.observation_space.spaces, **shown}),
         )
     return Gymnasium(env, config.size)
+
+
+def list_ids() -> list[str]:
+    """The ids of MiniGrid and BabyAI, but for those of WFC, whose patterns are not in minigrid's wheel."""
+    entries = {key: str(spec.entry_point) for key, spec in gymnasium.registry.items()}
+    return [key for key, entry in entries.items() if entry.startswith("minigrid.") and ".wfc" not in entry]
 
 
 def encode_mission(mission: str) -> np.ndarray:
