@@ -54,10 +54,15 @@ def _make(task: str, module: str, env_id: str, obs: str) -> gymnasium.Env:
     env = gymnasium.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if draws else {}))
     if obs == "native":
         return env
-    if hasattr(env.unwrapped, "mujoco_renderer"):
-        rendering.choose_backend(task)
+    _choose_backend(env)
     env.reset(seed=0)  # a camera may keep its place from the first reset of all
     return AddRenderObservation(env, obs == "pixels", render_key="image", obs_key="vector")
+
+
+def _choose_backend(env: gymnasium.Env) -> None:
+    """Before the first frame is drawn: environments of MuJoCo need an OpenGL."""
+    if hasattr(env.unwrapped, "mujoco_renderer"):
+        rendering.choose_backend(f"gym_{env.spec.id}")
 
 
 class Gymnasium:
@@ -88,6 +93,7 @@ class Gymnasium:
 
     def render(self) -> np.ndarray | None:
         """The frame as uint8 [H, W, 3], None where the environment draws none."""
+        _choose_backend(self._env)
         return self._env.render()
 
     def close(self) -> None:

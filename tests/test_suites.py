@@ -509,6 +509,15 @@ def test_pixels_are_what_the_env_draws_and_both_keeps_its_own():
     assert (obs["image"] == 7).all()
 
 
+def test_an_env_of_mujoco_finds_opengl_when_it_is_asked_for_a_frame(needs_opengl):
+    del os.environ["MUJOCO_GL"]
+    env = make("gym_Hopper-v5", ("gym",))
+    env.reset()
+    assert "MUJOCO_GL" not in os.environ
+    assert env.render().std() > 1 and "MUJOCO_GL" in os.environ
+    env.close()
+
+
 def test_a_gymnasium_env_that_draws_nothing_says_so_for_pixels(monkeypatch):
     monkeypatch.setattr(Zoo, "metadata", {"render_modes": ["ansi"]})
     with pytest.raises(UserError, match="gym_test_suites:Zoo-v0 cannot draw itself.*--obs native"):
