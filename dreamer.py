@@ -226,11 +226,15 @@ class Dreamer:
 
 def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:
     """Raise UserError for an action that the actor cannot take, or that `actor_dist` does not fit."""
-    fits = {gymnasium.spaces.Discrete: "onehot", gymnasium.spaces.Box: "normal"}
+    kinds = gymnasium.spaces
+    fits = {kinds.Discrete: "onehot", kinds.MultiDiscrete: "onehot", kinds.Box: "normal"}
     for key, space in act_space.items():
         dist = fits.get(type(space))
         if dist is None:
-            raise UserError(f"Action {key!r} is {space}; the actor knows Discrete and Box.")
+            raise UserError(
+                f"Action {key!r} is {space}; the actor knows Discrete, MultiDiscrete and Box, "
+                "and a Dict of these."
+            )
         if actor_dist not in ("auto", dist):
             raise UserError(
                 f"--actor_dist {actor_dist} does not fit action {key!r} ({space}): use {dist} or auto."

@@ -420,34 +420,49 @@ class MultiDecoder(nn.Module):
 # --- Actions -------------------------------------------------------------------------------------------
 
 
+def action_classes(space: gymnasium.Space) -> tuple[int, ...]:
+    """How many choices each index of an action has: (n,) of Discrete, nvec of MultiDiscrete, () of Box."""
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gymnasium.spaces.MultiDiscrete):
+        return tuple(int(n) for n in space.nvec.flat)
+    return ()
+
+
 class ActionVector:
-    """The dict of actions as one float vector [..., A]: discrete ones one-hot, continuous ones as is."""
+    """The dict of actions as one float vector [..., A]: each index one-hot, continuous values as they are."""
 
     def __init__(self, act_space: Mapping[str, gymnasium.Space]):
         self.space = dict(act_space)
-        self.discrete = {k: isinstance(s, gymnasium.spaces.Discrete) for k, s in self.space.items()}
-        self.sizes = {k: int(s.n) if self.discrete[k] else math.prod(s.shape) for k, s in self.space.items()}
+        self.classes = {k: action_classes(s) for k, s in self.space.items()}  # () where continuous
+        self.sizes = {k: sum(self.classes[k]) or math.prod(s.shape) for k, s in self.space.items()}
         self.size = sum(self.sizes.values())
 
     def encode(self, action: Mapping[str, Tensor]) -> Tensor:
-        """{key: index [...] or values [..., *shape]} -> [..., A]."""
+        """{key: indices or values [..., *shape]} -> [..., A]."""
         parts = []
-        for key, size in self.sizes.items():
+        for key, space in self.space.items():
             value = action[key]
-            if self.discrete[key]:
-                parts.append(F.one_hot(value.long(), size).float())
-            else:
-                parts.append(value.float().flatten(value.dim() - len(self.space[key].shape)))
+            value = value.reshape(*value.shape[: value.dim() - len(space.shape)], -1)  # [..., numbers of key]
+            if not self.classes[key]:
+                parts.append(value.float())
+                continue
+            index = value.long() - torch.as_tensor(space.start, device=value.device).flatten()
+            columns = zip(index.unbind(-1), self.classes[key], strict=True)
+            parts += [F.one_hot(column, classes).float() for column, classes in columns]
         return torch.cat(parts, -1)
 
     def decode(self, vector: Tensor) -> dict[str, np.ndarray]:
         """[..., A] -> what the env takes: int32 indices, float32 values."""
         out = {}
         for key, part in zip(self.sizes, vector.cpu().split(list(self.sizes.values()), -1), strict=True):
-            if self.discrete[key]:
-                out[key] = part.argmax(-1).to(torch.int32).numpy()
+            space = self.space[key]
+            if self.classes[key]:
+                index = [column.argmax(-1) for column in part.split(self.classes[key], -1)]
+                index = torch.stack(index, -1).reshape(*part.shape[:-1], *space.shape)
+                out[key] = (index + torch.as_tensor(space.start)).to(torch.int32).numpy()
             else:
-                out[key] = part.unflatten(-1, self.space[key].shape).float().numpy()
+                out[key] = part.reshape(*part.shape[:-1], *space.shape).float().numpy()
         return out
 
 
@@ -675,7 +690,7 @@ class BinaryHead(nn.Module):
 
 
 class Policy:
-    """The joint distribution over the action vector [..., A]: independent parts, one per action key."""
+    """The joint distribution over the action vector [..., A], of independent parts: see `Actor.sizes`."""
 
     def __init__(self, parts: Sequence[dists.OneHot | dists.Normal], sizes: Sequence[int]):
         self.parts, self.sizes = list(parts), list(sizes)
@@ -705,16 +720,20 @@ class Actor(nn.Module):
         super().__init__()
         self.mlp = mlp(inputs, config.layers, config.units)
         self.unimix, self.min_std, self.max_std = config.unimix, config.min_std, config.max_std
-        self.discrete, self.sizes = list(actions.discrete.values()), list(actions.sizes.values())
+        self.classes = list(actions.classes.values())  # of each key, () where continuous
+        sizes = list(actions.sizes.values())
+        # The policy has one part for each index and one for the values of a continuous key.
+        self.sizes = [part for own, size in zip(self.classes, sizes, strict=True) for part in own or (size,)]
+        self.discrete = [bool(own) for own in self.classes for _ in own or (None,)]
         # A continuous action has two output layers, as in the reference: clipping is per tensor.
-        self.outs = nn.ModuleList(Linear(config.units, size, config.outscale) for size in self.sizes)
+        self.outs = nn.ModuleList(Linear(config.units, size, config.outscale) for size in sizes)
         self.std_outs = nn.ModuleList(
-            nn.Identity() if discrete else Linear(config.units, size, config.outscale)
-            for discrete, size in zip(self.discrete, self.sizes, strict=True)
+            nn.Identity() if own else Linear(config.units, size, config.outscale)
+            for own, size in zip(self.classes, sizes, strict=True)
         )
 
     def noise(self, *batch: int, generator: torch.Generator | None) -> PolicyNoise:
-        """What a sample of `batch` shape takes: per key uniform [..., 1] (discrete) or normal [..., size]."""
+        """What a sample takes: for each part uniform [..., 1] where discrete, else normal [..., size]."""
         device = self.outs[0].bias.device
         draw: dict[bool, Callable] = {True: torch.rand, False: torch.randn}
         return [
@@ -725,9 +744,9 @@ class Actor(nn.Module):
     def forward(self, feat: Tensor) -> Policy:
         x = self.mlp(feat)
         parts: list[dists.OneHot | dists.Normal] = []
-        for discrete, out, std_out in zip(self.discrete, self.outs, self.std_outs, strict=True):
-            if discrete:
-                parts.append(dists.OneHot(out(x), self.unimix))
+        for classes, out, std_out in zip(self.classes, self.outs, self.std_outs, strict=True):
+            if classes:
+                parts += [dists.OneHot(logits, self.unimix) for logits in out(x).split(classes, -1)]
             else:
                 parts.append(dists.bounded_normal(out(x), std_out(x), self.min_std, self.max_std))
         return Policy(parts, self.sizes)

@@ -12,6 +12,10 @@ An environment is any class with
 - `terminated` says that the task itself is over; a time limit is `truncated`, and nothing else.
 - `log_*` keys are float32 scalars. They are logged and never learned from.
 - The same seed and the same actions give the same observations, so that a run can be resumed.
+- Actions are Discrete, MultiDiscrete, Box, or a dict of these. The range of a Box is the environment's own:
+  `make_env` clips and scales to it.
+- An environment that does `config.action_repeat` by itself, so that it draws no frame in vain, has the
+  attribute `repeats_actions = True`.
 
 `make_env` hands out such an environment inside `wrappers.Episode`: then `obs_space` also holds `reward`,
 `is_first`, `is_last` and `is_terminal`, and `act_space` is a dict (`{"action": space}` for a single space).
@@ -23,6 +27,7 @@ environment for the task `suite_name`.
 import difflib
 import functools
 import importlib
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -32,9 +37,18 @@ from tools import UserError, derive_seed
 
 # Suite name -> "module:function", imported when it is asked for, or the function itself.
 REGISTRY: dict[str, str | Callable[[str, Any], Any]] = {
+    "atari": "envs.atari:make",
     "crafter": "envs.crafter:make",
+    "dmc": "envs.dmc:make",
     "dummy": "envs.dummy:make",
+    "gym": "envs.gymnasium_env:make",
+    "memorymaze": "envs.memorymaze:make",
+    "minecraft": "envs.minecraft:make",
+    "minigrid": "envs.minigrid:make",
 }
+
+NOT_FOR_3_13 = ("dm_control", "labmaze", "memory_maze")
+MAX_LISTED = 20  # names in an error; of more, the nearest are listed
 
 
 def make_env(config: Any, mode: str, index: int) -> wrappers.Episode:
@@ -46,10 +60,13 @@ def make_env(config: Any, mode: str, index: int) -> wrappers.Episode:
     Raises UserError for a task that does not exist or a package that is not installed.
     """
     suite, _, name = config.task.partition("_")
-    env = _find(suite)(name, config)
+    env = _make(suite, name, config)
+    env = wrappers.NormalizeActions(env)
+    repeats = getattr(env, "repeats_actions", False)
     if config.time_limit:
-        env = wrappers.TimeLimit(env, config.time_limit)
-    if config.action_repeat > 1:
+        inner_steps = config.action_repeat if repeats else 1  # env steps in one step of what env is here
+        env = wrappers.TimeLimit(env, math.ceil(config.time_limit / inner_steps))
+    if config.action_repeat > 1 and not repeats:
         env = wrappers.ActionRepeat(env, config.action_repeat)
     return wrappers.Episode(env, functools.partial(derive_seed, config.seed, mode, index), config.task)
 
@@ -60,18 +77,19 @@ def unknown_task(suite: str, name: str, names: Iterable[str]) -> UserError:
     return _unknown("task", f"{suite}_{name}", tasks)
 
 
-def _find(suite: str) -> Callable[[str, Any], Any]:
+def _make(suite: str, name: str, config: Any) -> Any:
     if suite not in REGISTRY:
         raise _unknown("environment suite", suite, list(REGISTRY))
     entry = REGISTRY[suite]
-    if not isinstance(entry, str):
-        return entry
-    module, function = entry.split(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        if isinstance(entry, str):
+            module, function = entry.split(":")
+            entry = getattr(importlib.import_module(module), function)
+        return entry(name, config)
     except ModuleNotFoundError as error:
+        older = " (Python 3.11 or 3.12 only)" if error.name in NOT_FOR_3_13 else ""
         raise UserError(
-            f"Tasks of {suite} need the Python package {error.name}, which is not installed: "
+            f"Tasks of {suite} need the Python package {error.name}{older}, which is not installed: "
             f"pip install -r {_requirements(suite)}"
         ) from error
 
@@ -82,5 +100,6 @@ def _requirements(suite: str) -> str:
 
 
 def _unknown(what: str, name: str, names: list[str]) -> UserError:
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-    return UserError(f"Unknown {what} {name!r}. Did you mean {nearest}? There are: {', '.join(names)}.")
+    near = difflib.get_close_matches(name, names, n=len(names), cutoff=0)
+    listed = names if len(names) <= MAX_LISTED else [*near[:MAX_LISTED], f"{len(names) - MAX_LISTED} more"]
+    return UserError(f"Unknown {what} {name!r}. Did you mean {near[0]}? There are: {', '.join(listed)}.")

@@ -391,8 +391,8 @@ def test_an_actor_dist_that_does_not_fit_the_actions_names_the_one_that_does(act
 
 
 def test_actions_of_an_unknown_kind_are_refused():
-    with pytest.raises(UserError, match="knows Discrete and Box"):
-        make_agent(act_space={"action": gymnasium.spaces.MultiDiscrete([3, 4])})
+    with pytest.raises(UserError, match="knows Discrete, MultiDiscrete and Box"):
+        make_agent(act_space={"action": gymnasium.spaces.MultiBinary(4)})
 
 
 @pytest.mark.slow
