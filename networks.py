@@ -437,6 +437,8 @@ class ActionVector:
         self.classes = {k: action_classes(s) for k, s in self.space.items()}  # () where continuous
         self.sizes = {k: sum(self.classes[k]) or math.prod(s.shape) for k, s in self.space.items()}
         self.size = sum(self.sizes.values())
+        # Plain numbers, so that `encode` copies nothing to a GPU.
+        self.starts = {k: np.ravel(s.start).tolist() for k, s in self.space.items() if self.classes[k]}
 
     def encode(self, action: Mapping[str, Tensor]) -> Tensor:
         """{key: indices or values [..., *shape]} -> [..., A]."""
@@ -447,9 +449,8 @@ class ActionVector:
             if not self.classes[key]:
                 parts.append(value.float())
                 continue
-            index = value.long() - torch.as_tensor(space.start, device=value.device).flatten()
-            columns = zip(index.unbind(-1), self.classes[key], strict=True)
-            parts += [F.one_hot(column, classes).float() for column, classes in columns]
+            columns = zip(value.long().unbind(-1), self.starts[key], self.classes[key], strict=True)
+            parts += [F.one_hot(column - start, classes).float() for column, start, classes in columns]
         return torch.cat(parts, -1)
 
     def decode(self, vector: Tensor) -> dict[str, np.ndarray]:

@@ -56,7 +56,9 @@ def label_parts(agent: dreamer.Dreamer) -> list[str]:
     return [text for _, _, text in parts] + ["backward"]
 
 
-def profiled(function: Callable[[], object], device: torch.device, repeats: int, trace: str | None) -> profile:
+def profiled(
+    function: Callable[[], object], device: torch.device, repeats: int, trace: str | None
+) -> profile:
     """The profile of `repeats` calls; the timeline goes to the file `trace`."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     for _ in range(WARMUP):
