@@ -129,7 +129,8 @@ class Dreamer:
         """Actions for observations [n, ...]: (action, next state, latents to store with the step)."""
         data = {k: torch.from_numpy(obs[k]).to(self.device) for k in self.obs_keys}
         amount, rssm = len(data["is_first"]), self.rssm
-        with self.autocast():
+        # On a CPU, rounding all weights for so few rows would take longer than it saves.
+        with self.autocast() if self.device.type == "cuda" else contextlib.nullcontext():
             embed = self.world_model.encoder({k: v[:, None] for k, v in data.items()})
             noise = rssm.noise(amount, 1, generator=generator)
             post = rssm.observe(state, embed, state["action"][:, None], data["is_first"][:, None], noise)
@@ -282,10 +283,16 @@ def cuda_works() -> bool:
 
 
 def precision(config: Config, device: torch.device) -> str:
-    """What `precision: auto` means: bfloat16 on GPUs that have it, else float32."""
+    """What `precision: auto` means: bfloat16 where the hardware multiplies in it, else float32."""
     if config.precision != "auto":
         return config.precision
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        # torch before 2.12 does not tell.
+        abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = abilities.get("avx512_bf16", False) or abilities.get("amx_bf16", False)
+    return "bfloat16" if fast else "float32"
 
 
 def compiles(config: Config, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ one-hot [..., S, K], or [..., S] where the latents are Gaussian (`classes: 0`).
 Initialisation and layout follow danijar/dreamerv3 at e3f0224; the golden values hold them to it.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ State = dict[str, Tensor]
 RMS_EPS = 1e-4  # of the reference's normalisation
 TRUNCATED_STD = 1.1368  # a unit normal cut at 2 sigma has a standard deviation of 1 / 1.1368
 CHUNK = 1 << 18  # numbers (1 MiB) that stay in a CPU's cache from one operation to the next
+BF16_HIDDEN = 128  # a CPU multiplies the few rows of a scan's step by fewer columns faster in float32
 NO_LATENT = 255  # the class index that the replay stores for "no latents": the zero state
 
 
@@ -604,6 +606,16 @@ class RSSM(nn.Module):
         each step; is_first [B, T], where state and action are zeroed first; noise as `noise(B, T)` gives.
         `forced` [B, T, S, K] takes the place of the samples. Returns deter, stoch, logit, each [B, T, ...].
         """
+        if embed.device.type == "cpu" and self.hidden < BF16_HIDDEN:
+            embed, scope = embed.float(), torch.autocast("cpu", enabled=False)
+        else:
+            scope = contextlib.nullcontext()
+        with scope:
+            return self._observe(state, embed, prev_action, is_first, noise, forced)
+
+    def _observe(
+        self, state: State, embed: Tensor, prev_action: Tensor, is_first: Tensor, noise: Tensor, forced
+    ) -> State:
         live = ~is_first
         weights = self.split_weights()
         action_inputs = self.action_input(prev_action * live[..., None], weights).unbind(1)

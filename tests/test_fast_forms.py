@@ -2,12 +2,17 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
+import run_helpers
 import torch
 import torch.nn.functional as F
 
+import config as configs
+import dreamer
 import networks
+import replay
 import tools
 
 ROWS = {"vectors": (3, 7, 24), "one row": (1, 24), "more than a chunk": (50, 24)}
@@ -95,10 +100,48 @@ def test_imagination_with_weights_rounded_beforehand_is_the_same_to_the_bit():
     assert all(torch.equal(fast[key], plain[key]) for key in plain)
 
 
-def networks_config():
-    import config
+@pytest.mark.parametrize(("hidden", "rounded"), [(16, False), (128, True)])
+def test_only_a_small_scan_stays_in_float32_on_a_cpu(hidden, rounded):
+    torch.manual_seed(0)
+    config = networks_config(hidden)
+    rssm = networks.RSSM(16, 4, config)
+    embed, action = torch.randn(2, 3, 16), torch.randn(2, 3, 4)
+    is_first, noise = torch.zeros(2, 3, dtype=torch.bool), rssm.noise(2, 3, generator=None)
+    args = rssm.initial(2), embed, action, is_first, noise
+    plain = rssm.observe(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = rssm.observe(*args)
+    assert torch.equal(mixed["logit"], plain["logit"]) != rounded
 
-    return config.load(["--configs", "crafter", "debug"]).rssm
+
+@pytest.mark.parametrize(
+    ("abilities", "expected"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")],
+)
+def test_precision_auto_is_bfloat16_where_a_cpu_multiplies_in_it(abilities, expected, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
+    cpu = torch.device("cpu")
+    assert dreamer.precision(configs.load(["--configs", "debug"]), cpu) == expected
+    chosen = configs.load(["--configs", "debug", "--precision", "float32"])
+    assert dreamer.precision(chosen, cpu) == "float32"
+
+
+def test_a_slow_sampler_changes_no_bit(tmp_path, monkeypatch):
+    """The next batch is drawn beside updates and env steps; what it sees does not depend on the speed."""
+    assert run_helpers.train(tmp_path / "quick") == 0
+    sample = replay.Replay.sample
+
+    def slow(*args, **kwargs):
+        time.sleep(0.01)
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(replay.Replay, "sample", slow)
+    assert run_helpers.train(tmp_path / "slow") == 0
+    run_helpers.assert_same_run(tmp_path / "quick", tmp_path / "slow")
+
+
+def networks_config(hidden: int = 16):
+    return configs.load(["--configs", "crafter", "debug", "--rssm.hidden", str(hidden)]).rssm
 
 
 FAULTS = """
