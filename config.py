@@ -37,8 +37,9 @@ RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
 
 # What a resumed run cannot change, and why.
 FROZEN = {
-    "task": ("task", "action_repeat"),
+    "task": ("task", "action_repeat", "clip_reward"),
     "network": (
+        *("grayscale", "frame_stack", "audio_dim"),
         *("size", "actor_dist", "rssm.deter", "rssm.hidden", "rssm.stoch", "rssm.classes", "rssm.blocks"),
         *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*.strided", "*.bspace"),
         *("*.layers", "*.units", "*.bins", "reward_head.dist", "critic.dist"),
@@ -140,7 +141,6 @@ GONE = {
     **dict.fromkeys(["actor.std", "actor.temp", "dyn_std_act", "dyn_mean_act"], _STD),
     **dict.fromkeys(["encoder.minres", "decoder.minres"], _MINRES),
     **dict.fromkeys(["noops", "lives", "stickey", "resize", "actions", "break_speed"], _ABSENT_ENV),
-    "grayscale": "images keep their colours",
     "decoder.cnn_sigmoid": "images always end in a sigmoid, as in the Nature version",
     "reset_every": "networks are never reset",
     "weight_decay": "there is none, as in the Nature version",

@@ -67,8 +67,14 @@ class Dreamer:
             torch.manual_seed(tools.derive_seed(config.seed, "weights"))
             self.world_model = models.WorldModel(obs_space, self.actions, config).to(device)
             self.behavior = models.ImagBehavior(self.rssm.feat_size, self.actions, config).to(device)
+        self.unseen = networks.unrouted(obs_space, self.world_model.encoder.keys)
+        if not any(self.world_model.encoder.keys):
+            raise UserError(
+                f"The agent would see nothing: no pattern of --encoder.*_keys fits {', '.join(self.unseen)}."
+            )
         self.opt = tools.LaProp(self._param_groups(), **config.opt)
-        self.obs_keys = sorted({"is_first", *obs_space} - {"reward", "is_last", "is_terminal"})
+        seen = {key for key in obs_space if not key.startswith("log_")}
+        self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal"})
         self.rngs = {
             name: tools.torch_rng(config.seed, name, device=device) for name in ("act", "train", "report")
         }
@@ -325,6 +331,7 @@ class Run:
         self.step = self.transitions = self.episodes = self.evaluations = 0
         self.streak = self.timed_updates = 0
         self.eval_envs: VecEnv | None = None
+        self._noted: set[str] = set()
         self.last_batch: Arrays | None = None
         self.timer = Timer()
         self._parts = contextlib.ExitStack()  # what `close` has to close
@@ -363,19 +370,32 @@ class Run:
         )
         for line in [*notes, plan.line]:
             self.print(line)
+        if self.agent.unseen:
+            self.print(
+                f"Not encoded, so the agent does not see: {', '.join(self.agent.unseen)} "
+                "(no pattern of --encoder.*_keys fits)"
+            )
         self.replay = self._make_replay(obs_space | act_space, plan)
         if saved:
             self._resume(saved)
         else:
             self._start()
+        self._print_notes(self.envs)
         config.save(self.logdir / "config.yaml")
 
     def _make_envs(self, mode: str) -> VecEnv:
         options = self.config.envs
-        make = functools.partial(make_env, self.config, mode)
+        make = functools.partial(make_env, self.config, mode, video=mode == "eval")
         envs = make_vec(make, options.amount if mode == "train" else options.eval_amount, options.parallel)
         self._parts.callback(envs.close)
         return envs
+
+    def _print_notes(self, envs: VecEnv) -> None:
+        """Tell what the envs have to say of themselves, each line once."""
+        for line in envs.notes():
+            if line not in self._noted:
+                self._noted.add(line)
+                self.print(line)
 
     def _plan_replay(self, spaces: Mapping[str, gymnasium.Space], saved: dict | None) -> replays.Plan:
         config, rssm = self.config, self.config.rssm
@@ -600,6 +620,7 @@ class Run:
         config = self.config
         if self.eval_envs is None:
             self.eval_envs = self._make_envs("eval")
+            self._print_notes(self.eval_envs)
         share = config.eval_episodes // config.envs.eval_amount
         rng = tools.torch_rng(config.seed, "eval", self.evaluations, device=self.device)
         first = self.evaluations * share  # each evaluation counts other episodes, with seeds of their own
@@ -631,13 +652,14 @@ class Run:
             frames = episode.frames
             if frames is None:
                 break
+            frames = newest(frames, config.frame_stack)
             write_mp4(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", frames, config.video_fps)
             if index == 0:
                 self.logger.video("eval_policy", frames[: config.video_frames], self.step)
         if config.video_pred_log and self.last_batch is not None:
             for key, frames in self.agent.report(self.last_batch).items():
                 name = "train_openl" if key == "image" else f"train_openl_{key}"
-                self.logger.video(name, frames, self.step)
+                self.logger.video(name, newest(frames, config.frame_stack), self.step)
 
     def log(self) -> None:
         """Write what was collected since the last time."""
@@ -645,6 +667,7 @@ class Run:
         self.logger.add(self.success.metrics())
         self.logger.add(self.timer.shares())
         self.logger.write(self.step)
+        self._print_notes(self.envs)
 
 
 @dataclass
@@ -670,6 +693,11 @@ class EvalEpisode:
             (k != "image", k) for k, v in self.steps.items() if v.dtype == np.uint8 and v.ndim == 4
         )
         return self.steps[images[0][1]] if images else None
+
+
+def newest(frames: np.ndarray, stack: int) -> np.ndarray:
+    """The newest of `stack` images that lie along the channels: [..., C] -> [..., C / stack]."""
+    return frames[..., -(frames.shape[-1] // stack) :]
 
 
 def play_episodes(
@@ -738,7 +766,7 @@ def open_run(argv: list[str]) -> Run:
     config = configs.load(argv, has_cuda=cuda_works(), saved=saved)
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
-    folder = Path(logdir or Path("logdir") / config.task / time.strftime("%Y%m%dT%H%M%S"))
+    folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
     return Run(config, folder, checkpoint, resume, notes)
 
 

@@ -1,0 +1,195 @@
+"""Look an environment over: python3 -m envs.check custom_task_name
+
+Runs it for some hundred random steps and reports each fault with its cure. Options of dreamer.py may follow
+the task. Exit code 0, 1 if a fault would stop a run, 2 for a mistake in the command.
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+import config as configs
+import envs
+from envs.adapter import Adapter, Fault, render_fault
+from tools import UserError, derive_seed
+
+STEPS = 300  # at least, if no error ends them
+MAX_STEPS = 3000  # while fewer than two episodes have ended
+MAX_SECONDS = 10  # for what goes beyond STEPS
+REPEATED_STEPS = 50  # are done twice with the same seed
+LEVELS = {
+    "error": "training would stop",
+    "warning": "training runs, but at a loss",
+    "filled": "LoRe sees to it",
+}
+
+
+class Report:
+    """What a check found: `faults`, and `lines` that describe the environment."""
+
+    def __init__(self, task: str):
+        self.task = task
+        self.faults: list[Fault] = []
+        self.lines: list[str] = []
+
+    @property
+    def errors(self) -> int:
+        return sum(fault.level == "error" for fault in self.faults)
+
+    def __str__(self) -> str:
+        faults = sorted(self.faults, key=lambda fault: list(LEVELS).index(fault.level))
+        told = [f"{each.level} ({LEVELS[each.level]}): {each.what}\n    cure: {each.cure}" for each in faults]
+        worse = sum(fault.level != "filled" for fault in faults)
+        return "\n".join([*self.lines, *told, f"faults: {worse}" if worse else f"{self.task} is fine"])
+
+
+def check(config: Any) -> Report:
+    """Look over the environment of `config.task`. Raises UserError if it cannot be made."""
+    report = Report(config.task)
+    seed = derive_seed(config.seed, "check")
+    raw = envs.make_raw(config, seed)
+    try:
+        env = Adapter(raw, config.task, strict=False)
+        report.faults = env.faults
+        _describe(env, report)
+        _roll(env, seed, report)
+        if not report.errors:
+            _repeat(env, seed, report)
+            _render(env, report)
+    except UserError as error:
+        report.faults.append(Fault("error", *_split(error)))
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}, in {Path(place.filename).name} line {place.lineno}"
+        known = next((fault.cure for fault in report.faults if fault.level == "error"), None)
+        report.faults.append(Fault("error", what, known or "the environment's own code raised it"))
+    finally:
+        if callable(getattr(raw, "close", None)):
+            raw.close()
+    return report
+
+
+def _describe(env: Adapter, report: Report) -> None:
+    for name, space in (("observations", env.obs_space), ("actions", env.act_space)):
+        entries = space.items() if isinstance(space, Mapping) else [("", space)]
+        report.lines.append(f"{name}: " + ", ".join(f"{key} {_brief(each)}".strip() for key, each in entries))
+    report.lines += env.notes()
+
+
+def _brief(space: spaces.Space) -> str:
+    return f"{space.dtype} {list(space.shape)}" if isinstance(space, spaces.Box) else str(space)
+
+
+def _roll(env: Adapter, seed: int, report: Report) -> None:
+    """Random steps over some episodes, and how fast they go."""
+    sample = _sampler(env.act_space, seed)
+    returns, total, steps, resets, reset_seconds = [], 0.0, 0, 0, 0.0
+    start = time.perf_counter()
+    done = True
+    while steps < STEPS or (
+        len(env.ends) < 2 and steps < MAX_STEPS and time.perf_counter() - start < MAX_SECONDS
+    ):
+        if done:
+            before = time.perf_counter()
+            env.reset(seed=derive_seed(seed, "episode", resets))
+            reset_seconds += time.perf_counter() - before
+            resets, total = resets + 1, 0.0
+        _, reward, terminated, truncated, _ = env.step(sample())
+        steps, total, done = steps + 1, total + reward, terminated or truncated
+        if done:
+            returns.append(total)
+    seconds = time.perf_counter() - start - reset_seconds
+    env.judge_ends()
+    report.lines.append(
+        f"speed: {steps / seconds:,.0f} steps per second (checks included); "
+        f"a reset takes {1000 * reset_seconds / resets:,.1f} ms"
+    )
+    if returns:
+        lengths = [length for length, _ in env.ends]
+        report.lines.append(
+            f"random actions: {len(returns)} episodes of {min(lengths)} to {max(lengths)} steps, "
+            f"returns {min(returns):.4g} to {max(returns):.4g}"
+        )
+    else:
+        what, cure = f"no episode ended within {steps} steps", "--time_limit N ends them after N steps"
+        report.faults.append(Fault("warning", what, f"{cure}; an evaluation waits for their ends"))
+
+
+def _repeat(env: Adapter, seed: int, report: Report) -> None:
+    """Two episodes with the same seed and actions must be the same."""
+    one, other = (_episode(env, seed) for _ in range(2))
+    for step, (left, right) in enumerate(zip(one, other, strict=False)):
+        differing = [key for key in left if not np.array_equal(left[key], right.get(key))]
+        if differing or len(one) != len(other):
+            cure = "draw at random only from a generator made in reset: np.random.default_rng(seed)"
+            what = f"the same seed and actions gave another {differing[0] if differing else 'length'}"
+            cost = "so that runs cannot be repeated, or resumed in mid-episode"
+            report.faults.append(Fault("warning", f"{what} at step {step}, {cost}", cure))
+            return
+
+
+def _episode(env: Adapter, seed: int) -> list[dict[str, Any]]:
+    sample = _sampler(env.act_space, seed)
+    obs, info = env.reset(seed=seed)
+    steps = [_copied(obs)]
+    for _ in range(REPEATED_STEPS):
+        obs, reward, terminated, truncated, info = env.step(sample())
+        steps.append(_copied({**obs, "reward": reward, "terminated": terminated, "truncated": truncated}))
+        if terminated or truncated:
+            break
+    return steps
+
+
+def _copied(obs: Mapping) -> dict[str, np.ndarray]:
+    return {key: np.array(value) for key, value in obs.items()}
+
+
+def _render(env: Adapter, report: Report) -> None:
+    if not callable(getattr(env.env, "render", None)):
+        fault = Fault("warning", "there is no render()", "write one for videos, or observe an image")
+    else:
+        fault = render_fault(env.render())
+    shown = any(len(space.shape) == 3 and space.dtype == np.uint8 for space in env.obs_space.values())
+    if fault:
+        report.faults.append(fault._replace(level="filled") if shown else fault)
+
+
+def _sampler(space: Any, seed: int) -> Any:
+    """A function that draws random actions."""
+    space = spaces.Dict(dict(space)) if isinstance(space, Mapping) else space
+    space.seed(derive_seed(seed, "actions") % 2**32)
+
+    def sample() -> Any:
+        action = space.sample()
+        return action.item() if isinstance(action, np.generic) else action
+
+    return sample
+
+
+def _split(error: UserError) -> tuple[str, str]:
+    what, _, cure = str(error).partition(" Cure: ")
+    return what, cure or "see above"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the task that the command line names. Returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if not argv or argv[0].startswith("-"):
+            raise UserError("which task? Write python3 -m envs.check custom_task_name")
+        report = check(configs.load(["--task", *argv]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report)
+    return 1 if report.errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
