@@ -304,7 +304,7 @@ class Adapter(Wrapper):
     def _judge_flags(self, obs: Mapping, flags: Mapping[str, bool]) -> None:
         missing = [name for name in FLAGS if name not in obs]
         if missing:
-            cure = "nothing has to be done: they are filled in from reset, terminated and truncated"
+            cure = "they are filled in from reset, terminated and truncated: nothing has to be done"
             self._find("filled", f"{', '.join(missing)} not observed", cure, tell=len(missing) < len(FLAGS))
         for name, flag in flags.items():
             if name in obs and bool(obs[name]) != flag:
@@ -329,7 +329,7 @@ class Adapter(Wrapper):
         if level == "error":
             raise self._error(what, cure)
         if tell:
-            self.note(f"{self._task}: {what}. Cure: {cure}.")
+            self.note(f"{self._task}: {what}; {cure}.")
 
     def _error(self, what: str, cure: str) -> UserError:
         when = f" breaks its contract at step {self._length} of an episode:" if self._watched else ":"
