@@ -16,6 +16,7 @@ from gymnasium import spaces
 
 import config as configs
 import envs
+from envs import adapter
 from envs.adapter import Adapter, Fault, render_fault
 from tools import UserError, derive_seed
 
@@ -65,14 +66,23 @@ def check(config: Any) -> Report:
     except UserError as error:
         report.faults.append(Fault("error", *_split(error)))
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {error}, in {Path(place.filename).name} line {place.lineno}"
+        what = f"{type(error).__name__}: {error}, in {_place(error)}"
         known = next((fault.cure for fault in report.faults if fault.level == "error"), None)
         report.faults.append(Fault("error", what, known or "the environment's own code raised it"))
     finally:
         if callable(getattr(raw, "close", None)):
             raw.close()
     return report
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of the environment's own file that raised an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [frame.filename for frame in frames]
+    ours = max((index for index, name in enumerate(files) if name in (__file__, adapter.__file__)), default=0)
+    own = files[min(ours + 1, len(files) - 1)]
+    line = next(frame.lineno for frame in reversed(frames) if frame.filename == own)
+    return f"{Path(own).name} line {line}"
 
 
 def _describe(env: Adapter, report: Report) -> None:
