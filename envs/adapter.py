@@ -26,7 +26,7 @@ BOX_ACTIONS = "a Box with finite bounds, such as spaces.Box(-1, 1, (2,), np.floa
 
 
 class Fault(NamedTuple):
-    """Something wrong with an environment: an `error` stops a run, a `warning` costs, `filled` is mended."""
+    """Something found in an environment: an `error` stops a run, a `warning` costs, a `note` does no harm."""
 
     level: str
     what: str
@@ -218,7 +218,7 @@ class Adapter(Wrapper):
     def _read_done(self, obs: Any, done: bool, info: Mapping) -> tuple[bool, bool]:
         """(terminated, truncated) of a step that says only that the episode is over."""
         self._find(
-            "filled",
+            "note",
             "step() returns four values: its `done` is taken for terminated, or for truncated where "
             "info['TimeLimit.truncated'] or is_terminal says so",
             "return obs, reward, terminated, truncated, info",
@@ -293,7 +293,7 @@ class Adapter(Wrapper):
             if space.dtype == np.uint8 and value.dtype.kind == "f":
                 cure = "images are uint8 from 0 to 255: return np.uint8(255 * image)"
             casts = np.can_cast(value.dtype, space.dtype, "same_kind")
-            self._find("filled" if casts else "error", what, cure)
+            self._find("note" if casts else "error", what, cure)
         elif value.dtype.kind == "f" and not np.isfinite(value).all():
             cure = "look for a division by zero or a root of a negative number in it"
             self._find("error", f"{key!r}: expected finite values, got NaN or infinity", cure)
@@ -304,13 +304,13 @@ class Adapter(Wrapper):
     def _judge_flags(self, obs: Mapping, flags: Mapping[str, bool]) -> None:
         missing = [name for name in FLAGS if name not in obs]
         if missing:
-            cure = "they are filled in from reset, terminated and truncated: nothing has to be done"
-            self._find("filled", f"{', '.join(missing)} not observed", cure, tell=len(missing) < len(FLAGS))
+            cure = "they are filled in from reset, terminated and truncated"
+            self._find("note", f"{', '.join(missing)} not observed", cure, tell=len(missing) < len(FLAGS))
         for name, flag in flags.items():
             if name in obs and bool(obs[name]) != flag:
                 truth = {"is_first": "reset", "is_last": "terminated and truncated"}.get(name, "terminated")
                 cure = f"{truth} decides: return it accordingly, or leave the key out"
-                self._find("filled", f"{name} contradicts {truth}", cure)
+                self._find("note", f"{name} contradicts {truth}", cure)
 
     def _judge_reward(self, reward: Any) -> None:
         try:

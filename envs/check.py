@@ -28,7 +28,7 @@ REPEATED_STEPS = 50  # are done twice with the same seed
 LEVELS = {
     "error": "training would stop",
     "warning": "training runs, but at a loss",
-    "filled": "LoRe sees to it",
+    "note": "nothing has to be done",
 }
 
 
@@ -47,7 +47,7 @@ class Report:
     def __str__(self) -> str:
         faults = sorted(self.faults, key=lambda fault: list(LEVELS).index(fault.level))
         told = [f"{each.level} ({LEVELS[each.level]}): {each.what}\n    cure: {each.cure}" for each in faults]
-        worse = sum(fault.level != "filled" for fault in faults)
+        worse = sum(fault.level != "note" for fault in faults)
         return "\n".join([*self.lines, *told, f"faults: {worse}" if worse else f"{self.task} is fine"])
 
 
@@ -167,11 +167,11 @@ def _render(env: Adapter, report: Report) -> None:
         fault = render_fault(env.render())
     elif not shown:
         what = "there is neither an image nor a render(): evaluations give no videos"
-        fault = Fault("filled", what, "write a render() if you want some")
+        fault = Fault("note", what, "write a render() if you want some")
     else:
         fault = None
     if fault:
-        report.faults.append(fault._replace(level="filled") if shown else fault)
+        report.faults.append(fault._replace(level="note") if shown else fault)
 
 
 def _sampler(space: Any, seed: int) -> Any:

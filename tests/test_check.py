@@ -64,21 +64,21 @@ class OtherType(Good):
 
 
 class OtherPrecision(Good):
-    fault = ("filled", r"'state': expected float32 \(3,\), got float64", "np.asarray")
+    fault = ("note", r"'state': expected float32 \(3,\), got float64", "np.asarray")
 
     def obs(self, **flags):
         return {**super().obs(**flags), "state": np.zeros(3)}
 
 
 class NoFlags(Good):
-    fault = ("filled", "is_first, is_last, is_terminal not observed", "filled in from reset")
+    fault = ("note", "is_first, is_last, is_terminal not observed", "filled in from reset")
 
     def obs(self, **flags):
         return {k: v for k, v in super().obs().items() if k[:3] != "is_"}
 
 
 class OneFlag(Good):
-    fault = ("filled", "is_last, is_terminal not observed", "filled in from reset")
+    fault = ("note", "is_last, is_terminal not observed", "filled in from reset")
 
     def obs(self, **flags):
         obs = super().obs(**flags)
@@ -86,7 +86,7 @@ class OneFlag(Good):
 
 
 class WrongFlag(Good):
-    fault = ("filled", "is_first contradicts reset", "leave the key out")
+    fault = ("note", "is_first contradicts reset", "leave the key out")
 
     def obs(self, **flags):
         return {**super().obs(**flags), "is_first": False}
@@ -234,7 +234,7 @@ class BadRender(Good):
 
 
 class FourValues(Good):
-    fault = ("filled", "four values", "terminated, truncated")
+    fault = ("note", "four values", "terminated, truncated")
 
     def step(self, action):
         obs, reward, terminated, truncated, info = super().step(action)
@@ -270,7 +270,7 @@ def test_a_good_env_is_fine_and_its_speed_is_told(monkeypatch, capsys):
     assert checks.main(["planted_env"]) == 0
     out = capsys.readouterr().out
     assert "planted_env is fine" in out and "steps per second" in out
-    assert "error" not in out and "warning" not in out and "filled" not in out
+    assert "error" not in out and "warning" not in out and "note" not in out
 
 
 @pytest.mark.parametrize("env", FAULTY, ids=lambda env: env.__name__)
@@ -281,7 +281,7 @@ def test_each_fault_is_found_with_its_cure(monkeypatch, capsys, env):
     found = [fault for fault in report.faults if re.search(what, fault.what)]
     assert len(found) == 1, str(report)
     assert found[0].level == level and re.search(cure, found[0].cure)
-    others = [fault for fault in report.faults if fault not in found and fault.level != "filled"]
+    others = [fault for fault in report.faults if fault not in found and fault.level != "note"]
     if env is not NoSeed:  # it does not repeat itself either
         assert all(level == "error" for _ in others), others  # an error may bring others with it
     assert checks.main(["planted_env"]) == (1 if level == "error" else 0)
