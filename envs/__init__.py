@@ -38,6 +38,8 @@ from envs import wrappers
 from envs.adapter import Adapter, render_fault
 from tools import UserError, derive_seed
 
+REPEATED_STEPS = 10  # of an evaluation env, by which is found out whether it repeats itself
+
 # Suite name -> "module:function", imported when it is asked for, or the function itself.
 REGISTRY: dict[str, str | Callable[..., Any]] = {
     "crafter": "envs.crafter:make",
@@ -57,6 +59,8 @@ def make_env(config: Any, mode: str, index: int, video: bool = False) -> wrapper
     """
     seed_of = functools.partial(derive_seed, config.seed, mode, index)
     env = Adapter(make_raw(config, seed_of("construction")), config.task)
+    if mode == "eval" and index == 0:  # not in training: its seeds and steps are its own
+        env.judge_repeats(seed_of("repeats"), REPEATED_STEPS)
     if config.time_limit:
         env = wrappers.TimeLimit(env, config.time_limit)
     if config.action_repeat > 1:

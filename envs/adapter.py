@@ -5,8 +5,11 @@ it finds are `Fault`s, each with its cure: `python3 -m envs.check` lists them al
 tells the rest in its log.
 """
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +22,7 @@ FLAGS = ("is_first", "is_last", "is_terminal")
 FILLED = (*FLAGS, "reward", "discount")  # known from reset and step, whatever an observation says
 FOREIGN = ("pixels", "rgb", "observation")  # keys of other libraries, renamed to image or vector
 GUARDED_STEPS = 200  # watched closely; after them the checks of wrappers.Episode remain
+SLOW = 2  # seconds that a run may spend on finding out whether an environment repeats itself
 ENDS = 3  # episodes by which terminals that are time limits are found out
 COLORS = (1, 3, 4)  # channels of what is likely to be an image
 MIN_SIDE = 16  # pixels of what is likely to be an image
@@ -119,7 +123,7 @@ class Adapter(Wrapper):
                 entries.append(Entry(path, own, key, spaces.Box(0, 1, (size,), np.float32)))
             else:
                 self._find("warning", f"{key!r} is {own}, which nothing can learn from", "it is left out")
-        if not any(not entry.key.startswith("log_") for entry in entries):
+        if all(entry.key.startswith("log_") for entry in entries):
             self._find("error", "there is nothing to observe", "declare an image or a vector in obs_space")
         return entries
 
@@ -131,15 +135,15 @@ class Adapter(Wrapper):
             return
         if not isinstance(space, spaces.Box):
             return
-        floats, integers = space.dtype.kind == "f", space.dtype == np.uint8
+        is_byte = space.dtype == np.uint8
         likely = len(shape) == 3 and sorted(shape)[1] >= MIN_SIDE and {shape[0], shape[2]} & set(COLORS)
-        level = "error" if key == "image" or integers else "warning"
+        level = "error" if key == "image" or is_byte else "warning"
         if likely and shape[2] not in COLORS:
             cure = "images are [H, W, C]: image.transpose(1, 2, 0), and the space accordingly"
             self._find(level, f"{key!r} looks like an image [C, H, W]: {shape}", cure)
-        if (likely or key == "image") and not integers:
-            cure = "images are uint8 from 0 to 255" + (": np.uint8(255 * image)" if floats else "")
-            self._find(level, f"{key!r} looks like an image of {space.dtype}", f"{cure}, and the space too")
+        if (likely or key == "image") and not is_byte:
+            cure = "images are uint8 from 0 to 255: np.uint8(255 * image), and the space accordingly"
+            self._find(level, f"{key!r} looks like an image of {space.dtype}", cure)
         if key == "image" and len(shape) == 2:
             self._find("error", f"'image' has shape {shape}", "images are [H, W, C]: image[..., None]")
 
@@ -156,7 +160,7 @@ class Adapter(Wrapper):
                     self._find("error", f"{name} is unbounded: {space}", f"make it {BOX_ACTIONS}")
             elif isinstance(space, spaces.Discrete):
                 parts[key] = spaces.Discrete(space.n) if space.start else space
-            elif not isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary | spaces.Dict):
+            elif not isinstance(space, spaces.MultiDiscrete):
                 cure = f"the actor knows Discrete, MultiDiscrete, or {BOX_ACTIONS}"
                 self._find("error", f"{name} is {space}", cure)
         self._changed_actions = [key for key, space in parts.items() if space is not self._own_actions[key]]
@@ -253,6 +257,41 @@ class Adapter(Wrapper):
 
     # --- The watch -------------------------------------------------------------------------------------
 
+    def judge_repeats(self, seed: int, steps: int) -> None:
+        """Play the start of an episode twice: the same seed and actions must give the same.
+
+        An environment too slow for it, with more than SLOW seconds, is spared the second time.
+        """
+        start, ends = time.monotonic(), list(self.ends)
+        one = self._play(seed, steps)
+        if time.monotonic() - start > SLOW and self._strict:
+            return
+        for step, (left, right) in enumerate(
+            itertools.zip_longest(one, self._play(seed, steps), fillvalue={})
+        ):
+            differing = [key for key in left | right if not np.array_equal(left.get(key), right.get(key))]
+            if differing:
+                self._find(
+                    "warning",
+                    f"the same seed and actions gave another {differing[0]} at step {step}, "
+                    "so that runs cannot be repeated, or resumed in mid-episode",
+                    "draw at random only from a generator made in reset: np.random.default_rng(seed)",
+                )
+                return
+
+    def _play(self, seed: int, steps: int) -> list[dict[str, np.ndarray]]:
+        """What random actions that depend on the seed lead to, up to the end of the episode."""
+        sample = action_sampler(self.act_space, seed)
+        obs, _ = self.reset(seed=seed)
+        history = [_copied(obs)]
+        for _ in range(steps):
+            obs, reward, terminated, truncated, _ = self.step(sample())
+            flags = {"is_terminal": terminated, "is_last": terminated or truncated}
+            history.append(_copied({**obs, "reward": reward, **flags}))
+            if terminated or truncated:
+                break
+        return history
+
     def judge_ends(self) -> None:
         """Look whether terminals seem to be time limits."""
         lengths = {length for length, _ in self.ends}
@@ -343,6 +382,23 @@ def render_fault(frame: Any) -> Fault | None:
     got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
     cure = "return an array [H, W, 3] of uint8 (gymnasium: make the env with render_mode='rgb_array')"
     return Fault("warning", f"render() returned {got}: there will be no video of an env without images", cure)
+
+
+def action_sampler(space: Any, seed: int) -> Callable[[], Any]:
+    """A function that draws random actions of a space, or a dict of them."""
+    space = copy.deepcopy(spaces.Dict(dict(space)) if isinstance(space, Mapping) else space)
+    space.seed(seed % 2**32)
+
+    def sample() -> Any:
+        action = space.sample()
+        return action.item() if isinstance(action, np.generic) else action
+
+    return sample
+
+
+def _copied(obs: Mapping) -> dict[str, np.ndarray]:
+    """A copy that outlives an environment's reuse of its arrays."""
+    return {key: np.array(value) for key, value in obs.items()}
 
 
 def _leaves(space: Any, path: tuple = ()) -> Iterator[tuple[tuple, spaces.Space]]:

@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from gymnasium import spaces
 
 import config as configs
 import envs
 from envs import adapter
-from envs.adapter import Adapter, Fault, render_fault
+from envs.adapter import Adapter, Fault, action_sampler, render_fault
 from envs.wrappers import is_image
 from tools import UserError, derive_seed
 
@@ -62,7 +61,7 @@ def check(config: Any) -> Report:
         _describe(env, report)
         _roll(env, seed, report)
         if not report.errors:
-            _repeat(env, seed, report)
+            env.judge_repeats(seed, REPEATED_STEPS)
             _render(env, report)
     except UserError as error:
         report.faults.append(Fault("error", *_split(error)))
@@ -99,7 +98,7 @@ def _brief(space: spaces.Space) -> str:
 
 def _roll(env: Adapter, seed: int, report: Report) -> None:
     """Random steps over some episodes, and how fast they go."""
-    sample = _sampler(env.act_space, seed)
+    sample = action_sampler(env.act_space, seed)
     returns, total, steps, resets, reset_seconds = [], 0.0, 0, 0, 0.0
     start = time.perf_counter()
     done = True
@@ -132,35 +131,6 @@ def _roll(env: Adapter, seed: int, report: Report) -> None:
         report.faults.append(Fault("warning", what, f"{cure}; an evaluation waits for their ends"))
 
 
-def _repeat(env: Adapter, seed: int, report: Report) -> None:
-    """Two episodes with the same seed and actions must be the same."""
-    one, other = (_episode(env, seed) for _ in range(2))
-    for step, (left, right) in enumerate(zip(one, other, strict=False)):
-        differing = [key for key in left if not np.array_equal(left[key], right.get(key))]
-        if differing or len(one) != len(other):
-            cure = "draw at random only from a generator made in reset: np.random.default_rng(seed)"
-            what = f"the same seed and actions gave another {differing[0] if differing else 'length'}"
-            cost = "so that runs cannot be repeated, or resumed in mid-episode"
-            report.faults.append(Fault("warning", f"{what} at step {step}, {cost}", cure))
-            return
-
-
-def _episode(env: Adapter, seed: int) -> list[dict[str, Any]]:
-    sample = _sampler(env.act_space, seed)
-    obs, info = env.reset(seed=seed)
-    steps = [_copied(obs)]
-    for _ in range(REPEATED_STEPS):
-        obs, reward, terminated, truncated, info = env.step(sample())
-        steps.append(_copied({**obs, "reward": reward, "terminated": terminated, "truncated": truncated}))
-        if terminated or truncated:
-            break
-    return steps
-
-
-def _copied(obs: Mapping) -> dict[str, np.ndarray]:
-    return {key: np.array(value) for key, value in obs.items()}
-
-
 def _render(env: Adapter, report: Report) -> None:
     shown = any(is_image(space) for space in env.obs_space.values())
     if callable(getattr(env.env, "render", None)):
@@ -172,18 +142,6 @@ def _render(env: Adapter, report: Report) -> None:
         fault = None
     if fault:
         report.faults.append(fault._replace(level="note") if shown else fault)
-
-
-def _sampler(space: Any, seed: int) -> Any:
-    """A function that draws random actions."""
-    space = spaces.Dict(dict(space)) if isinstance(space, Mapping) else space
-    space.seed(derive_seed(seed, "actions") % 2**32)
-
-    def sample() -> Any:
-        action = space.sample()
-        return action.item() if isinstance(action, np.generic) else action
-
-    return sample
 
 
 def _split(error: UserError) -> tuple[str, str]:
