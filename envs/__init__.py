@@ -57,7 +57,7 @@ def make_env(config: Any, mode: str, index: int, video: bool = False) -> wrapper
     `functools.partial(make_env, config, mode)` can be pickled, for worker processes.
     Raises UserError for a task that does not exist or a package that is not installed.
     """
-    seed_of = functools.partial(derive_seed, config.seed, mode, index)
+    seed_of = functools.partial(_seed_of, config, mode, index)
     env = Adapter(make_raw(config, seed_of("construction")), config.task)
     if mode == "eval" and index == 0:  # not in training: its seeds and steps are its own
         env.judge_repeats(seed_of("repeats"), REPEATED_STEPS)
@@ -82,6 +82,12 @@ def make_env(config: Any, mode: str, index: int, video: bool = False) -> wrapper
     return wrappers.Episode(env, seed_of, config.task)
 
 
+def _seed_of(config: Any, *names: str | int) -> int:
+    """The seed for a purpose. Custom environments may hand it to np.random.RandomState: it wants 32 bits."""
+    seed = derive_seed(config.seed, *names)
+    return seed % 2**32 if config.task.startswith("custom_") else seed
+
+
 def make_raw(config: Any, seed: int) -> Any:
     """The environment of `config.task` as its class or function makes it; `seed` is for those that want one.
 
@@ -92,8 +98,10 @@ def make_raw(config: Any, seed: int) -> Any:
     known = {"name": name, "task": name, "config": config, "size": tuple(config.size)}
     known |= {"seed": seed, "render_mode": "rgb_array"}
     wanted = inspect.signature(make).parameters
-    missing = [p.name for p in wanted.values() if p.name not in known and p.default is p.empty]
-    missing = [name for name in missing if wanted[name].kind not in (2, 4)]  # not *args and **kwargs
+    needed = [
+        p for p in wanted.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    missing = [p.name for p in needed if p.name not in known]
     if missing:
         raise UserError(
             f"{config.task}: {make.__name__} needs {', '.join(missing)}, which nobody gives it: give a "

@@ -53,7 +53,7 @@ class Report:
 def check(config: Any) -> Report:
     """Look over the environment of `config.task`. Raises UserError if it cannot be made."""
     report = Report(config.task)
-    seed = derive_seed(config.seed, "check")
+    seed = _seed(config.seed)
     raw = envs.make_raw(config, seed)
     try:
         env = Adapter(raw, config.task, strict=False)
@@ -107,7 +107,7 @@ def _roll(env: Adapter, seed: int, report: Report) -> None:
     ):
         if done:
             before = time.perf_counter()
-            env.reset(seed=derive_seed(seed, "episode", resets))
+            env.reset(seed=_seed(seed, resets))
             reset_seconds += time.perf_counter() - before
             resets, total = resets + 1, 0.0
         _, reward, terminated, truncated, _ = env.step(sample())
@@ -142,6 +142,10 @@ def _render(env: Adapter, report: Report) -> None:
         fault = None
     if fault:
         report.faults.append(fault._replace(level="note") if shown else fault)
+
+
+def _seed(seed: int, *names: int) -> int:
+    return derive_seed(seed, "check", *names) % 2**32  # as many bits as any generator takes
 
 
 def _split(error: UserError) -> tuple[str, str]:

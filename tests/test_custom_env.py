@@ -174,6 +174,26 @@ def test_render_that_fails_costs_the_video_only(tmp_path, task):
     assert not (tmp_path / "videos").exists()
 
 
+def test_seeds_of_custom_envs_fit_any_generator_and_those_of_crafter_stay_as_they_were():
+    seeds = []
+
+    class Old(OldEnv):
+        def __init__(self, size, seed):
+            super().__init__("x", size)
+            np.random.RandomState(seed)
+            self.seed = lambda seed: seeds.append(seed) or np.random.RandomState(seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(envs.REGISTRY, "custom", Old)
+        for index in (0, 1):
+            env = envs.make_env(configs.load(["--task", "custom_x"]), "train", index)
+            env.reset()
+            env.reset()
+    assert len(set(seeds)) == 4
+    crafter = envs.make_env(configs.load([]), "train", 0)
+    assert crafter._seed_of(0) == dreamer.tools.derive_seed(0, "train", 0, 0)
+
+
 def test_any_mixture_of_keys_trains(tmp_path, task):
     assert train(tmp_path, *task(Mixture), "--steps", "60", "--video_pred_log", "True") == 0
     line = metrics(tmp_path)[-1]
