@@ -51,7 +51,7 @@ class Adapter(Wrapper):
 
     - Observations without keys, and those called `pixels`, `rgb` or `observation`, become `image` or
       `vector`. Nested ones are joined by `_`; discrete ones become one-hot vectors; text is left out.
-    - A Discrete action that does not start at 0, or is wanted one-hot, is an index from 0 on here.
+    - An action that is wanted one-hot (`wrappers.OneHotAction`) is Discrete here.
     - `reset` may take no seed and give no info. `step` may give 4 values, with `done`.
     - `render` gives [H, W, 3] uint8, also of those that take a `mode`.
 
@@ -157,10 +157,9 @@ class Adapter(Wrapper):
                 if getattr(space, "discrete", False) and len(space.shape) == 1:
                     parts[key] = spaces.Discrete(space.shape[0])
                 elif not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-                    self._find("error", f"{name} is unbounded: {space}", f"make it {BOX_ACTIONS}")
-            elif isinstance(space, spaces.Discrete):
-                parts[key] = spaces.Discrete(space.n) if space.start else space
-            elif not isinstance(space, spaces.MultiDiscrete):
+                    what = f"{name} is unbounded, {space}: only values from -1 to 1 will be tried"
+                    self._find("warning", what, f"make it {BOX_ACTIONS}")
+            elif not isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
                 cure = f"the actor knows Discrete, MultiDiscrete, or {BOX_ACTIONS}"
                 self._find("error", f"{name} is {space}", cure)
         self._changed_actions = [key for key, space in parts.items() if space is not self._own_actions[key]]
@@ -236,11 +235,7 @@ class Adapter(Wrapper):
         single = "" in self._own_actions
         values = {"": action} if single else dict(action)
         for key in self._changed_actions:
-            own = self._own_actions[key]
-            if isinstance(own, spaces.Discrete):
-                values[key] = int(values[key]) + int(own.start)
-            else:
-                values[key] = np.eye(*own.shape, dtype=own.dtype)[int(values[key])]
+            values[key] = np.eye(*self._own_actions[key].shape, dtype=np.float32)[int(values[key])]
         return values[""] if single else values
 
     def _convert(self, obs: Any) -> dict:

@@ -164,7 +164,7 @@ class RewardNotANumber(Good):
 
 
 class UnboundedAction(Good):
-    fault = ("error", "the action is unbounded", "finite bounds")
+    fault = ("warning", "the action is unbounded", "finite bounds")
 
     def __init__(self, task, size):
         super().__init__(task, size)
@@ -365,7 +365,7 @@ class Foreign(gymnasium.Env):
             "is_first": spaces.Discrete(2),
         }
     )
-    action_space = spaces.Discrete(3, start=-1)
+    action_space = spaces.Discrete(3)
 
     def __init__(self, render_mode=None):
         assert render_mode == "rgb_array"
@@ -401,7 +401,7 @@ def test_foreign_keys_are_renamed_nested_ones_flattened_and_discrete_ones_one_ho
     assert obs["robot_mode"].tolist() == [0, 0, 1] and obs["switches"].tolist() == [1, 0, 0, 1]
     assert obs["is_first"]
     obs = env.step({"action": 0})[0]
-    assert env.taken == [-1] and obs["reward"] == 1.5 and not obs["is_first"]
+    assert env.taken == [0] and obs["reward"] == 1.5 and not obs["is_first"]
     notes = "\n".join(env.notes())
     assert "'pixels' is called 'image' here" in notes and "32x48 pixels are resized to 64x64" in notes
     assert "'mission'" in notes and "left out" in notes
