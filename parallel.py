@@ -94,7 +94,8 @@ class VecEnv:
 
     def notes(self) -> list[str]:
         """Lines for the log that the environments have to say of themselves since the last call."""
-        return [line for lines in self._call("notes", [None] * len(self)) for line in lines]
+        told = self._call("notes", [None] * len(self))
+        return list(dict.fromkeys(line for lines in told for line in lines))
 
     def close(self) -> None:
         """End all environments; may be called again."""
