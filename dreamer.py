@@ -147,6 +147,7 @@ class Dreamer:
         """
         scales, generator = self.config.loss_scales, self.rngs["train"]
         data = self._to_device(batch)
+        data["reward"] = data["reward"] * self.config.reward_scale
         with self.autocast():
             post, data = self.world_model.observe(data, generator)
             losses, metrics = self.world_model.loss(post, data)

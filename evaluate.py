@@ -86,10 +86,10 @@ def evaluate(
     make = functools.partial(make_env, config, SEEDS, video=video_folder is not None)
     vec = make_vec(make, envs, parallel)
     try:
-        for note in vec.notes():
-            print(note, file=sys.stderr)
         if video_folder and not has_images(vec):
             raise UserError(f"{config.task} shows no images, so there is nothing for --video")
+        for note in vec.notes():
+            print(note, file=sys.stderr)
         if random:
             agent = RandomAgent(vec.act_space, seed)
         else:

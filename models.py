@@ -175,7 +175,6 @@ class WorldModel(nn.Module):
         self.cont_head = networks.BinaryHead(rssm.feat_size, config.cont_head)
         self.free_nats = config.rssm.free_nats
         self.disc = 1 - 1 / config.horizon
-        self.reward_scale = config.reward_scale
         self.grad_heads = config.grad_heads
         self.context = config.replay_context
 
@@ -193,12 +192,8 @@ class WorldModel(nn.Module):
         return state, action[:, :-1], {k: v[:, 1:] for k, v in data.items()}
 
     def observe(self, data: Data, generator: torch.Generator | None) -> tuple[State, Data]:
-        """Posterior states [B, T, ...] of a replayed batch, and the batch without its context.
-
-        From here on rewards are scaled.
-        """
+        """Posterior states [B, T, ...] of a replayed batch, and the batch without its context."""
         state, prev_action, data = self.split_context(data)
-        data = {**data, "reward": data["reward"] * self.reward_scale}
         embed = self.encoder(data)  # [B, T, E]
         noise = self.rssm.noise(*data["is_first"].shape, generator=generator)
         return self.rssm.observe(state, embed, prev_action, data["is_first"], noise), data
