@@ -236,7 +236,7 @@ def test_reward_scale_is_for_learning_only(tmp_path):
     assert train(tmp_path, "--reward_scale", "10", "--steps", "40") == 0
     with np.load(list_episodes(tmp_path / "train_eps")[0].path) as episode:
         assert set(np.unique(episode["reward"])) == {0.0, 1.0}
-    losses = []
+    predicted = []
     for scale, reward in ((10.0, 1.0), (1.0, 10.0), (1.0, 1.0)):
         config = configs.load(["--configs", "debug", "--task", "dummy_vector"])
         config = config.replace({"reward_scale": scale, "opt.warmup": 0, "opt.lr": 1e-2})
@@ -245,8 +245,8 @@ def test_reward_scale_is_for_learning_only(tmp_path):
         batch = {key: np.zeros((2, 3, *space.shape), space.dtype) for key, space in env.obs_space.items()}
         batch |= {"deter": np.zeros((2, 3, 32), np.float32), "stoch": np.zeros((2, 3, 4), np.uint8)}
         batch |= {"action": np.zeros((2, 3), np.int32), "reward": np.full((2, 3), reward, np.float32)}
-        losses.append([float(agent.train(batch)[0]["loss/reward"]) for _ in range(3)])
-    assert losses[0] == losses[1] != losses[2]
+        predicted.append([float(agent.train(batch)[0]["imag/reward"]) for _ in range(3)])
+    assert predicted[0] == predicted[1] != predicted[2]
 
 
 # The guide
