@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 import config as configs
+import cuda_graph
 import models
 import networks
 import replay as replays
@@ -82,8 +84,14 @@ class Dreamer:
             torch.autocast, device.type, torch.bfloat16, enabled=precision(config, device) == "bfloat16"
         )
         self.updates = 0
+        self.update = self._update
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
+            self.copies = torch.cuda.Stream(device)
         if compiles(config, device):
             self._compile()
+            if device.type == "cuda":
+                self.update = cuda_graph.GraphedUpdate(self._update, self.rngs["train"])
 
     @property
     def rssm(self) -> networks.RSSM:
@@ -138,16 +146,25 @@ class Dreamer:
         latents = {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy()}
         return self.actions.decode(action), {**post, "action": action}, latents
 
-    def train(self, batch: Arrays) -> tuple[dict[str, Tensor], Arrays | None]:
-        """One update from sequences [B, context + T, ...].
+    def train(self, batch: Mapping[str, np.ndarray | Tensor]) -> tuple[dict[str, Tensor], Arrays | None]:
+        """One update from sequences [B, context + T, ...], as arrays or as `upload` gives them.
 
         Returns metrics, and per step [B, T, ...] what the replay keeps: refreshed latents `deter` and
         `stoch`, and the world model's `loss`. A gradient that is not finite changes no weight: then the
         metric `opt/skipped` is 1 and there is nothing to keep.
         """
+        metrics, kept = self.update(self.upload(batch))
+        if metrics["opt/skipped"]:
+            return metrics, None
+        self.updates += 1
+        if self.updates % self.config.slow_target_update == 0:
+            self.behavior.update_slow_critic()
+        return metrics, {k: v.cpu().numpy() for k, v in kept.items()}
+
+    def _update(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """An update without waiting for the GPU: its metrics, and what the replay keeps."""
         scales, generator = self.config.loss_scales, self.rngs["train"]
-        data = self._to_device(batch)
-        data["reward"] = data["reward"] * self.config.reward_scale
+        data = {**data, "reward": data["reward"] * self.config.reward_scale}
         with self.autocast():
             post, data = self.world_model.observe(data, generator)
             losses, metrics = self.world_model.loss(post, data)
@@ -158,30 +175,33 @@ class Dreamer:
         self.opt.zero_grad()
         total.backward()
         outcome = self.opt.step()
-        skipped = bool(outcome["skipped"])
-        if not skipped:
-            self.updates += 1
-            if self.updates % self.config.slow_target_update == 0:
-                self.behavior.update_slow_critic()
         metrics |= more_metrics
         metrics |= {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
-        metrics |= {"opt/loss": total.detach(), "opt/grad_norm": outcome["grad_norm"], "opt/skipped": skipped}
-        if skipped:
-            return metrics, None
+        metrics |= {"opt/loss": total.detach()} | {f"opt/{name}": value for name, value in outcome.items()}
         deter, stoch = self.rssm.pack({k: post[k].detach() for k in ("deter", "stoch")})
-        kept = {"deter": deter, "stoch": stoch, "loss": model_loss}
-        return metrics, {k: v.cpu().numpy() for k, v in kept.items()}
+        return metrics, {"deter": deter, "stoch": stoch, "loss": model_loss}
 
     def report(self, batch: Arrays) -> dict[str, np.ndarray]:
         """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image key."""
-        data = self._to_device({k: v[:OPEN_LOOP_ROWS] for k, v in batch.items()})
+        data = self.upload({k: v[:OPEN_LOOP_ROWS] for k, v in batch.items()})
         context = min(OPEN_LOOP_CONTEXT, self.config.batch_length - 1)
         with self.autocast():
             videos = self.world_model.open_loop(data, context, self.rngs["report"])
         return {key: video.cpu().numpy() for key, video in videos.items()}
 
-    def _to_device(self, batch: Arrays) -> dict[str, Tensor]:
-        return {k: torch.from_numpy(v).to(self.device, non_blocking=True) for k, v in batch.items()}
+    def upload(self, batch: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
+        """A batch on the device. Another thread may call it, so that the next batch is there in time."""
+        if self.device.type == "cpu":
+            return {k: torch.as_tensor(v) for k, v in batch.items()}
+        if all(isinstance(v, Tensor) for v in batch.values()):
+            return dict(batch)
+        with torch.cuda.stream(self.copies):  # beside the update that is running
+            pinned = {k: torch.from_numpy(v).pin_memory() for k, v in batch.items()}
+            data = {k: v.to(self.device, non_blocking=True) for k, v in pinned.items()}
+        self.copies.synchronize()
+        for value in data.values():
+            value.record_stream(torch.cuda.default_stream(self.device))  # which is where it is used
+        return data
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The learned parameters and the return normaliser, by module."""
@@ -213,11 +233,15 @@ class Dreamer:
 
 def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:
     """Raise UserError for an action that the actor cannot take, or that `actor_dist` does not fit."""
-    fits = {gymnasium.spaces.Discrete: "onehot", gymnasium.spaces.Box: "normal"}
+    kinds = gymnasium.spaces
+    fits = {kinds.Discrete: "onehot", kinds.MultiDiscrete: "onehot", kinds.Box: "normal"}
     for key, space in act_space.items():
         dist = fits.get(type(space))
         if dist is None:
-            raise UserError(f"Action {key!r} is {space}; the actor knows Discrete and Box.")
+            raise UserError(
+                f"Action {key!r} is {space}; the actor knows Discrete, MultiDiscrete and Box, "
+                "and a Dict of these."
+            )
         if actor_dist not in ("auto", dist):
             raise UserError(
                 f"--actor_dist {actor_dist} does not fit action {key!r} ({space}): use {dist} or auto."
@@ -278,6 +302,11 @@ def compiles(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" and sys.platform == "linux"
 
 
+def keeps_memory(config: Config, device: torch.device) -> bool:
+    """What `keep_memory: auto` means: on the CPU, where updates take their memory from the system."""
+    return device.type == "cpu" if config.keep_memory == "auto" else config.keep_memory
+
+
 # --- The run -------------------------------------------------------------------------------------------
 
 
@@ -333,9 +362,13 @@ class Run:
         self.streak = self.timed_updates = 0
         self.eval_envs: VecEnv | None = None
         self._noted: set[str] = set()
+        self.due = 0  # updates to do in this step
+        self.sampler = ThreadPoolExecutor(1, "sampler")
+        self.next_batch: Future | None = None
         self.last_batch: Arrays | None = None
         self.timer = Timer()
         self._parts = contextlib.ExitStack()  # what `close` has to close
+        self._parts.callback(self.sampler.shutdown)
         try:
             self._build(checkpoint, resume, notes)
         except BaseException:
@@ -377,6 +410,9 @@ class Run:
                 "(no pattern of --encoder.*_keys fits)"
             )
         self.replay = self._make_replay(obs_space | act_space, plan)
+        # Not earlier: the ring's memory is to be taken as it fills.
+        if keeps_memory(config, self.device) and tools.keep_freed_memory():
+            self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
         if saved:
             self._resume(saved)
         else:
@@ -450,6 +486,8 @@ class Run:
 
         If the envs have `failed`, their open episodes end here: a resumed run starts new ones.
         """
+        if self.next_batch:
+            wait([self.next_batch])  # of a step that failed: it reads the replay
         # Two, for until the checkpoint is written, an older one of the same step needs its own.
         place = self._replay_state(self.step)
         replay = self.replay.save(place, latents=clean, keep=2)
@@ -546,6 +584,7 @@ class Run:
         with self.timer("replay"):
             self.replay.add({k: v for k, v in {**obs, **action, **latents}.items() if k[:4] != "log_"})
         self._count(obs)
+        self._plan_updates()
         with self.timer("env"):
             self.obs = self.envs.step(action)
 
@@ -562,22 +601,41 @@ class Run:
             extra = {f"env/{k[4:]}": v for k, v in episode.items() if k.startswith("log_")}
             self.logger.add(metrics | {k: v for k, v in extra.items() if "achievement" not in k})
 
-    def learn(self) -> None:
-        """As many updates as `train_ratio` asks for by now."""
+    def _plan_updates(self) -> None:
+        """See how many updates `train_ratio` asks for; the first batch is drawn while the envs step."""
+        self.due = 0
         if self.step < self.config.prefill:
             return
         due = self.ratio(self.transitions)
-        if not self.replay.can_sample(self.config.batch_size):
-            return  # what is due now is not owed later
-        for _ in range(due):
+        if self.replay.can_sample(self.config.batch_size):  # else what is due now is not owed later
+            self.due = due
+        if self.due:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Let the next batch be drawn and brought to the device, beside whatever happens meanwhile."""
+
+        def draw() -> tuple[Arrays, Arrays, dict[str, Tensor]]:
+            batch = self.replay.sample(self.config.batch_size)
+            where = batch.pop("where")
+            return batch, where, self.agent.upload(batch)
+
+        self.next_batch = self.sampler.submit(draw)
+
+    def learn(self) -> None:
+        """The updates that are due."""
+        for left in reversed(range(self.due)):
             with self.timer("replay"):
-                batch = self.replay.sample(self.config.batch_size)
-                where = batch.pop("where")
+                batch, where, data = self.next_batch.result()
+            if left:
+                self._draw()
             with self.timer("train"):
-                metrics, kept = self.agent.train(batch)
+                metrics, kept = self.agent.train(data)
             self.logger.add(metrics)
             self.last_batch = batch
             self._estimate()
+            # The next batch is drawn before the latents of this one change, however long that takes.
+            wait([self.next_batch])
             if kept is None:
                 self._count_nonfinite(batch)
                 continue

@@ -13,6 +13,10 @@ An environment is any class with
 - `terminated` says that the task itself is over; a time limit is `truncated`, and nothing else.
 - `log_*` keys are float32 scalars. They are logged and never learned from.
 - The same seed and the same actions give the same observations, so that a run can be resumed.
+- Actions are Discrete, MultiDiscrete, Box, or a dict of these. The range of a Box is the environment's own:
+  `make_env` clips and scales to it.
+- An environment that does `config.action_repeat` by itself, so that it draws no frame in vain, has the
+  attribute `repeats_actions = True`.
 
 `adapter.Adapter` brings gymnasium environments and older classes to this contract, and watches the first
 steps; `python3 -m envs.check TASK` looks closer. `make_env` hands out an environment inside
@@ -28,6 +32,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -42,10 +47,19 @@ REPEATED_STEPS = 10  # of an evaluation env, by which is found out whether it re
 
 # Suite name -> "module:function", imported when it is asked for, or the function itself.
 REGISTRY: dict[str, str | Callable[..., Any]] = {
+    "atari": "envs.atari:make",
     "crafter": "envs.crafter:make",
     "custom": "envs.custom_env:CustomEnv",
+    "dmc": "envs.dmc:make",
     "dummy": "envs.dummy:make",
+    "gym": "envs.gymnasium_env:make",
+    "memorymaze": "envs.memorymaze:make",
+    "minecraft": "envs.minecraft:make",
+    "minigrid": "envs.minigrid:make",
 }
+
+NOT_FOR_3_13 = ("dm_control", "labmaze", "memory_maze")
+MAX_LISTED = 20  # names in an error; of more, the nearest are listed
 
 
 def make_env(config: Any, mode: str, index: int, video: bool = False) -> wrappers.Episode:
@@ -61,9 +75,12 @@ def make_env(config: Any, mode: str, index: int, video: bool = False) -> wrapper
     env = Adapter(make_raw(config, seed_of("construction")), config.task)
     if mode == "eval" and index == 0:  # not in training: its seeds and steps are its own
         env.judge_repeats(seed_of("repeats"), REPEATED_STEPS)
+    env = wrappers.NormalizeActions(env)
+    repeats = getattr(env, "repeats_actions", False)
     if config.time_limit:
-        env = wrappers.TimeLimit(env, config.time_limit)
-    if config.action_repeat > 1:
+        inner_steps = config.action_repeat if repeats else 1  # env steps in one step of what env is here
+        env = wrappers.TimeLimit(env, math.ceil(config.time_limit / inner_steps))
+    if config.action_repeat > 1 and not repeats:
         env = wrappers.ActionRepeat(env, config.action_repeat)
     sizes = {space.shape[:2] for space in env.obs_space.values() if wrappers.is_image(space)}
     if sizes - {tuple(config.size)}:
@@ -94,17 +111,36 @@ def make_raw(config: Any, seed: int) -> Any:
     Raises UserError for a task that does not exist or a package that is not installed.
     """
     suite, _, name = config.task.partition("_")
-    make = _load(name) if suite == "custom" and ":" in name else _find(suite)
     known = {"name": name, "task": name, "config": config, "size": tuple(config.size)}
     known |= {"seed": seed, "render_mode": "rgb_array"}
+    if suite == "custom" and ":" in name:
+        return _call(_load(name), config.task, known)
+    if suite not in REGISTRY:
+        raise _unknown("environment suite", suite, list(REGISTRY))
+    entry = REGISTRY[suite]
+    try:
+        if isinstance(entry, str):
+            module, function = entry.split(":")
+            entry = getattr(importlib.import_module(module), function)
+        return _call(entry, config.task, known)
+    except ModuleNotFoundError as error:
+        older = " (Python 3.11 or 3.12 only)" if error.name in NOT_FOR_3_13 else ""
+        raise UserError(
+            f"Tasks of {suite} need the Python package {error.name}{older}, which is not installed: "
+            f"pip install -r {_requirements(suite)}"
+        ) from error
+
+
+def _call(make: Callable[..., Any], task: str, known: dict[str, Any]) -> Any:
+    """Call a class or function with those of the `known` values that it has parameters for."""
     wanted = inspect.signature(make).parameters
-    needed = [
-        p for p in wanted.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    needed = [p for p in wanted.values() if p.default is p.empty]
+    missing = [
+        p.name for p in needed if p.name not in known and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    missing = [p.name for p in needed if p.name not in known]
     if missing:
         raise UserError(
-            f"{config.task}: {make.__name__} needs {', '.join(missing)}, which nobody gives it: give a "
+            f"{task}: {make.__name__} needs {', '.join(missing)}, which nobody gives it: give a "
             f"default. It may ask for {', '.join(known)}."
         )
     return make(**{key: value for key, value in known.items() if key in wanted})
@@ -134,22 +170,6 @@ def unknown_task(suite: str, name: str, names: Iterable[str]) -> UserError:
     return _unknown("task", f"{suite}_{name}", tasks)
 
 
-def _find(suite: str) -> Callable[..., Any]:
-    if suite not in REGISTRY:
-        raise _unknown("environment suite", suite, list(REGISTRY))
-    entry = REGISTRY[suite]
-    if not isinstance(entry, str):
-        return entry
-    module, function = entry.split(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"Tasks of {suite} need the Python package {error.name}, which is not installed: "
-            f"pip install -r {_requirements(suite)}"
-        ) from error
-
-
 def _load(path: str) -> Callable[..., Any]:
     """The class or function that `package.module:Class` names."""
     module, _, name = path.partition(":")
@@ -172,5 +192,6 @@ def _requirements(suite: str) -> str:
 
 
 def _unknown(what: str, name: str, names: list[str]) -> UserError:
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
-    return UserError(f"Unknown {what} {name!r}. Did you mean {nearest}? There are: {', '.join(names)}.")
+    near = difflib.get_close_matches(name, names, n=len(names), cutoff=0)
+    listed = names if len(names) <= MAX_LISTED else [*near[:MAX_LISTED], f"{len(names) - MAX_LISTED} more"]
+    return UserError(f"Unknown {what} {name!r}. Did you mean {near[0]}? There are: {', '.join(listed)}.")

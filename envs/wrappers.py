@@ -71,6 +71,45 @@ class ActionRepeat(Wrapper):
         return obs, total, terminated, truncated, info
 
 
+class NormalizeActions(Wrapper):
+    """Makes the range of every continuous action [-1, 1], in a Dict too.
+
+    An action is clipped to it, then moved to the range that the environment has. Where that lacks a bound, it
+    is taken 2 away from the other one; without any it is [-1, 1]. For actions of whole numbers it is rounded.
+    """
+
+    def __init__(self, env: Any):
+        super().__init__(env)
+        name = "act_space" if hasattr(env, "act_space") else "action_space"  # ours, or gymnasium's
+        self._inner = getattr(env, name)
+        setattr(self, name, _normalized(self._inner))
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        return self.env.step(_denormalize(action, self._inner))
+
+
+def _normalized(space: Any) -> Any:
+    if isinstance(space, Mapping):
+        return type(space)({key: _normalized(value) for key, value in space.items()})
+    return spaces.Box(-1, 1, space.shape, np.float32) if isinstance(space, spaces.Box) else space
+
+
+def _denormalize(action: Any, space: Any) -> Any:
+    if isinstance(space, Mapping):
+        return {key: _denormalize(action[key], value) for key, value in space.items()}
+    if not isinstance(space, spaces.Box):
+        return action
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    low, high = (
+        np.where(np.isfinite(low), low, np.where(np.isfinite(high), high - 2, -1)),
+        np.where(np.isfinite(high), high, np.where(np.isfinite(low), low + 2, 1)),
+    )
+    # In this form a range of [-1, 1] changes no bit.
+    value = (low / 2 + high / 2) + np.clip(action, -1, 1) * (high / 2 - low / 2)
+    value = np.clip(value, low, high)
+    return (np.rint(value) if space.dtype.kind in "iu" else value).astype(space.dtype)
+
+
 class ClipReward(Wrapper):
     """Clips rewards to the range from `min_reward` to `max_reward`."""
 
@@ -390,6 +429,8 @@ class Episode(Wrapper):
         self._single = not isinstance(own, Mapping | spaces.Dict)
         self.act_space = {"action": own} if self._single else dict(own)
         self.obs_space = dict(env.obs_space) | EPISODE_SPACES
+        if both := sorted(self.act_space.keys() & self.obs_space.keys()):
+            raise UserError(f"Environment {name} has {both[0]!r} as action and as observation: rename one.")
         self._episode = -1
         self._actions: list[dict[str, np.ndarray]] = []
 
