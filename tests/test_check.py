@@ -242,7 +242,7 @@ class FourValues(Good):
 
 
 class NeverEnds(Good):
-    fault = ("warning", "no episode ended within", "--time_limit N")
+    fault = ("note", "no episode ended within", "--time_limit N")
 
     def reset(self, seed=None):
         result = super().reset(seed)
