@@ -37,8 +37,9 @@ RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
 
 # What a resumed run cannot change, and why.
 FROZEN = {
-    "task": ("task", "action_repeat", "obs", "dmc.*", "atari.*", "minigrid.*"),
+    "task": ("task", "action_repeat", "clip_reward", "obs", "dmc.*", "atari.*", "minigrid.*"),
     "network": (
+        *("grayscale", "frame_stack", "audio_dim"),
         *("size", "actor_dist", "rssm.deter", "rssm.hidden", "rssm.stoch", "rssm.classes", "rssm.blocks"),
         *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*.strided", "*.bspace"),
         *("*.layers", "*.units", "*.bins", "reward_head.dist", "critic.dist"),
@@ -146,7 +147,6 @@ GONE = {
     "lives": "lives are not looked at: an episode ends with the game",
     "resize": "images are always shrunk by OpenCV's area method",
     "break_speed": "blocks break as fast as the game has it; an attack is held instead",
-    "grayscale": "images keep their colours",
     "decoder.cnn_sigmoid": "images always end in a sigmoid, as in the Nature version",
     "reset_every": "networks are never reset",
     "weight_decay": "there is none, as in the Nature version",

@@ -69,8 +69,14 @@ class Dreamer:
             torch.manual_seed(tools.derive_seed(config.seed, "weights"))
             self.world_model = models.WorldModel(obs_space, self.actions, config).to(device)
             self.behavior = models.ImagBehavior(self.rssm.feat_size, self.actions, config).to(device)
+        self.unseen = networks.unrouted(obs_space, self.world_model.encoder.keys)
+        if not any(self.world_model.encoder.keys):
+            raise UserError(
+                f"The agent would see nothing: no pattern of --encoder.*_keys fits {', '.join(self.unseen)}."
+            )
         self.opt = tools.LaProp(self._param_groups(), **config.opt)
-        self.obs_keys = sorted({"is_first", *obs_space} - {"reward", "is_last", "is_terminal"})
+        seen = {key for key in obs_space if not key.startswith("log_")}
+        self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal"})
         self.rngs = {
             name: tools.torch_rng(config.seed, name, device=device) for name in ("act", "train", "report")
         }
@@ -159,6 +165,7 @@ class Dreamer:
     def _update(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """An update without waiting for the GPU: its metrics, and what the replay keeps."""
         scales, generator = self.config.loss_scales, self.rngs["train"]
+        data = {**data, "reward": data["reward"] * self.config.reward_scale}
         with self.autocast():
             post, data = self.world_model.observe(data, generator)
             losses, metrics = self.world_model.loss(post, data)
@@ -361,6 +368,7 @@ class Run:
         self.step = self.transitions = self.episodes = self.evaluations = 0
         self.streak = self.timed_updates = 0
         self.eval_envs: VecEnv | None = None
+        self._noted: set[str] = set()
         self.due = 0  # updates to do in this step
         self.sampler = ThreadPoolExecutor(1, "sampler")
         self.next_batch: Future | None = None
@@ -403,6 +411,11 @@ class Run:
         )
         for line in [*notes, plan.line]:
             self.print(line)
+        if self.agent.unseen:
+            self.print(
+                f"Not encoded, so the agent does not see: {', '.join(self.agent.unseen)} "
+                "(no pattern of --encoder.*_keys fits)"
+            )
         self.replay = self._make_replay(obs_space | act_space, plan)
         # Not earlier: the ring's memory is to be taken as it fills.
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
@@ -411,14 +424,22 @@ class Run:
             self._resume(saved)
         else:
             self._start()
+        self._print_notes(self.envs)
         config.save(self.logdir / "config.yaml")
 
     def _make_envs(self, mode: str) -> VecEnv:
         options = self.config.envs
-        make = functools.partial(make_env, self.config, mode)
+        make = functools.partial(make_env, self.config, mode, video=mode == "eval")
         envs = make_vec(make, options.amount if mode == "train" else options.eval_amount, options.parallel)
         self._parts.callback(envs.close)
         return envs
+
+    def _print_notes(self, envs: VecEnv) -> None:
+        """Tell what the envs have to say of themselves, each line once."""
+        for line in envs.notes():
+            if line not in self._noted:
+                self._noted.add(line)
+                self.print(line)
 
     def _plan_replay(self, spaces: Mapping[str, gymnasium.Space], saved: dict | None) -> replays.Plan:
         config, rssm = self.config, self.config.rssm
@@ -665,6 +686,7 @@ class Run:
         config = self.config
         if self.eval_envs is None:
             self.eval_envs = self._make_envs("eval")
+            self._print_notes(self.eval_envs)
         share = config.eval_episodes // config.envs.eval_amount
         rng = tools.torch_rng(config.seed, "eval", self.evaluations, device=self.device)
         first = self.evaluations * share  # each evaluation counts other episodes, with seeds of their own
@@ -696,13 +718,14 @@ class Run:
             frames = episode.frames
             if frames is None:
                 break
+            frames = newest(frames, config.frame_stack)
             write_mp4(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", frames, config.video_fps)
             if index == 0:
                 self.logger.video("eval_policy", frames[: config.video_frames], self.step)
         if config.video_pred_log and self.last_batch is not None:
             for key, frames in self.agent.report(self.last_batch).items():
                 name = "train_openl" if key == "image" else f"train_openl_{key}"
-                self.logger.video(name, frames, self.step)
+                self.logger.video(name, newest(frames, config.frame_stack), self.step)
 
     def log(self) -> None:
         """Write what was collected since the last time."""
@@ -710,6 +733,7 @@ class Run:
         self.logger.add(self.success.metrics())
         self.logger.add(self.timer.shares())
         self.logger.write(self.step)
+        self._print_notes(self.envs)
 
 
 @dataclass
@@ -735,6 +759,11 @@ class EvalEpisode:
             (k != "image", k) for k, v in self.steps.items() if v.dtype == np.uint8 and v.ndim == 4
         )
         return self.steps[images[0][1]] if images else None
+
+
+def newest(frames: np.ndarray, stack: int) -> np.ndarray:
+    """The newest of `stack` images that lie along the channels: [..., C] -> [..., C / stack]."""
+    return frames[..., -(frames.shape[-1] // stack) :]
 
 
 def play_episodes(
@@ -803,7 +832,7 @@ def open_run(argv: list[str]) -> Run:
     config = configs.load(argv, has_cuda=cuda_works(), saved=saved)
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
-    folder = Path(logdir or Path("logdir") / config.task / time.strftime("%Y%m%dT%H%M%S"))
+    folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
     return Run(config, folder, checkpoint, resume, notes)
 
 

@@ -22,7 +22,7 @@ import torch
 
 import tools
 from config import Config
-from dreamer import Arrays, Dreamer, EvalEpisode, choose_device, play_episodes, run_folder
+from dreamer import Arrays, Dreamer, EvalEpisode, choose_device, newest, play_episodes, run_folder
 from envs import make_env
 from exploration import Random
 from logger import write_mp4
@@ -83,10 +83,13 @@ def evaluate(
     if config.threads:
         torch.set_num_threads(config.threads)
     parallel = "process" if envs > 1 else "none"
-    vec = make_vec(functools.partial(make_env, config, SEEDS), envs, parallel)
+    make = functools.partial(make_env, config, SEEDS, video=video_folder is not None)
+    vec = make_vec(make, envs, parallel)
     try:
         if video_folder and not has_images(vec):
             raise UserError(f"{config.task} shows no images, so there is nothing for --video")
+        for note in vec.notes():
+            print(note, file=sys.stderr)
         if random:
             agent = RandomAgent(vec.act_space, seed)
         else:
@@ -100,7 +103,7 @@ def evaluate(
             print(f"episode {index + 1}/{episodes}: return {episode.score:.4g}", file=sys.stderr, flush=True)
             if video_folder:
                 videos.append(video_folder / f"evaluate_{label}_{index}.mp4")
-                write_mp4(videos[-1], episode.frames, config.video_fps)
+                write_mp4(videos[-1], newest(episode.frames, config.frame_stack), config.video_fps)
     finally:
         vec.close()
     about = {"task": config.task, "policy": "random" if random else "agent", "checkpoint": str(path)}
@@ -114,7 +117,8 @@ def has_images(envs: VecEnv) -> bool:
 
 def outcome(episode: EvalEpisode, action_repeat: int) -> dict[str, float]:
     """Return, length in env steps, and the highest value of each `log_*` key of one episode."""
-    logged = {key: float(value.max()) for key, value in episode.steps.items() if key.startswith("log_")}
+    steps = episode.steps.items()
+    logged = {key: float(value.max()) for key, value in steps if key.startswith("log_") and value.ndim == 1}
     return {"return": episode.score, "length": episode.length * action_repeat, **logged}
 
 

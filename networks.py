@@ -288,6 +288,12 @@ def route_keys(obs_space: Mapping[str, gymnasium.Space], mlp_keys: str, cnn_keys
     return Keys(vectors, images)
 
 
+def unrouted(obs_space: Mapping[str, gymnasium.Space], keys: Keys) -> list[str]:
+    """Observation keys that a network with these `keys` passes over; `log_*`, flags and reward aside."""
+    candidates = {key for key in obs_space if key not in NOT_OBSERVED and not key.startswith("log_")}
+    return sorted(candidates.difference(*keys))
+
+
 class ImageEncoder(nn.Module):
     """uint8 images [N, H, W, C] -> [N, E]: each convolution halves the resolution."""
 
