@@ -519,6 +519,7 @@ class RSSM(nn.Module):
         )
         self.post_first = Linear(self.deter + embed, self.hidden)
         self.post_norm = RMSNormSiLU(self.hidden)
+        self._cut_key, self._cut = None, None  # see split_weights
         self.post_rest = nn.Sequential(
             mlp(self.hidden, config.obs_layers - 1, self.hidden), Linear(self.hidden, logits)
         )
@@ -555,7 +556,20 @@ class RSSM(nn.Module):
         return stoch.flatten(-2) if self.classes else stoch  # [..., S*K]
 
     def split_weights(self) -> "SplitWeights":
-        """The weights of layers over concatenated inputs, cut by input; once per scan, not at each step."""
+        """The weights of layers over concatenated inputs, cut by input; once per scan, not at each step.
+
+        A CPU that acts needs them at each step: there the last ones are kept as long as they are valid.
+        """
+        weights = self.dyn_first.weight, self.post_first.weight
+        if torch.is_grad_enabled() or weights[0].device.type != "cpu":
+            return self._cut_weights()
+        # Each change in place raises a tensor's version.
+        key = [(w.data_ptr(), w._version, matmul_dtype(w.device)) for w in weights]
+        if key != self._cut_key:
+            self._cut_key, self._cut = key, self._cut_weights()
+        return self._cut
+
+    def _cut_weights(self) -> "SplitWeights":
         own = self.deter // self.blocks
         # The reference repeats the (deter, stoch, action) features for each block and concatenates them to
         # the block's deter. As all blocks see the same features, their part is one dense product.

@@ -165,3 +165,17 @@ def test_kept_memory_is_not_faulted_in_again():
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert faults("keep") < 100 < faults("give back")
+
+
+def test_cut_weights_are_kept_only_as_long_as_they_are_valid():
+    rssm = networks.RSSM(16, 4, networks_config())
+    with torch.no_grad():
+        first = rssm.split_weights()
+        assert rssm.split_weights() is first
+        rssm.dyn_first.weight.mul_(2)
+        torch.testing.assert_close(rssm.split_weights().dyn_state, 2 * first.dyn_state)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert rssm.split_weights().dyn_state.dtype == torch.bfloat16
+        rssm.load_state_dict(rssm.state_dict() | {"post_first.weight": torch.ones(16, 48)})
+        assert rssm.split_weights().post_embed.eq(1).all()
+    assert rssm.split_weights().dyn_state.requires_grad
