@@ -26,7 +26,7 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
-from tools import UserError, atomic_write
+from basics import UserError, atomic_write
 
 CONFIGS = Path(__file__).with_name("configs.yaml")
 CLASSES = ("task_presets", "advice_presets", "scale_presets")  # in the order of merging

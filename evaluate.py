@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import tools
+from basics import UserError
 from config import Config
 from dreamer import Arrays, Dreamer, EvalEpisode, choose_device, play_episodes, run_folder
 from envs import make_env
@@ -28,7 +29,6 @@ from exploration import Random
 from logger import write_mp4
 from parallel import VecEnv, make_vec
 from stats import SuccessRates, bootstrap_interval
-from tools import UserError
 
 CONFIDENCE = 0.95  # of the interval
 SEEDS = "evaluate"  # names the seeds of these episodes: apart from training's and from its evaluations'
@@ -83,7 +83,8 @@ def evaluate(
     if config.threads:
         torch.set_num_threads(config.threads)
     parallel = "process" if envs > 1 else "none"
-    vec = make_vec(functools.partial(make_env, config, SEEDS), envs, parallel)
+    make, options = functools.partial(make_env, config, SEEDS), config.envs
+    vec = make_vec(make, envs, parallel, timeout=options.timeout, max_restarts=options.max_restarts)
     try:
         if video_folder and not has_images(vec):
             raise UserError(f"{config.task} shows no images, so there is nothing for --video")

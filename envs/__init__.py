@@ -27,8 +27,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from basics import UserError, derive_seed
 from envs import wrappers
-from tools import UserError, derive_seed
 
 # Suite name -> "module:function", imported when it is asked for, or the function itself.
 REGISTRY: dict[str, str | Callable[[str, Any], Any]] = {

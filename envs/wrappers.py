@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from tools import UserError
+from basics import UserError
 
 Obs = dict[str, np.ndarray]
 

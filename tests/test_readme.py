@@ -18,7 +18,7 @@ import config
 import dreamer
 import evaluate
 import plot
-from tools import UserError
+from basics import UserError
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.ja.md")

@@ -376,7 +376,7 @@ def test_env_that_does_not_repeat_itself_starts_new_episodes_and_says_so(tmp_pat
     after = tools.load_checkpoint(tmp_path)[0]
     stored = sum(end - start for stream in after["replay"]["streams"] for _, start, end in stream)
     assert stored == after["transitions"] + after["episodes"]
-    assert min(state["episode"] for state in after["envs"]) >= before["episodes"]
+    assert min(state["episode"] for state in after["envs"]) >= before["next_episode"]
 
 
 def test_train_ratio_is_kept_over_resumes_without_a_burst(tmp_path):

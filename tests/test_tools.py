@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import basics
 import tools
 
 # ---- files
@@ -328,7 +329,7 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch,
             self.left -= len(data)
             return raise_disk_full() if self.left < 0 else self.file.write(data)
 
-    monkeypatch.setattr(tools, "open", lambda *args: SmallDisk(open(*args)), raising=False)
+    monkeypatch.setattr(basics, "open", lambda *args: SmallDisk(open(*args)), raising=False)
     with pytest.raises(tools.UserError, match="disk full"):
         tools.save_checkpoint(tmp_path, payload_at(20), step=20, keep=3)
     monkeypatch.undo()
