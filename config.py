@@ -128,6 +128,9 @@ RENAMED = {
     "pmin": "opt.agc_floor",
 }
 
+# Values of dreamerv3-torch whose spelling does not tell the new one.
+OLD_VALUES = {("envs.parallel", "True"): "process", ("envs.parallel", "False"): "none"}
+
 # Old names without a successor, and why.
 _SILU = "activations are always SiLU, as in the Nature version"
 _NORM = "layers are always normalised by RMSNorm, as in the Nature version"
@@ -315,7 +318,8 @@ class Option:
                     continue  # not of this type: try the next
         hint = f"the default is {_show(self.default)}"
         if self.words:
-            hint = f"the nearest is {_nearest(str(value), self.words)}"
+            near = OLD_VALUES.get((self.name, str(value))) or _nearest(str(value), self.words)
+            hint = f"the nearest is {near}"
         raise UserError(f"{where}: must be {self.expected}; {hint}")
 
     def _in_bounds(self, value: Any, where: str) -> Any:

@@ -417,6 +417,9 @@ class RaySlot:
         self._slot.bind(self._block)
         return Reply()
 
+    def pid(self) -> int:
+        return os.getpid()
+
     def close(self) -> None:
         self._slot.close()
 

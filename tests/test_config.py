@@ -174,7 +174,7 @@ def test_option_that_is_gone_says_why():
 
 def test_old_values_name_the_new_ones():
     assert "the nearest is --envs.amount 4" in fails("--envs 4")
-    assert "one of none, thread, process, ray" in fails("--parallel True")
+    assert "the nearest is process" in fails("--parallel True")
     assert "the nearest is none" in fails("--parallel False")
     assert "the nearest is float32" in fails("--precision 32")
     assert "the nearest is bfloat16" in fails("--precision 16")
