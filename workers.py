@@ -13,6 +13,7 @@ import os
 import pickle
 import queue
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ import numpy as np
 from basics import UserError
 
 ALIGNMENT = 64  # bytes; each array of a Block starts at a multiple
+CONNECT_TIME = 10  # seconds in which a Ray cluster has to be reached
 TRACEBACK_TIME = 0.5  # seconds that a hanging process gets to write where it is
 
 Arrays = dict[str, np.ndarray]
@@ -435,11 +437,14 @@ def start_ray(address: str | None) -> types.ModuleType:
         ) from error
     if ray.is_initialized():
         return ray
-    # Other machines get this folder, with envs/; what .gitignore names stays here.
-    cluster = {"runtime_env": {"working_dir": str(Path(__file__).parent)}} if address else {}
+    cluster = {}
+    if address:
+        _check_reachable(address)
+        # The other machines get this folder, with envs/; what .gitignore names stays here.
+        cluster = {"runtime_env": {"working_dir": str(Path(__file__).parent)}}
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(address or "local", include_dashboard=False, logging_level="warning", **cluster)
+        ray.init(address or "local", include_dashboard=False, configure_logging=False, **cluster)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"Ray does not start at {address or 'this machine'}: {reason}") from error
@@ -447,6 +452,20 @@ def start_ray(address: str | None) -> types.ModuleType:
         for signum, handler in handlers.items():  # Ray's own would end the run without a save
             signal.signal(signum, handler)
     return ray
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself would try for minutes, and could not be interrupted."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        raise UserError(f"envs.ray_address is {address}; it must be host:port, for example 10.0.0.1:6379.")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIME).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"There is no Ray at {address}, which envs.ray_address names ({error}). Start it there: "
+            "ray start --head"
+        ) from error
 
 
 WORKERS: dict[str, type[Worker]] = {
