@@ -1,6 +1,7 @@
 """VecEnv: the same trajectories wherever envs run, lost workers are restarted, nothing is left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -393,6 +394,12 @@ def make_reporting(options, index: int) -> wrappers.Episode:
 def test_worker_processes_import_neither_torch_nor_the_main_program(tmp_path):
     done = run_script(tmp_path, WORKER_IMPORTS)
     assert done.stdout.split() == ["True", "0"], done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "envs").glob("*.py")), ids=lambda path: path.name)
+def test_environments_take_nothing_from_modules_with_torch(path):
+    with_torch = "torch|tools|networks|models|distributions|replay|logger|dreamer"
+    assert not re.findall(rf"^(?:from|import) (?:{with_torch})\b.*", path.read_text("utf-8"), re.MULTILINE)
 
 
 def run_script(folder: Path, source: str) -> subprocess.CompletedProcess:

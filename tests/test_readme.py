@@ -257,7 +257,7 @@ def test_tasks_that_are_named_exist(readme):
         dreamer.make_env(config.load(["--task", name]), "train", 0)
 
 
-@pytest.mark.parametrize("page", [*READMES, "docs/logs.md"])
+@pytest.mark.parametrize("page", [*READMES, "docs/logs.md", "docs/workers.md"])
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
