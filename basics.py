@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -70,3 +72,8 @@ def derive_seed(seed: int, *names: str | int) -> int:
     plain = [name if isinstance(name, str) else operator.index(name) for name in (seed, *names)]
     digest = hashlib.sha256(json.dumps(plain).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:
+    """A NumPy generator of its own for the given purpose."""
+    return np.random.default_rng(derive_seed(seed, *names))

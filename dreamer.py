@@ -24,7 +24,7 @@ import models
 import networks
 import replay as replays
 import tools
-from basics import UserError
+from basics import UserError, numpy_rng
 from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
@@ -342,7 +342,7 @@ class Run:
         if checkpoint:
             self.agent.load_state_dict(checkpoint["agent"], rngs=resume)
         plan = self._plan_replay(obs_space | act_space, saved)
-        self.prefill = Random(act_space, tools.numpy_rng(config.seed, "prefill"))
+        self.prefill = Random(act_space, numpy_rng(config.seed, "prefill"))
         self.stats = EpisodeStats(config.envs.amount, config.action_repeat)
         self.success = SuccessRates(config.task.partition("_")[0])
         every = {"log": config.log_every, "eval": config.eval_every, "save": config.save_every}

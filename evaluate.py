@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import tools
-from basics import UserError
+from basics import UserError, numpy_rng
 from config import Config
 from dreamer import Arrays, Dreamer, EvalEpisode, choose_device, play_episodes, run_folder
 from envs import make_env
@@ -38,7 +38,7 @@ class RandomAgent:
     """Uniformly random actions behind the agent's interface: the baseline."""
 
     def __init__(self, act_space: Mapping[str, gymnasium.Space], seed: int):
-        self._random = Random(act_space, tools.numpy_rng(seed, SEEDS, "random"))
+        self._random = Random(act_space, numpy_rng(seed, SEEDS, "random"))
 
     def initial_state(self, envs: int) -> dict:
         return {}

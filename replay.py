@@ -18,11 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 import episodes
-from basics import UserError
+from basics import UserError, numpy_rng
 from episodes import BrokenEpisode, EpisodeFile, EpisodeWriter, Layout, Rows, step_layout
 from memory import free_disk, free_memory
 from samplers import Curious, Uniform, window_counts
-from tools import numpy_rng
 
 MOMENT = re.compile(r"\d{8}T\d{6}-[0-9a-f]+")  # folders that `save` makes
 NO_CLASS = 255  # stoch of a step without latents: no class is set, the agent makes a zero state of it

@@ -20,11 +20,6 @@ LATEST = "latest.pt"
 CHECKPOINT_FORMAT = 1  # goes up when the program can no longer read what it wrote before
 
 
-def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:
-    """A NumPy generator of its own for the given purpose."""
-    return np.random.default_rng(derive_seed(seed, *names))
-
-
 def torch_rng(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:
     """A torch generator of its own for the given purpose, on `device`."""
     return torch.Generator(device).manual_seed(derive_seed(seed, *names))
