@@ -15,7 +15,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,10 +49,8 @@ def make_vec(
         max_restarts: more restarts than this within RESTART_WINDOW are an error.
         ray_address: of a Ray cluster; None starts Ray on this machine.
     """
-    make_worker = partial(WORKERS[parallel], timeout=timeout)
-    if parallel == "ray":
-        make_worker = partial(make_worker, address=ray_address)
-    return VecEnv(make_env, amount, make_worker, max_restarts)
+    options = {"timeout": timeout} | ({"address": ray_address} if parallel == "ray" else {})
+    return VecEnv(make_env, amount, WORKERS[parallel], options, max_restarts)
 
 
 class VecEnv:
@@ -67,10 +64,12 @@ class VecEnv:
         self,
         make_env: Callable[[int], Any],
         amount: int,
-        make_worker: Callable[[int], Worker],
+        worker: type[Worker],
+        worker_options: Mapping[str, Any],
         max_restarts: int,
     ):
-        self._make_env, self._make_worker, self._max_restarts = make_env, make_worker, max_restarts
+        self._make_env, self._worker, self._worker_options = make_env, worker, worker_options
+        self._max_restarts = max_restarts
         self._amount = amount
         self._episodes = [-1] * amount  # number of each environment's episode
         self._lost: dict[int, Fault] = {}  # workers that do not answer any more
@@ -82,14 +81,14 @@ class VecEnv:
             self._start()
         except Fault as fault:
             self.close()
-            raise self._error(fault, IN_MAIN) from None
+            raise self._error(fault) from None
         except BaseException:
             self.close()
             raise
 
     def _start(self) -> None:
         for index in range(len(self)):
-            self._workers.append(self._make_worker(index))
+            self._workers.append(self._worker(index, **self._worker_options))
         spaces = self._call_all("start", [self._make_env] * len(self))
         self.obs_space, self.act_space = spaces[0]
         for index, other in enumerate(spaces):
@@ -97,7 +96,7 @@ class VecEnv:
         self._block = Block(
             {key: ((len(self), *space.shape), space.dtype) for key, space in self.obs_space.items()},
             {key: ((len(self), *space.shape), action_dtype(space)) for key, space in self.act_space.items()},
-            shared=self._workers[0].shared,
+            shared=self._worker.shared,
         )
         for worker in self._workers:
             worker.bind(self._block)
@@ -166,7 +165,7 @@ class VecEnv:
         results = self._exchange([(method, value) for value in values])
         for fault in self._lost.values():
             self.close()
-            raise self._error(fault, IN_MAIN)
+            raise self._error(fault)
         return results
 
     def _exchange(self, calls: Sequence[tuple[str, Any]]) -> list[Any]:
@@ -195,10 +194,10 @@ class VecEnv:
     def _restart(self, index: int, fault: Fault) -> None:
         """Put a new worker in the place of a lost one and start a new episode in it."""
         try:
-            self._allow_restart(index, fault)
+            self._allow_restart(fault)
             self._workers[index].kill()
             self._episodes[index] += 1
-            worker = self._workers[index] = self._make_worker(index)
+            worker = self._workers[index] = self._worker(index, **self._worker_options)
             self._check_spaces(index, worker.call("start", self._make_env))
             worker.bind(self._block)
             worker.call("reset", self._episodes[index])
@@ -208,16 +207,16 @@ class VecEnv:
             self.close()
             raise
 
-    def _allow_restart(self, index: int, fault: Fault) -> None:
+    def _allow_restart(self, fault: Fault) -> None:
         """Show what happened, and raise UserError if it happened too often."""
-        if not self._workers[index].restarts:
+        if not self._worker.restarts:
             raise self._error(fault)
         now = time.monotonic()
         while self._restarts and self._restarts[0] < now - RESTART_WINDOW:
             self._restarts.popleft()
         limit = f"envs.max_restarts allows {self._max_restarts} restarts in {RESTART_WINDOW // 60} minutes"
         if len(self._restarts) >= self._max_restarts:
-            raise self._error(fault, f"{limit}: the run stops. {IN_MAIN}")
+            raise self._error(fault, f"{limit}: the run stops.")
         self._restarts.append(now)
         log.error(
             "%s. Its worker is restarted (number %d; %s); an open episode ends here, truncated.\n%s",
@@ -227,7 +226,8 @@ class VecEnv:
     def _error(self, fault: Fault, why: str = "") -> UserError:
         if fault.trace:
             log.error("%s\n%s", fault, fault.trace)
-        return UserError(f"{fault}. {why}".rstrip())
+        hint = IN_MAIN if self._worker.restarts else ""
+        return UserError(" ".join(part for part in (f"{fault}.", why, hint) if part))
 
     def _current(self) -> Arrays:
         return {key: rows.copy() for key, rows in self._block.obs.items()}

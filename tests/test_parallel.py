@@ -310,7 +310,8 @@ def test_without_restarts_an_error_in_an_env_is_a_user_error(vecs, kind, caplog)
     ) as e:
         run(vec, 3)
     assert "\n" not in str(e.value)
-    assert ("envs.max_restarts allows 0 restarts" in str(e.value)) == (kind != "none")
+    for hint in ("envs.max_restarts allows 0 restarts", "--envs.parallel none"):
+        assert (hint in str(e.value)) == (kind != "none")
     assert caplog.text.count("Traceback") == 1 and "in step" in caplog.text
 
 
