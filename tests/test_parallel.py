@@ -432,9 +432,11 @@ def test_close_leaves_nothing_behind(vecs):
 
 
 INTERRUPTED = """
+import signal
 from test_parallel import factory, make_vec, pids_of, run
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     vec = make_vec(factory("dummy_cue"), 1, "process")
     vec.reset()
     print(vec._block.name, *pids_of(vec), flush=True)
@@ -458,7 +460,10 @@ def test_nothing_is_left_behind_when_the_program_is_stopped(stop, tmp_path):
         os.killpg(process.pid, stop)  # as a terminal does: the workers get it as well
     else:
         os.kill(process.pid, stop)
-    _, errors = process.communicate(timeout=30)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == -stop
     assert errors.count("Traceback") == (stop == signal.SIGINT), errors
     assert_gone(name, [int(pid) for pid in pids])
