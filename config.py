@@ -26,7 +26,7 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
-from tools import UserError, atomic_write
+from basics import UserError, atomic_write
 
 CONFIGS = Path(__file__).with_name("configs.yaml")
 CLASSES = ("task_presets", "advice_presets", "scale_presets")  # in the order of merging
@@ -133,6 +133,9 @@ RENAMED = {
     "env.dmc.image": "obs (pixels)",
     "env.dmc.proprio": "obs (native)",
 }
+
+# Values of dreamerv3-torch whose spelling does not tell the new one.
+OLD_VALUES = {("envs.parallel", "True"): "process", ("envs.parallel", "False"): "none"}
 
 # Old names without a successor, and why.
 _SILU = "activations are always SiLU, as in the Nature version"
@@ -321,7 +324,8 @@ class Option:
                     continue  # not of this type: try the next
         hint = f"the default is {_show(self.default)}"
         if self.words:
-            hint = f"the nearest is {_nearest(str(value), self.words)}"
+            near = OLD_VALUES.get((self.name, str(value))) or _nearest(str(value), self.words)
+            hint = f"the nearest is {near}"
         raise UserError(f"{where}: must be {self.expected}; {hint}")
 
     def _in_bounds(self, value: Any, where: str) -> Any:

@@ -26,6 +26,7 @@ import models
 import networks
 import replay as replays
 import tools
+from basics import UserError, numpy_rng
 from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
@@ -34,7 +35,6 @@ from logger import Logger, Timer, write_mp4
 from parallel import VecEnv, make_vec
 from replay import Replay
 from stats import EpisodeStats, SuccessRates
-from tools import UserError
 
 OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
 OPEN_LOOP_ROWS = 6  # sequences shown in it
@@ -390,7 +390,7 @@ class Run:
         if checkpoint:
             self.agent.load_state_dict(checkpoint["agent"], rngs=resume)
         plan = self._plan_replay(obs_space | act_space, saved)
-        self.prefill = Random(act_space, tools.numpy_rng(config.seed, "prefill"))
+        self.prefill = Random(act_space, numpy_rng(config.seed, "prefill"))
         self.stats = EpisodeStats(config.envs.amount, config.action_repeat)
         self.success = SuccessRates(config.task.partition("_")[0])
         every = {"log": config.log_every, "eval": config.eval_every, "save": config.save_every}
@@ -430,7 +430,11 @@ class Run:
     def _make_envs(self, mode: str) -> VecEnv:
         options = self.config.envs
         make = functools.partial(make_env, self.config, mode, video=mode == "eval")
-        envs = make_vec(make, options.amount if mode == "train" else options.eval_amount, options.parallel)
+        amount = options.amount if mode == "train" else options.eval_amount
+        envs = make_vec(
+            make, amount, options.parallel,
+            timeout=options.timeout, max_restarts=options.max_restarts, ray_address=options.ray_address,
+        )  # fmt: skip
         self._parts.callback(envs.close)
         return envs
 
@@ -475,11 +479,11 @@ class Run:
         self.transitions = loaded.transitions
         self.step = self.transitions * self.config.action_repeat
         self.episodes = loaded.steps - loaded.transitions
-        self._reset_envs()
+        self._reset_envs(self.episodes)
 
-    def _reset_envs(self) -> None:
-        """Begin a new episode in every env, with numbers, and so seeds, that no env has had yet."""
-        self.obs = self.envs.reset(self.episodes)
+    def _reset_envs(self, episode: int) -> None:
+        """Begin a new episode in every env, with a number, and so a seed, that no env has had yet."""
+        self.obs = self.envs.reset(episode)
         self.state = self.agent.initial_state(len(self.envs))
 
     def close(self) -> None:
@@ -526,6 +530,7 @@ class Run:
             "transitions": self.transitions,
             "episodes": self.episodes,
             "evaluations": self.evaluations,
+            "next_episode": self.envs.next_episode,
             "agent": self.agent.state_dict(),
             "acting": {k: v.cpu() for k, v in self.state.items()},
             "obs": _tensors(self.obs),
@@ -559,7 +564,7 @@ class Run:
             self.state = {k: v.to(self.device) for k, v in saved["acting"].items()}
         else:
             self.print("The open episodes end here, as they cannot be gone on with; the envs start new ones.")
-            self._reset_envs()
+            self._reset_envs(saved["next_episode"])
         tools.set_rng_state(saved["rng"])  # last: nothing may draw after it
         self.print(f"Resumed at step {self.step:,} with {loaded.steps:,} steps in the replay")
 
@@ -783,6 +788,8 @@ def play_episodes(
         for index, steps in enumerate(running):
             if not left[index]:
                 continue
+            if obs["is_first"][index]:
+                steps.clear()  # the env's worker was restarted: the episode that it broke off does not count
             steps.append({key: value[index] for key, value in {**obs, **action}.items()})
             if obs["is_last"][index]:
                 left[index] -= 1

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools import UserError, atomic_write
+from basics import UserError, atomic_write
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype of one step
 Rows = dict[str, np.ndarray]  # key -> [L, ...] the steps of one episode
@@ -166,8 +166,9 @@ class EpisodeWriter:
         """Take one step of every environment: key -> [n_envs, ...]. Latents and log_ keys are left out."""
         self._wait(MAX_PENDING)
         for env, steps in enumerate(self.open):
-            if steps and step["is_first"][env]:
-                self.finish(env)  # abandoned: the environment was reset in the middle of an episode
+            if steps and step["is_first"][env]:  # abandoned: reset in the middle of an episode
+                steps[-1]["is_last"] = np.array(True)  # truncated
+                self.finish(env)
             if not self.open[env]:
                 self.names[env] = self.new_name()
             # Copies, because the caller may use its arrays again.

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import tools
+from basics import UserError, numpy_rng
 from config import Config
 from dreamer import Arrays, Dreamer, EvalEpisode, choose_device, newest, play_episodes, run_folder
 from envs import make_env
@@ -28,7 +29,6 @@ from exploration import Random
 from logger import write_mp4
 from parallel import VecEnv, make_vec
 from stats import SuccessRates, bootstrap_interval
-from tools import UserError
 
 CONFIDENCE = 0.95  # of the interval
 SEEDS = "evaluate"  # names the seeds of these episodes: apart from training's and from its evaluations'
@@ -38,7 +38,7 @@ class RandomAgent:
     """Uniformly random actions behind the agent's interface: the baseline."""
 
     def __init__(self, act_space: Mapping[str, gymnasium.Space], seed: int):
-        self._random = Random(act_space, tools.numpy_rng(seed, SEEDS, "random"))
+        self._random = Random(act_space, numpy_rng(seed, SEEDS, "random"))
 
     def initial_state(self, envs: int) -> dict:
         return {}
@@ -84,7 +84,8 @@ def evaluate(
         torch.set_num_threads(config.threads)
     parallel = "process" if envs > 1 else "none"
     make = functools.partial(make_env, config, SEEDS, video=video_folder is not None)
-    vec = make_vec(make, envs, parallel)
+    options = config.envs
+    vec = make_vec(make, envs, parallel, timeout=options.timeout, max_restarts=options.max_restarts)
     try:
         if video_folder and not has_images(vec):
             raise UserError(f"{config.task} shows no images, so there is nothing for --video")

@@ -28,7 +28,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from tools import DISK_FULL, UserError, atomic_write
+from basics import DISK_FULL, UserError, atomic_write
 
 log = logging.getLogger("lore")
 

@@ -1,337 +1,240 @@
-"""Several environments stepped at once, in the main process or in one worker process each.
+"""Several environments stepped at once. A worker that dies or hangs is restarted, and the others go on.
 
 An environment whose last observation had `is_last` ignores the action it is given and starts a new episode
 (next-step autoreset, as the reference does it): its observation then has `is_first` and reward 0.
+
+The environment of a restarted worker starts a new episode, with the next number, so its seed is a fresh one.
+Its observation has `is_first` though the old episode was open: that one ended with its last whole step,
+truncated. An error that the environment raises restarts its worker too, for it may be fine next time. Two
+things end the run instead: a UserError (a mistake in the environment or the options, which would come again),
+and any error with parallel "none", where there is no worker: the mode to look for mistakes in.
 """
 
 import atexit
-import contextlib
 import logging
-import math
-import multiprocessing
-import signal
 import time
-import traceback
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing.connection import Connection
-from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
 import numpy as np
 
+from basics import UserError
 from envs.wrappers import action_dtype
-from tools import UserError
+from workers import WORKERS, Arrays, Block, Fault, Worker
 
-TIMEOUT = 600  # seconds without an answer after which an environment is given up; some start very slowly
+RESTART_WINDOW = 600  # seconds in which `max_restarts` are allowed
 CLOSE_TIMEOUT = 5  # seconds that the workers get to close their environments
-ALIGNMENT = 64  # bytes; each array in the shared memory starts at a multiple
+IN_MAIN = "--envs.parallel none runs the environments in the main process, which may show more."
 
-Arrays = dict[str, np.ndarray]
-Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype
-
-log = logging.getLogger(__name__)
+log = logging.getLogger("lore")
 
 
-def make_vec(make_env: Callable[[int], Any], amount: int, parallel: str) -> "VecEnv":
+def make_vec(
+    make_env: Callable[[int], Any],
+    amount: int,
+    parallel: str,
+    *,
+    timeout: float,
+    max_restarts: int,
+    ray_address: str | None = None,
+) -> "VecEnv":
     """Make `amount` environments that are stepped together.
 
-    `make_env(index)` makes one, as `envs.make_env` does. `parallel` is "none" (they run in the main process,
-    one after the other) or "process" (one worker process each; `make_env` must be picklable).
+    Args:
+        make_env: `make_env(index)` makes one, as `envs.make_env` does. It must be picklable for process and
+            ray, and not be defined in the main program.
+        parallel: none (in the main process, one after the other), thread, process or ray: a worker each.
+        timeout: seconds without an answer after which a worker counts as hanging.
+        max_restarts: more restarts than this within RESTART_WINDOW are an error.
+        ray_address: of a Ray cluster; None starts Ray on this machine.
     """
-    return {"none": SerialVec, "process": ProcessVec}[parallel](make_env, amount)
+    options = {"timeout": timeout} | ({"address": ray_address} if parallel == "ray" else {})
+    return VecEnv(make_env, amount, WORKERS[parallel], options, max_restarts)
 
 
 class VecEnv:
     """`len(vec)` environments as one. Every array has a leading dimension n, and is the caller's to keep.
 
-    After an error (UserError: an environment failed, or its worker died) everything is closed.
+    After an error (UserError: an environment breaks its contract, or the workers fail too often) everything
+    is closed.
     """
 
-    def __init__(self, make_env: Callable[[int], Any], amount: int):
+    def __init__(
+        self,
+        make_env: Callable[[int], Any],
+        amount: int,
+        worker: type[Worker],
+        worker_options: Mapping[str, Any],
+        max_restarts: int,
+    ):
+        self._make_env, self._worker, self._worker_options = make_env, worker, worker_options
+        self._max_restarts = max_restarts
         self._amount = amount
-        self._obs: Arrays = {}  # [n, ...]; each environment writes its row
-        self._act: Arrays = {}  # [n, ...]; each environment reads its row
+        self._episodes = [-1] * amount  # number of each environment's episode
+        self._lost: dict[int, Fault] = {}  # workers that do not answer any more
+        self._restarts: deque[float] = deque()  # when they were
+        self._workers: list[Worker] = []
+        self._block = Block({}, {})
+        atexit.register(self.close)
         try:
-            self._open()
-            self._start(make_env)
+            self._start()
+        except Fault as fault:
+            self.close()
+            raise self._error(fault) from None
         except BaseException:
             self.close()
             raise
 
-    def _start(self, make_env: Callable[[int], Any]) -> None:
-        spaces = self._call("start", [make_env] * len(self))
-        for index, other in enumerate(spaces):
-            if other != spaces[0]:
-                raise UserError(f"Environment {index} has other spaces than environment 0: {other}.")
+    def _start(self) -> None:
+        for index in range(len(self)):
+            self._workers.append(self._worker(index, **self._worker_options))
+        spaces = self._call_all("start", [self._make_env] * len(self))
         self.obs_space, self.act_space = spaces[0]
-        self._bind(
+        for index, other in enumerate(spaces):
+            self._check_spaces(index, other)
+        self._block = Block(
             {key: ((len(self), *space.shape), space.dtype) for key, space in self.obs_space.items()},
             {key: ((len(self), *space.shape), action_dtype(space)) for key, space in self.act_space.items()},
+            shared=self._worker.shared,
         )
+        for worker in self._workers:
+            worker.bind(self._block)
+
+    def _check_spaces(self, index: int, spaces: tuple[dict, dict]) -> None:
+        if spaces != (self.obs_space, self.act_space):
+            raise UserError(f"Environment {index} has other spaces than environment 0: {spaces}.")
 
     def __len__(self) -> int:
         return self._amount
 
+    @property
+    def next_episode(self) -> int:
+        """The first number that no environment has had."""
+        return max(self._episodes) + 1
+
     def reset(self, episode: int | None = None) -> Arrays:
         """Start the next episode in every environment, or the one with the given number."""
-        self._call("reset", [episode] * len(self))
-        return self._current()
+        self._episodes = [number + 1 if episode is None else episode for number in self._episodes]
+        return self._advance([("reset", number) for number in self._episodes])
 
     def step(self, action: Mapping[str, np.ndarray]) -> Arrays:
         """Do one step in every environment; `action` holds arrays [n, ...] for the keys of `act_space`."""
-        self._set(action)
-        self._call("step", [None] * len(self))
-        return self._current()
+        for key, rows in self._block.act.items():
+            rows[:] = action[key]
+        calls: list[tuple[str, int | None]] = [("step", None)] * len(self)
+        for index in np.flatnonzero(self._block.obs["is_last"]):
+            self._episodes[index] += 1
+            calls[index] = "reset", self._episodes[index]
+        return self._advance(calls)
 
-    def state(self) -> list[dict[str, Any]]:
-        """For each environment {"episode": number, "actions": arrays [L, ...]} of the open episode."""
-        return self._call("state", [None] * len(self))
+    def state(self) -> list[dict[str, Any]] | None:
+        """For each environment {"episode": number, "actions": arrays [L, ...]} of the open episode.
+
+        None if a worker is lost, and its open episode with it. The next step restarts it.
+        """
+        states = self._exchange([("state", None)] * len(self))
+        return None if self._lost else states
 
     def restore(self, states: Sequence[Mapping[str, Any]]) -> Arrays:
         """Play the episodes of `state` again; returns the observations where they stopped."""
-        self._call("restore", states)
+        self._call_all("restore", states)
+        self._episodes = [int(state["episode"]) for state in states]
         return self._current()
 
     def notes(self) -> list[str]:
         """Lines for the log that the environments have to say of themselves since the last call."""
-        told = self._call("notes", [None] * len(self))
-        return list(dict.fromkeys(line for lines in told for line in lines))
+        told = self._exchange(
+            [("notes", None)] * len(self)
+        )  # who is lost meanwhile is restarted at the next step
+        return list(dict.fromkeys(line for lines in told for line in lines or ()))
 
     def close(self) -> None:
         """End all environments; may be called again."""
-        raise NotImplementedError
+        atexit.unregister(self.close)
+        workers, self._workers = self._workers, []
+        for worker in workers:
+            worker.stop()
+        deadline = time.monotonic() + CLOSE_TIMEOUT
+        for worker in workers:
+            worker.kill(max(0, deadline - time.monotonic()))
+        self._block.close()
 
-    def _open(self) -> None:
-        raise NotImplementedError
+    def _advance(self, calls: Sequence[tuple[str, Any]]) -> Arrays:
+        """Make the calls, restart the workers that are lost, and return the observations."""
+        self._exchange(calls)
+        while self._lost:
+            self._restart(*self._lost.popitem())
+        return self._current()
 
-    def _bind(self, obs: Layout, act: Layout) -> None:
-        """Make the arrays and hand them to the environments."""
-        raise NotImplementedError
+    def _call_all(self, method: str, values: Sequence[Any]) -> list[Any]:
+        """Call a method of every environment. To lose a worker is an error: a new one could not stand in."""
+        results = self._exchange([(method, value) for value in values])
+        for fault in self._lost.values():
+            self.close()
+            raise self._error(fault)
+        return results
 
-    def _answers(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        """Call a method of every environment's _Slot with its argument."""
-        raise NotImplementedError
-
-    def _call(self, method: str, arguments: Sequence[Any]) -> list[Any]:
+    def _exchange(self, calls: Sequence[tuple[str, Any]]) -> list[Any]:
+        """Send each worker its call, then wait for all; so they work at the same time. Notes who is lost."""
+        results: list[Any] = [None] * len(self)
         try:
-            return self._answers(method, arguments)
+            for worker, (method, value) in zip(self._workers, calls, strict=True):
+                if worker.index not in self._lost:
+                    self._guard(worker, worker.send, method, value)
+            for worker in self._workers:
+                if worker.index not in self._lost:
+                    results[worker.index] = self._guard(worker, worker.receive)
         except BaseException:
             # Some environments have done the step and others not: no later call could be trusted.
             self.close()
             raise
+        return results
 
-    def _set(self, action: Mapping[str, np.ndarray]) -> None:
-        for key, rows in self._act.items():
-            rows[:] = action[key]
-
-    def _current(self) -> Arrays:
-        return {key: rows.copy() for key, rows in self._obs.items()}
-
-
-class SerialVec(VecEnv):
-    """Environments in the main process."""
-
-    def _open(self) -> None:
-        self._slots = [_Slot(index) for index in range(len(self))]
-
-    def _bind(self, obs: Layout, act: Layout) -> None:
-        self._obs, self._act = ({key: np.zeros(*each) for key, each in group.items()} for group in (obs, act))
-        for slot in self._slots:
-            slot.bind(self._obs, self._act)
-
-    def _answers(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        calls = zip(self._slots, arguments, strict=True)
-        return [_result(slot.index, _reply(slot, method, value)) for slot, value in calls]
-
-    def close(self) -> None:
-        slots, self._slots = self._slots, []
-        for slot in slots:
-            slot.close()
-
-
-class ProcessVec(VecEnv):
-    """Environments in one worker process each.
-
-    Observations and actions lie in one block of shared memory. A step sends one short message to each worker,
-    then waits for all of them, so the environments step at the same time.
-    """
-
-    def _open(self) -> None:
-        self._memory: SharedMemory | None = None
-        self._processes: list[Any] = []
-        self._pipes: list[Connection] = []
-        atexit.register(self.close)
-        # Spawned, not forked: a fork of a process with threads may hang, and Windows has none.
-        context = multiprocessing.get_context("spawn")
-        for index in range(len(self)):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(index, theirs), name=f"env-{index}", daemon=True)
-            process.start()
-            theirs.close()  # so that a worker's death is seen here as the end of its pipe
-            self._processes.append(process)
-            self._pipes.append(ours)
-
-    def _bind(self, obs: Layout, act: Layout) -> None:
-        self._memory = SharedMemory(create=True, size=_nbytes(obs) + _nbytes(act))
-        self._obs, self._act = _views(self._memory, obs, act)
-        self._call("attach", [(self._memory.name, obs, act)] * len(self))
-
-    def _answers(self, method: str, arguments: Sequence[Any]) -> list[Any]:
-        for index, (pipe, value) in enumerate(zip(self._pipes, arguments, strict=True)):
-            try:
-                pipe.send((method, value))
-            except OSError as error:
-                raise self._died(index) from error
-        deadline = time.monotonic() + TIMEOUT
-        return [_result(index, self._receive(index, deadline)) for index in range(len(self))]
-
-    def _receive(self, index: int, deadline: float) -> tuple:
-        pipe = self._pipes[index]
+    def _guard(self, worker: Worker, function: Callable, *args: Any) -> Any:
         try:
-            if pipe.poll(max(0, deadline - time.monotonic())):
-                return pipe.recv()
-        except (EOFError, OSError) as error:
-            raise self._died(index) from error
-        raise UserError(f"Environment {index} gave no answer for {TIMEOUT} seconds; it seems to hang.")
+            return function(*args)
+        except Fault as fault:
+            self._lost[worker.index] = fault
+            return None
 
-    def _died(self, index: int) -> UserError:
-        process = self._processes[index]
-        process.join(CLOSE_TIMEOUT)
-        return UserError(
-            f"The worker process of environment {index} died (exit code {process.exitcode}). "
-            "--envs.parallel none runs the environments in the main process, which may show why."
+    def _restart(self, index: int, fault: Fault) -> None:
+        """Put a new worker in the place of a lost one and start a new episode in it."""
+        try:
+            self._allow_restart(fault)
+            self._workers[index].kill()
+            self._episodes[index] += 1
+            worker = self._workers[index] = self._worker(index, **self._worker_options)
+            self._check_spaces(index, worker.call("start", self._make_env))
+            worker.bind(self._block)
+            worker.call("reset", self._episodes[index])
+        except Fault as again:
+            self._lost[index] = again
+        except BaseException:
+            self.close()
+            raise
+
+    def _allow_restart(self, fault: Fault) -> None:
+        """Show what happened, and raise UserError if it happened too often."""
+        if not self._worker.restarts:
+            raise self._error(fault)
+        now = time.monotonic()
+        while self._restarts and self._restarts[0] < now - RESTART_WINDOW:
+            self._restarts.popleft()
+        limit = f"envs.max_restarts allows {self._max_restarts} restarts in {RESTART_WINDOW // 60} minutes"
+        if len(self._restarts) >= self._max_restarts:
+            raise self._error(fault, f"{limit}: the run stops.")
+        self._restarts.append(now)
+        log.error(
+            "%s. Its worker is restarted (number %d; %s); an open episode ends here, truncated.\n%s",
+            *(fault, len(self._restarts), limit, fault.trace),
         )
 
-    def close(self) -> None:
-        atexit.unregister(self.close)
-        for pipe in self._pipes:
-            pipe.close()  # a worker ends when its pipe does
-        deadline = time.monotonic() + CLOSE_TIMEOUT
-        for process in self._processes:
-            process.join(max(0, deadline - time.monotonic()))
-            process.kill()  # does nothing to one that has ended
-            process.join()
-            process.close()
-        self._pipes, self._processes = [], []
-        self._obs, self._act = {}, {}
-        if self._memory:
-            memory, self._memory = self._memory, None
-            memory.unlink()
-            # The frame of an error may still hold an array; the memory then goes with it.
-            with contextlib.suppress(BufferError):
-                memory.close()
+    def _error(self, fault: Fault, why: str = "") -> UserError:
+        if fault.trace:
+            log.error("%s\n%s", fault, fault.trace)
+        hint = IN_MAIN if self._worker.restarts else ""
+        return UserError(" ".join(part for part in (f"{fault}.", why, hint) if part))
 
-
-class _Slot:
-    """One environment and its row of the arrays."""
-
-    def __init__(self, index: int):
-        self.index = index
-        self._env: Any = None
-        self._obs: Arrays = {}
-        self._act: Arrays = {}
-
-    def start(self, make_env: Callable[[int], Any]) -> tuple[dict, dict]:
-        self._env = make_env(self.index)
-        return self._env.obs_space, self._env.act_space
-
-    def bind(self, obs: Arrays, act: Arrays) -> None:
-        self._obs, self._act = obs, act
-
-    def reset(self, episode: int | None = None) -> None:
-        self._write(self._env.reset(episode)[0])
-
-    def step(self, _: None) -> None:
-        if self._obs["is_last"][self.index]:
-            self.reset()
-        else:
-            action = {key: rows[self.index] for key, rows in self._act.items()}
-            self._write(self._env.step(action)[0])
-
-    def state(self, _: None) -> dict[str, Any]:
-        return self._env.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self._write(self._env.restore(state)[0])
-
-    def notes(self, _: None) -> list[str]:
-        return self._env.notes()
-
-    def close(self) -> None:
-        if hasattr(self._env, "close"):  # the contract does not ask for one
-            self._env.close()
-
-    def _write(self, obs: Arrays) -> None:
-        for key, rows in self._obs.items():
-            rows[self.index] = obs[key]
-
-
-class _WorkerSlot(_Slot):
-    """A _Slot whose arrays lie in shared memory."""
-
-    _memory: SharedMemory | None = None
-
-    def attach(self, place: tuple[str, Layout, Layout]) -> None:
-        name, obs, act = place
-        self._memory = SharedMemory(name=name)
-        self.bind(*_views(self._memory, obs, act))
-
-    def close(self) -> None:
-        super().close()
-        self.bind({}, {})
-        if self._memory:
-            self._memory.close()
-
-
-def _work(index: int, pipe: Connection) -> None:
-    """A worker process: answers calls until the pipe ends."""
-    # Ctrl-C and a stop of the whole process group are the main process's to handle: it still has to save.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    slot = _WorkerSlot(index)
-    try:
-        while True:
-            method, value = pipe.recv()
-            pipe.send(_reply(slot, method, value))
-    except (EOFError, OSError):  # the main process closed the pipe, or is gone
-        slot.close()
-
-
-def _reply(slot: _Slot, method: str, value: Any) -> tuple[str | None, str | None, Any]:
-    """Call a method; returns (error message, traceback, result), one of the first or the last None."""
-    try:
-        return None, None, getattr(slot, method)(value)
-    except UserError as error:
-        return str(error), None, None
-    except Exception as error:
-        message = f"Environment {slot.index} failed in {method}: {type(error).__name__}: {error}"
-        return message, traceback.format_exc(), None
-
-
-def _result(index: int, reply: tuple[str | None, str | None, Any]) -> Any:
-    error, trace, value = reply
-    if trace:
-        log.error("Environment %d failed:\n%s", index, trace)
-    if error:
-        raise UserError(error)
-    return value
-
-
-def _nbytes(layout: Layout) -> int:
-    return sum(_slot_bytes(shape, dtype) for shape, dtype in layout.values())
-
-
-def _slot_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return math.ceil(math.prod(shape) * dtype.itemsize / ALIGNMENT) * ALIGNMENT
-
-
-def _views(memory: SharedMemory, *layouts: Layout) -> list[Arrays]:
-    """Lay arrays over the memory, one after the other; returns a dict of them for each layout."""
-    offset, groups = 0, []
-    for layout in layouts:
-        group = {}
-        for key, (shape, dtype) in layout.items():
-            group[key] = np.ndarray(shape, dtype, memory.buf, offset)
-            offset += _slot_bytes(shape, dtype)
-        groups.append(group)
-    return groups
+    def _current(self) -> Arrays:
+        return {key: rows.copy() for key, rows in self._block.obs.items()}

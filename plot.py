@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from tools import UserError
+from basics import UserError
 
 CURVES = {"env/episode_return": "training return", "eval/episode_return": "evaluation return"}
 RATES = "/success_rate/"

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 import episodes
+from basics import UserError, numpy_rng
 from episodes import BrokenEpisode, EpisodeFile, EpisodeWriter, Layout, Rows, step_layout
 from memory import free_disk, free_memory
 from samplers import Curious, Uniform, window_counts
-from tools import UserError, numpy_rng
 
 MOMENT = re.compile(r"\d{8}T\d{6}-[0-9a-f]+")  # folders that `save` makes
 NO_CLASS = 255  # stoch of a step without latents: no class is set, the agent makes a zero state of it
@@ -216,6 +216,10 @@ class Replay:
         if self.writer:
             self.writer.add(step)
         slots = self.heads % self.rows + self.offsets
+        abandoned = first & ~self.expect_first
+        if abandoned.any():  # truncated, as the writer does it
+            before = (self.heads - 1) % self.rows + self.offsets
+            self.ring["is_last"][before[abandoned]] = True
         for key, array in self.ring.items():
             array[slots] = step[key] if key in step else self.no_latents[key]
         self.sampler.add(slots)
@@ -283,7 +287,7 @@ class Replay:
         """Copy the windows out of the ring; the arrays are the caller's.
 
         As the reference does, `is_first` is True at each window's first step, and a step before a reset
-        counts as `is_last`, for an episode may have been abandoned there.
+        counts as `is_last`: a file that was put in may hold an episode that was abandoned there.
         """
         slots = self._slots(where[:, 0], where[:, 1], np.arange(self.window))  # [B, L]
         # clip, for the default mode copies twice; all slots are in range.

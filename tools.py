@@ -1,19 +1,13 @@
-"""Small things every other module may use: errors, files, seeds, clocks, checkpoints, the optimizer."""
+"""Small things of the training program: generators, clocks, checkpoints, the optimizer; more in basics.py."""
 
 import ctypes
-import errno
-import hashlib
-import json
-import operator
 import os
 import pickle
 import platform
 import random
-import secrets
 import shutil
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -21,70 +15,11 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+from basics import UserError, atomic_write, derive_seed, sync_folder, temp_beside
+
 CHECKPOINTS = "checkpoints"  # folder in the logdir
 LATEST = "latest.pt"
 CHECKPOINT_FORMAT = 1  # goes up when the program can no longer read what it wrote before
-
-
-class UserError(Exception):
-    """A mistake or a lack on the user's side. The message tells what is wrong, where, and what to do."""
-
-
-def _user_error(path: str | os.PathLike, error: OSError) -> UserError:
-    if error.errno in DISK_FULL:
-        return UserError(f"Cannot write {path}: disk full. Free some space, then start again.")
-    return UserError(f"Cannot write {path}: {error.strerror or error}.")
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes the rename itself survive a power cut. Windows cannot open folders and does not need it.
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _temp_beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-
-
-def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that it appears whole or not at all; missing folders are made.
-
-    `write` gets an open binary file. If anything fails, the old file stays and no temporary file is left.
-    Raises UserError when the system refuses (disk full, no permission); other errors of `write` pass through.
-    """
-    path = Path(path)
-    temp = _temp_beside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temp, "xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, path)
-        finally:
-            temp.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise _user_error(path, error) from error
-
-
-def derive_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed that depends on the seed and the names only, the same on every machine and Python."""
-    plain = [name if isinstance(name, str) else operator.index(name) for name in (seed, *names)]
-    digest = hashlib.sha256(json.dumps(plain).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:
-    """A NumPy generator of its own for the given purpose."""
-    return np.random.default_rng(derive_seed(seed, *names))
 
 
 def torch_rng(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -252,11 +187,11 @@ def save_checkpoint(logdir: str | os.PathLike, payload: dict, step: int, keep: i
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    temp = _temp_beside(target)
+    temp = temp_beside(target)
     try:
         os.link(source, temp)
         os.replace(temp, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError:
         # No hard links here (FAT, some network disks), so it takes the space twice.
         with open(source, "rb") as file:

@@ -39,9 +39,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from basics import UserError, derive_seed
 from envs import wrappers
 from envs.adapter import Adapter, render_fault
-from tools import UserError, derive_seed
 
 REPEATED_STEPS = 10  # of an evaluation env, by which is found out whether it repeats itself
 

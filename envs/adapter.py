@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
+from basics import UserError
 from envs.wrappers import Wrapper, is_image
-from tools import UserError
 
 FLAGS = ("is_first", "is_last", "is_terminal")
 FILLED = (*FLAGS, "reward", "discount")  # known from reset and step, whatever an observation says

@@ -15,10 +15,10 @@ from gymnasium import spaces
 
 import config as configs
 import envs
+from basics import UserError, derive_seed
 from envs import adapter
 from envs.adapter import Adapter, Fault, action_sampler, render_fault
 from envs.wrappers import is_image
-from tools import UserError, derive_seed
 
 STEPS = 300  # at least, if no error ends them
 MAX_STEPS = 3000  # while fewer than two episodes have ended

@@ -8,8 +8,8 @@ import numpy as np
 from gymnasium import spaces
 
 import envs
+from basics import UserError
 from envs.crafter_worldgen import generate_world
-from tools import UserError
 
 TASKS = {"reward": True, "noreward": False}
 DEFAULT_LENGTH = 10000  # env steps of an episode, Crafter's own choice

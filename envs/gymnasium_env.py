@@ -15,8 +15,8 @@ from gymnasium.envs.registration import load_env_creator
 from gymnasium.wrappers import AddRenderObservation
 
 import envs
+from basics import UserError
 from envs import rendering
-from tools import UserError
 
 Vector = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary | spaces.Tuple | spaces.Dict
 

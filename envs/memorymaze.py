@@ -12,8 +12,8 @@ import numpy as np
 from gymnasium import spaces
 
 import envs
+from basics import UserError
 from envs import rendering
-from tools import UserError
 
 TASKS = ("9x9", "11x11", "13x13", "15x15")
 MIN_SIZE = 64  # pixels; below, the border that shows the wanted colour would cover the whole image

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 
 import envs
-from tools import UserError
+from basics import UserError
 
 # The id in MineRL, and the steps after which it ends an episode.
 TASKS = {

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from tools import UserError
+from basics import UserError
 
 BACKENDS = ("egl", "osmesa", "glfw")  # in the order of trial: a GPU or software, software, a window system
 OFF = ("0", "false", "off", "disable", "disabled")  # values of MUJOCO_GL that turn drawing off

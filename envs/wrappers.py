@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from tools import UserError, numpy_rng
+from basics import UserError, numpy_rng
 
 Obs = dict[str, np.ndarray]
 

@@ -58,7 +58,9 @@ def signal_at(step: int, signum: int = signal.SIGTERM) -> Iterator[None]:
         yield
 
 
-def train_process(logdir: Path, *options: str, kill_at: int | None = None) -> subprocess.Popen:
+def train_process(
+    logdir: Path, *options: str, kill_at: int | None = None, start_new_session: bool = False
+) -> subprocess.Popen:
     """Start the tiny command in a process of its own, which SIGKILL ends at env step `kill_at`."""
     command = [*TINY, "--logdir", str(logdir), *options]
     script = "import sys, dreamer; sys.exit(dreamer.main(sys.argv[1:]))"
@@ -70,7 +72,7 @@ def train_process(logdir: Path, *options: str, kill_at: int | None = None) -> su
     return subprocess.Popen(
         [sys.executable, "-c", script, *command],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=start_new_session,
     )  # fmt: skip
 
 

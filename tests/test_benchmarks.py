@@ -1,4 +1,4 @@
-"""The commands in docs/performance.md and docs/results.md run: benchmarks for real, with small numbers."""
+"""The commands in the docs run: benchmarks for real, with small numbers."""
 
 import json
 import re
@@ -20,6 +20,7 @@ QUICK = {
     "cost_table.py": "--size debug --device cpu --repeats 1",
     "replay_memory.py": "--steps 600 --capacity 300 --deter 8 --json",
     "crafter_speed.py": "--steps 20 --json",
+    "env_speed.py": "--tasks dummy_vector --workers 1 --seconds 0.1 --turns 1 --json",
 }
 
 
@@ -47,8 +48,9 @@ def test_documented_benchmarks_exist_and_take_their_options():
         assert all(f'"{word}"' in source for word in options if word.startswith("--"))
 
 
-def test_documented_runs_are_understood():
-    for script, *options in commands("results.md"):
+@pytest.mark.parametrize("page", ["results.md", "workers.md"])
+def test_documented_runs_are_understood(page):
+    for script, *options in commands(page):
         if script == "dreamer.py":
             config.load(options)
         else:

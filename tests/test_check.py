@@ -13,9 +13,9 @@ from gymnasium import spaces
 
 import config as configs
 import envs
+from basics import UserError
 from envs import check as checks
 from envs.adapter import Adapter
-from tools import UserError
 
 ROOT = Path(__file__).parent.parent
 

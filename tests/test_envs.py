@@ -16,9 +16,9 @@ import pytest
 
 import config as configs
 import envs
+from basics import UserError
 from envs import dummy, wrappers
 from envs.crafter import Crafter
-from tools import UserError
 
 ROOT = Path(__file__).parent.parent
 DUMMY_TASKS = [f"dummy_{name}" for name in dummy.TASKS]

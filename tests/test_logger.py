@@ -20,8 +20,8 @@ from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from basics import UserError
 from logger import Logger, Timer, encode_gif, write_mp4
-from tools import UserError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import distributions as dists
 import dreamer
 import models
 import networks
-from tools import UserError
+from basics import UserError
 
 DISCRETE = {"action": gymnasium.spaces.Discrete(5)}
 CONTINUOUS = {"action": gymnasium.spaces.Box(-1, 1, (3,), np.float32)}

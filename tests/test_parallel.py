@@ -1,6 +1,7 @@
-"""VecEnv: the same trajectories in one process and in many, clear errors, nothing left behind."""
+"""VecEnv: the same trajectories wherever envs run, lost workers are restarted, nothing is left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,15 +13,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gymnasium import spaces
 
 import config as configs
 import envs
 import parallel
+from basics import UserError
 from envs import dummy, wrappers
-from parallel import make_vec
-from tools import UserError
 
 ROOT = Path(__file__).parent.parent
+KINDS = ["none", "thread", "process"]
+
+
+def make_vec(make_env, amount: int, kind: str, timeout: float = 30, max_restarts: int = 0):
+    return parallel.make_vec(make_env, amount, kind, timeout=timeout, max_restarts=max_restarts)
 
 
 def factory(task: str, **options):
@@ -55,8 +61,8 @@ def vecs():
     """Makes VecEnvs that are closed after the test."""
     made = []
 
-    def make(*args):
-        made.append(make_vec(*args))
+    def make(*args, **options):
+        made.append(make_vec(*args, **options))
         return made[-1]
 
     yield make
@@ -64,30 +70,63 @@ def vecs():
         vec.close()
 
 
-# A worker that fails; the functions are imported by the workers.
+# Workers that fail; the functions are imported by the workers.
 
 
 class Failing(dummy.Dummy):
-    """A dummy env whose step does what `how` says."""
+    """A dummy env that does what `how` says in its third step, or in each reset but the first."""
 
     def __init__(self, how: str):
         super().__init__(size=(8, 8))
-        self._how = how
+        self._how, self._resets, self._steps = how, 0, 0
+
+    def reset(self, seed=None):
+        self._resets += 1
+        if self._how == "raises in reset" and self._resets > 1:
+            raise ValueError("the sprocket is lost")
+        return super().reset(seed)
 
     def step(self, action):
+        self._steps += 1
+        if self._steps == 3:
+            self._fail()
+        return super().step(action)
+
+    def _fail(self) -> None:
         if self._how == "raises":
-            raise ValueError("the sprocket is loose")
+            raise ValueError("the sprocket is loose\nand fell off")
+        if self._how == "exits":
+            sys.exit("enough")
         if self._how == "user error":
             raise UserError("plug in the robot")
         if self._how == "dies":
             os._exit(7)
         if self._how == "hangs":
-            time.sleep(1000)
-        return super().step(action)
+            hang()
+
+
+def hang() -> None:
+    time.sleep(3)
 
 
 def make_failing(failures: list[str], index: int) -> wrappers.Episode:
     return wrappers.Episode(Failing(failures[index]), lambda episode: episode, "dummy_failing")
+
+
+def make_failing_once(mark: Path, how: str, index: int) -> wrappers.Episode:
+    """The first env of index 1 fails, those that are made after it do not."""
+    if index == 1 and not mark.exists():
+        mark.touch()
+        return make_failing(["works", how], index)
+    return make_failing(["works", "works"], index)
+
+
+def make_broken_later(mark: Path, index: int) -> wrappers.Episode:
+    """The first env dies, and no other can be made."""
+    if mark.exists():
+        raise ValueError("the robot does not boot")
+    mark.touch()
+    return make_failing(["dies"], index)
 
 
 def make_other_spaces(index: int) -> wrappers.Episode:
@@ -96,32 +135,34 @@ def make_other_spaces(index: int) -> wrappers.Episode:
 
 @pytest.fixture(scope="module")
 def continuous():
-    """{"none": vec, "process": vec} of the same envs, shared: workers start slowly."""
-    vecs = {kind: make_vec(factory("dummy_continuous"), 2, kind) for kind in ("none", "process")}
+    """A vec of the same envs for each kind, shared: workers start slowly."""
+    vecs = {kind: make_vec(factory("dummy_continuous"), 2, kind) for kind in KINDS}
     yield vecs
     for vec in vecs.values():
         vec.close()
 
 
-def assert_same_trajectories(serial, process, steps: int) -> None:
-    assert serial.obs_space == process.obs_space and serial.act_space == process.act_space
-    assert_equal([serial.reset()], [process.reset()])
-    assert_equal(run(serial, steps), run(process, steps))
-    for left, right in zip(serial.state(), process.state(), strict=True):
+def assert_same_trajectories(one, other, steps: int) -> None:
+    assert one.obs_space == other.obs_space and one.act_space == other.act_space
+    assert_equal([one.reset(0)], [other.reset(0)])
+    assert_equal(run(one, steps), run(other, steps))
+    for left, right in zip(one.state(), other.state(), strict=True):
         assert left["episode"] == right["episode"]
         assert_equal([left["actions"]], [right["actions"]])
 
 
-def test_processes_give_the_trajectories_of_the_main_process(continuous):
-    assert_same_trajectories(continuous["none"], continuous["process"], 40)
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_workers_give_the_trajectories_of_the_main_process(continuous, kind):
+    assert_same_trajectories(continuous["none"], continuous[kind], 40)
 
 
-def test_processes_give_the_trajectories_of_the_main_process_in_crafter(vecs):
-    serial, process = (vecs(factory("crafter_reward"), 2, kind) for kind in ("none", "process"))
-    assert_same_trajectories(serial, process, 60)
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_workers_give_the_trajectories_of_the_main_process_in_crafter(vecs, kind):
+    serial, other = (vecs(factory("crafter_reward"), 2, each) for each in ("none", kind))
+    assert_same_trajectories(serial, other, 60)
 
 
-@pytest.mark.parametrize("kind", ["none", "process"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_restored_envs_continue_as_the_originals(vecs, continuous, kind):
     vec, other = continuous[kind], vecs(factory("dummy_continuous"), 2, "none")
     vec.reset()
@@ -130,7 +171,7 @@ def test_restored_envs_continue_as_the_originals(vecs, continuous, kind):
     assert_equal(run(vec, 20, seed=1), run(other, 20, seed=1))
 
 
-@pytest.mark.parametrize("kind", ["none", "process"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_envs_go_back_to_a_state(continuous, kind):
     vec = continuous[kind]
     vec.reset()
@@ -148,7 +189,7 @@ def test_an_env_restored_at_the_end_of_its_episode_resets_next(vecs):
     assert_equal(run(vec, 1), run(other, 1))
 
 
-@pytest.mark.parametrize("kind", ["none", "process"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_step_after_the_last_one_resets_and_ignores_the_action(continuous, kind):
     vec = continuous[kind]
     assert vec.reset(episode=3)["is_first"].all()
@@ -162,7 +203,7 @@ def test_the_step_after_the_last_one_resets_and_ignores_the_action(continuous, k
         assert state["actions"]["action"].shape == (16, 2)
 
 
-@pytest.mark.parametrize("kind", ["none", "process"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_observations_are_the_callers_to_keep(continuous, kind):
     vec = continuous[kind]
     kept = vec.reset()
@@ -175,46 +216,205 @@ def test_observations_are_the_callers_to_keep(continuous, kind):
 def test_workers_leave_stop_signals_to_the_main_process(continuous):
     vec = continuous["process"]
     vec.reset()
-    for process in vec._processes:
-        os.kill(process.pid, signal.SIGINT)
-        os.kill(process.pid, signal.SIGTERM)
+    for pid in pids_of(vec):
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
     run(vec, 5)
 
 
-@pytest.mark.parametrize("kind", ["none", "process"])
-def test_an_error_in_an_env_is_a_user_error_and_its_traceback_is_logged(vecs, kind, caplog):
+def pids_of(vec) -> list[int]:
+    return [worker.process.pid for worker in vec._workers]
+
+
+# ---- Faults
+
+
+HOW = {"thread": ["raises", "exits", "hangs"], "process": ["raises", "exits", "hangs", "dies"]}
+
+
+@pytest.mark.parametrize("kind, how", [(kind, how) for kind, each in HOW.items() for how in each])
+def test_a_lost_worker_is_restarted_and_the_others_go_on(vecs, tmp_path, caplog, capfd, kind, how):
+    make = partial(make_failing_once, tmp_path / "mark", how)
+    vec = vecs(make, 2, kind, timeout=1.5 if how == "hangs" else 30, max_restarts=1)
+    well = vecs(partial(make_failing, ["works", "works"]), 2, "none")
+    assert_equal([vec.reset()], [well.reset()])
+    steps, expected = run(vec, 20), run(well, 20)
+    assert_equal([{k: v[:1] for k, v in step.items()} for step in steps],
+                 [{k: v[:1] for k, v in step.items()} for step in expected])  # fmt: skip
+    assert_equal(steps[:2], expected[:2])
+    # The third step was lost: there begins the next episode, with a seed of its own.
+    assert [step["is_first"][1] for step in steps[:4]] == [False, False, True, False]
+    assert steps[2]["reward"][1] == 0 and not steps[2]["is_last"][1]
+    fresh = well.reset(1)
+    assert_equal([{k: v[1] for k, v in steps[2].items()}], [{k: v[1] for k, v in fresh.items()}])
+    # It goes through its whole length, and the one after it has the next number.
+    assert [index for index, step in enumerate(steps) if step["is_last"][1]] == [2 + 16]
+    assert [state["episode"] for state in vec.state()] == [1, 2]
+    assert "Its worker is restarted (number 1; envs.max_restarts allows 1 restarts" in caplog.text
+    reason = {"exits": "SystemExit: enough", "dies": "exit code 7", "hangs": "no answer for 1.5 seconds"}
+    assert reason.get(how, "ValueError: the sprocket is loose") in caplog.text
+    if how in ("raises", "exits"):
+        assert "Traceback" in caplog.text and "in step" in caplog.text
+    if how == "hangs" and (kind == "thread" or os.name != "nt"):
+        assert "in hang" in (caplog.text if kind == "thread" else capfd.readouterr().err)
+
+
+def test_a_thread_that_was_given_up_writes_nothing_more(vecs, tmp_path):
+    vec = vecs(
+        partial(make_failing_once, tmp_path / "mark", "hangs"), 2, "thread", timeout=0.5, max_restarts=1
+    )
+    vec.reset()
+    left = vec._workers[1]
+    current = run(vec, 5)[-1]
+    left._thread.join()
+    assert_equal([current], [vec._current()])
+
+
+@pytest.mark.parametrize("kind", ["thread", "process"])
+def test_a_worker_that_fails_in_its_reset_gets_another_episode(vecs, kind):
+    vec = vecs(partial(make_failing, ["works", "raises in reset"]), 2, kind, max_restarts=1)
+    assert vec.reset()["is_first"].all()
+    assert run(vec, 17)[-1]["is_first"].all()
+    assert [state["episode"] for state in vec.state()] == [1, 2]  # number 1 was lost
+    assert vec.next_episode == 3
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
+def test_a_worker_that_is_killed_between_steps_is_restarted(vecs, caplog):
+    vec = vecs(factory("dummy_cue"), 2, "process", max_restarts=3)
+    vec.reset()
+    run(vec, 3)
+    kill(vec, 0)
+    assert vec.state() is None  # its open episode is lost
+    obs = run(vec, 1)[0]
+    assert obs["is_first"].tolist() == [True, False]
+    assert "worker process of environment 0 died (killed by SIGKILL)" in caplog.text
+    assert [state["episode"] for state in vec.state()] == [1, 0]
+    kill(vec, 0)
+    kill(vec, 1)
+    assert run(vec, 1)[0]["is_first"].all()
+    assert len(run(vec, 20)) == 20
+
+
+def kill(vec, index: int) -> None:
+    process = vec._workers[index].process
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_restarts_an_error_in_an_env_is_a_user_error(vecs, kind, caplog):
     vec = vecs(partial(make_failing, ["works", "raises"]), 2, kind)
     vec.reset()
-    with pytest.raises(UserError, match="Environment 1 failed in step: ValueError: the sprocket is loose"):
-        run(vec, 1)
-    assert "Traceback" in caplog.text and "in step" in caplog.text
+    with pytest.raises(
+        UserError, match="^Environment 1 failed in step: ValueError: the sprocket is loose"
+    ) as e:
+        run(vec, 3)
+    assert "\n" not in str(e.value)
+    for hint in ("envs.max_restarts allows 0 restarts", "--envs.parallel none"):
+        assert (hint in str(e.value)) == (kind != "none")
+    assert caplog.text.count("Traceback") == 1 and "in step" in caplog.text
 
 
-def test_user_errors_of_a_worker_pass_as_they_are(vecs):
-    vec = vecs(partial(make_failing, ["user error"]), 1, "process")
+@pytest.mark.parametrize("kind", KINDS)
+def test_user_errors_of_an_env_pass_as_they_are_and_restart_nothing(vecs, kind):
+    vec = vecs(partial(make_failing, ["user error"]), 1, kind, max_restarts=5)
     vec.reset()
     with pytest.raises(UserError, match="^plug in the robot$"):
-        run(vec, 1)
+        run(vec, 3)
 
 
-def test_a_dead_worker_is_named_and_the_rest_is_cleaned_up(vecs):
+@pytest.mark.parametrize("amount", [0, 2])
+def test_too_many_restarts_within_the_window_are_an_error_and_all_is_cleaned_up(vecs, amount, monkeypatch):
+    vec = vecs(partial(make_failing, ["works", "raises"]), 2, "thread", max_restarts=amount)
+    vec.reset()
+    with pytest.raises(
+        UserError, match=f"allows {amount} restarts in 10 minutes: the run stops. --envs.para"
+    ):
+        run(vec, 40)
+    assert not vec._workers
+    monkeypatch.setattr(parallel, "RESTART_WINDOW", 0)
+    vec = vecs(partial(make_failing, ["works", "raises"]), 2, "thread", max_restarts=1)
+    vec.reset()
+    run(vec, 40)
+
+
+def test_a_worker_that_dies_for_good_is_named_and_the_rest_is_cleaned_up(vecs):
     vec = vecs(partial(make_failing, ["works", "dies"]), 2, "process")
     vec.reset()
-    name, pids = vec._memory.name, [process.pid for process in vec._processes]
+    name, pids = vec._block.name, pids_of(vec)
     with pytest.raises(UserError, match=r"environment 1 died \(exit code 7\)"):
-        run(vec, 1)
+        run(vec, 3)
     assert_gone(name, pids)
 
 
-def test_a_hanging_worker_is_named_and_killed(vecs, monkeypatch):
-    vec = vecs(partial(make_failing, ["hangs"]), 1, "process")
+def test_restarts_that_fail_count_as_well(vecs, tmp_path, caplog):
+    vec = vecs(partial(make_broken_later, tmp_path / "mark"), 1, "process", max_restarts=2)
     vec.reset()
-    name, pids = vec._memory.name, [process.pid for process in vec._processes]
-    monkeypatch.setattr(parallel, "TIMEOUT", 0.5)
-    monkeypatch.setattr(parallel, "CLOSE_TIMEOUT", 0.5)
-    with pytest.raises(UserError, match="Environment 0 gave no answer"):
-        run(vec, 1)
-    assert_gone(name, pids)
+    with pytest.raises(UserError, match="failed in start: ValueError: the robot does not boot.*allows 2"):
+        run(vec, 3)
+    assert caplog.text.count("Its worker is restarted") == 2
+
+
+def test_an_env_that_cannot_be_made_is_not_tried_again(tmp_path, caplog):
+    (tmp_path / "mark").touch()
+    with pytest.raises(UserError, match="failed in start: ValueError: the robot does not boot"):
+        make_vec(partial(make_broken_later, tmp_path / "mark"), 1, "thread", max_restarts=5)
+    assert "restarted" not in caplog.text
+
+
+WORKER_IMPORTS = """
+import sys
+from functools import partial
+
+import dreamer
+import config
+import envs
+import parallel
+from envs import dummy, wrappers
+
+
+if __name__ == "__main__":
+    import test_parallel
+
+    options = config.load(["--task", "dummy_cue"])
+    make = partial(test_parallel.make_reporting, options)
+    vec = test_parallel.make_vec(make, 1, "process")
+    print("torch" in sys.modules, vec.obs_space["image"].low.max())
+"""
+
+
+def make_reporting(options, index: int) -> wrappers.Episode:
+    """An env whose space tells whether its process has torch."""
+    env = envs.make_env(options, "train", index)
+    env.obs_space = env.obs_space | {
+        "image": spaces.Box(int("torch" in sys.modules), 255, (64, 64, 3), np.uint8)
+    }
+    return env
+
+
+def test_worker_processes_import_neither_torch_nor_the_main_program(tmp_path):
+    done = run_script(tmp_path, WORKER_IMPORTS)
+    assert done.stdout.split() == ["True", "0"], done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "envs").glob("*.py")), ids=lambda path: path.name)
+def test_environments_take_nothing_from_modules_with_torch(path):
+    with_torch = "torch|tools|networks|models|distributions|replay|logger|dreamer"
+    assert not re.findall(rf"^(?:from|import) (?:{with_torch})\b.*", path.read_text("utf-8"), re.MULTILINE)
+
+
+def run_script(folder: Path, source: str) -> subprocess.CompletedProcess:
+    script = folder / "script.py"
+    script.write_text(source)
+    return subprocess.run([sys.executable, script], env=environ(), capture_output=True, text=True, timeout=60)
+
+
+def environ() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+
+
+# ---- The end
 
 
 def test_envs_with_different_spaces_are_refused():
@@ -225,7 +425,7 @@ def test_envs_with_different_spaces_are_refused():
 def test_close_leaves_nothing_behind(vecs):
     vec = vecs(factory("dummy_cue"), 1, "process")
     vec.reset()
-    name, pids = vec._memory.name, [process.pid for process in vec._processes]
+    name, pids = vec._block.name, pids_of(vec)
     assert exists(name) and all(map(alive, pids))
     vec.close()
     assert_gone(name, pids)
@@ -233,13 +433,14 @@ def test_close_leaves_nothing_behind(vecs):
 
 
 INTERRUPTED = """
-from test_parallel import factory, run
-from parallel import make_vec
+import signal
+from test_parallel import factory, make_vec, pids_of, run
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     vec = make_vec(factory("dummy_cue"), 1, "process")
     vec.reset()
-    print(vec._memory.name, *[process.pid for process in vec._processes], flush=True)
+    print(vec._block.name, *pids_of(vec), flush=True)
     while True:
         run(vec, 1)
 """
@@ -250,9 +451,8 @@ if __name__ == "__main__":
 def test_nothing_is_left_behind_when_the_program_is_stopped(stop, tmp_path):
     script = tmp_path / "interrupted.py"
     script.write_text(INTERRUPTED)
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     process = subprocess.Popen(
-        [sys.executable, script], env=environ, text=True, start_new_session=True,
+        [sys.executable, script], env=environ(), text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     name, *pids = process.stdout.readline().split()
@@ -261,7 +461,10 @@ def test_nothing_is_left_behind_when_the_program_is_stopped(stop, tmp_path):
         os.killpg(process.pid, stop)  # as a terminal does: the workers get it as well
     else:
         os.kill(process.pid, stop)
-    _, errors = process.communicate(timeout=30)
+    try:
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == -stop
     assert errors.count("Traceback") == (stop == signal.SIGINT), errors
     assert_gone(name, [int(pid) for pid in pids])

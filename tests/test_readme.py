@@ -19,7 +19,7 @@ import dreamer
 import envs
 import evaluate
 import plot
-from tools import UserError
+from basics import UserError
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.ja.md")
@@ -266,7 +266,7 @@ def test_every_suite_is_listed_with_tasks_that_exist(readme):
             envs.make_env(config.load(["--task", task]), "train", 0)
 
 
-@pytest.mark.parametrize("page", [*READMES, "docs/logs.md"])
+@pytest.mark.parametrize("page", [*READMES, "docs/logs.md", "docs/workers.md"])
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target

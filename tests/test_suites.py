@@ -22,9 +22,9 @@ import config
 import envs
 import evaluate
 import networks
+from basics import UserError
 from envs import gymnasium_env, minecraft, rendering, wrappers
 from exploration import Random
-from tools import UserError
 
 ROOT = Path(__file__).parent.parent
 # A preset's own task or another one: task, options, keys of the observation.

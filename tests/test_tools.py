@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import basics
 import tools
 
 # ---- files
@@ -85,7 +86,7 @@ def test_derived_seed_depends_on_seed_and_each_name(other):
 
 def test_named_generators_repeat_and_differ_by_name():
     def numbers(*names):
-        return tools.numpy_rng(3, *names).random(4), torch.rand(4, generator=tools.torch_rng(3, *names))
+        return basics.numpy_rng(3, *names).random(4), torch.rand(4, generator=tools.torch_rng(3, *names))
 
     for first, again, other in zip(numbers("a"), numbers("a"), numbers("b"), strict=True):
         assert (first == again).all() and (first != other).any()
@@ -301,10 +302,10 @@ def test_payload_that_could_not_be_loaded_again_is_refused_at_once(tmp_path, val
 
 
 def test_numpy_generator_state_can_be_saved(tmp_path):
-    rng = tools.numpy_rng(0, "replay")
+    rng = basics.numpy_rng(0, "replay")
     rng.random(3)
     tools.save_checkpoint(tmp_path, {"rng": rng.bit_generator.state}, step=1, keep=1)
-    again = tools.numpy_rng(1)
+    again = basics.numpy_rng(1)
     again.bit_generator.state = tools.load_checkpoint(tmp_path)[0]["rng"]
     assert again.random() == rng.random()
 
@@ -328,7 +329,7 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch,
             self.left -= len(data)
             return raise_disk_full() if self.left < 0 else self.file.write(data)
 
-    monkeypatch.setattr(tools, "open", lambda *args: SmallDisk(open(*args)), raising=False)
+    monkeypatch.setattr(basics, "open", lambda *args: SmallDisk(open(*args)), raising=False)
     with pytest.raises(tools.UserError, match="disk full"):
         tools.save_checkpoint(tmp_path, payload_at(20), step=20, keep=3)
     monkeypatch.undo()

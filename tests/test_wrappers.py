@@ -7,10 +7,10 @@ from gymnasium import spaces
 
 import config as configs
 import envs
+from basics import UserError
 from envs import wrappers
 from envs.adapter import Adapter
 from envs.dummy import Dummy
-from tools import UserError
 
 
 def dummy(**options) -> Dummy:
