@@ -31,7 +31,7 @@ from tools import UserError, atomic_write
 CONFIGS = Path(__file__).with_name("configs.yaml")
 CLASSES = ("task_presets", "advice_presets", "scale_presets")  # in the order of merging
 CPU_PRESET = "cpu"
-CPU_PRESET_TASKS = ("crafter",)  # task presets that take CPU_PRESET on a CPU when no scale preset is named
+CPU_PRESET_TASKS = ("crafter", "audio")  # task presets that take CPU_PRESET on a CPU when no scale preset is named
 QUICK_ON_CPU = ("cpu", "debug")
 RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
 
@@ -40,7 +40,8 @@ FROZEN = {
     "task": ("task", "action_repeat"),
     "network": (
         *("size", "actor_dist", "rssm.deter", "rssm.hidden", "rssm.stoch", "rssm.classes", "rssm.blocks"),
-        *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*.strided", "*.bspace"),
+        *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*coder.audio_*", "audio.*"),
+        *("*.strided", "*.bspace"),
         *("*.layers", "*.units", "*.bins", "reward_head.dist", "critic.dist"),
     ),
 }
@@ -810,7 +811,7 @@ def _problems(config: Config) -> Iterator[str]:
         )
     yield from _size_problems(config.size, len(encoder.cnn_mults))
     for group in ("encoder", "decoder"):
-        for name in ("mlp_keys", "cnn_keys"):
+        for name in ("audio_keys", "cnn_keys", "mlp_keys"):
             try:
                 re.compile(config[group][name])
             except re.error as error:

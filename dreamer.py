@@ -122,9 +122,10 @@ class Dreamer:
         data = {k: torch.from_numpy(obs[k]).to(self.device) for k in self.obs_keys}
         amount, rssm = len(data["is_first"]), self.rssm
         with self.autocast():
-            embed = self.world_model.encoder({k: v[:, None] for k, v in data.items()})
+            data = self.world_model.hearing({k: v[:, None] for k, v in data.items()})
+            embed = self.world_model.encoder(data)
             noise = rssm.noise(amount, 1, generator=generator)
-            post = rssm.observe(state, embed, state["action"][:, None], data["is_first"][:, None], noise)
+            post = rssm.observe(state, embed, state["action"][:, None], data["is_first"], noise)
             post = {k: post[k][:, 0] for k in ("deter", "stoch")}
             policy = self.behavior.actor(rssm.feat(post))
         action = policy.sample(self.behavior.actor.noise(amount, generator=generator))
@@ -166,7 +167,7 @@ class Dreamer:
         return metrics, {k: v.cpu().numpy() for k, v in kept.items()}
 
     def report(self, batch: Arrays) -> dict[str, np.ndarray]:
-        """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image key."""
+        """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image and audio key."""
         data = self._to_device({k: v[:OPEN_LOOP_ROWS] for k, v in batch.items()})
         context = min(OPEN_LOOP_CONTEXT, self.config.batch_length - 1)
         with self.autocast():

@@ -34,6 +34,7 @@ from tools import UserError, derive_seed
 REGISTRY: dict[str, str | Callable[[str, Any], Any]] = {
     "crafter": "envs.crafter:make",
     "dummy": "envs.dummy:make",
+    "soundsearch": "envs.sound_search:make",
 }
 
 
