@@ -21,9 +21,10 @@ GREY, WHITE = 128, 255
 
 
 def waveform_keys(obs_space: Mapping[str, gymnasium.Space], config: Mapping) -> list[str]:
-    """The audio keys that hold waveforms, (samples,) or (channels, samples): all, if `audio.sample_rate` is set.
+    """The audio keys that hold waveforms, (samples,) or (channels, samples).
 
-    Raises UserError for an audio key that cannot be what the config says it is.
+    These are all audio keys if `audio.sample_rate` is set, and else none. Raises UserError for an audio key
+    that cannot be what the config says it is.
     """
     patterns = (config.encoder.audio_keys, config.decoder.audio_keys)
     keys = [key for key in sorted(obs_space) if any(re.fullmatch(p, key) for p in patterns)]
@@ -39,9 +40,9 @@ def waveform_keys(obs_space: Mapping[str, gymnasium.Space], config: Mapping) -> 
         space = obs_space[key]
         if len(space.shape) not in (1, 2) or not (space.dtype == np.int16 or space.dtype.kind == "f"):
             raise UserError(
-                f"Audio key {key!r} is {space.dtype} {tuple(space.shape)}; with --audio.sample_rate it must be "
-                "a waveform, (samples,) or (channels, samples), of int16 or float32. Without (0) it may be a "
-                "vector or a spectrogram."
+                f"Audio key {key!r} is {space.dtype} {tuple(space.shape)}; with --audio.sample_rate set it "
+                "must be a waveform, (samples,) or (channels, samples), of int16 or float32. With "
+                "--audio.sample_rate 0 it may be a vector or a spectrogram."
             )
     return keys
 
@@ -68,7 +69,9 @@ class Hearing(nn.Module):
         if not self.keys:
             return obs
         batch = obs["is_first"].dim()
-        waves = {key: obs[key] if obs[key].dim() == batch + 2 else obs[key][..., None, :] for key in self.keys}
+        waves = {
+            key: obs[key] if obs[key].dim() == batch + 2 else obs[key][..., None, :] for key in self.keys
+        }
         return {**obs, **{key: self.log_mel(wave) for key, wave in waves.items()}}
 
 
@@ -99,7 +102,7 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def forward(self, wave: Tensor) -> Tensor:
-        """int16 or float [..., L], full scale 1, -> [..., F, N]. What is not finite or too loud is clipped."""
+        """int16, or float with full scale 1, [..., L] -> [..., F, N]. Too loud is clipped, NaN is silence."""
         with torch.autocast(wave.device.type, enabled=False):
             x = wave.float() if wave.is_floating_point() else wave.float() / INT16_FULL_SCALE
             x = x.nan_to_num().clamp(-1, 1)

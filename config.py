@@ -31,7 +31,10 @@ from tools import UserError, atomic_write
 CONFIGS = Path(__file__).with_name("configs.yaml")
 CLASSES = ("task_presets", "advice_presets", "scale_presets")  # in the order of merging
 CPU_PRESET = "cpu"
-CPU_PRESET_TASKS = ("crafter", "audio")  # task presets that take CPU_PRESET on a CPU when no scale preset is named
+CPU_PRESET_TASKS = (
+    "crafter",
+    "audio",
+)  # task presets that take CPU_PRESET on a CPU when no scale preset is named
 QUICK_ON_CPU = ("cpu", "debug")
 RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
 

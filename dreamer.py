@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import audio
 import config as configs
 import models
 import networks
@@ -28,7 +29,7 @@ from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
 from exploration import Random
-from logger import Logger, Timer, write_mp4
+from logger import Logger, Timer, write_mp4, write_wav
 from parallel import VecEnv, make_vec
 from replay import Replay
 from stats import EpisodeStats, SuccessRates
@@ -628,13 +629,11 @@ class Run:
 
     def _write_eval_videos(self, done: "list[EvalEpisode]") -> None:
         config = self.config
+        heard = audio.waveform_keys(self.eval_envs.obs_space, config)
         for index, episode in enumerate(done):
-            frames = episode.frames
-            if frames is None:
-                break
-            write_mp4(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", frames, config.video_fps)
-            if index == 0:
-                self.logger.video("eval_policy", frames[: config.video_frames], self.step)
+            write_video(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", episode, config, heard)
+        if done[0].frames is not None:
+            self.logger.video("eval_policy", done[0].frames[: config.video_frames], self.step)
         if config.video_pred_log and self.last_batch is not None:
             for key, frames in self.agent.report(self.last_batch).items():
                 name = "train_openl" if key == "image" else f"train_openl_{key}"
@@ -671,6 +670,26 @@ class EvalEpisode:
             (k != "image", k) for k, v in self.steps.items() if v.dtype == np.uint8 and v.ndim == 4
         )
         return self.steps[images[0][1]] if images else None
+
+
+def write_video(path: Path, episode: EvalEpisode, config: Config, heard: Sequence[str]) -> list[Path]:
+    """Write what an episode looked like to `path`, an mp4, and what it sounded like to the .wav beside it.
+
+    `heard` are the keys of waveforms, of which the first is taken. The mp4 has the sound too, and then runs
+    at its pace: a step lasts as long as its waveform. What an episode lacks is not written. Returns the
+    files.
+    """
+    frames, fps, files = episode.frames, config.video_fps, []
+    sound, rate = None, config.audio.sample_rate
+    if heard:
+        sound = audio.track(episode.steps[heard[0]])
+        fps = rate * (episode.length + 1) / len(sound)
+        files.append(path.with_suffix(".wav"))
+        write_wav(files[-1], sound, rate)
+    if frames is not None:
+        files.append(path)
+        write_mp4(path, frames, fps, sound, rate)
+    return files
 
 
 def play_episodes(

@@ -219,7 +219,7 @@ class ImageEncoder(nn.Module):
 
 
 class AudioEncoder(nn.Module):
-    """Audio keys [..., *shape] -> [..., E]: through an MLP, or spectra through convolutions (`audio_net: cnn`)."""
+    """Audio keys [..., *shape] -> [..., E] through an MLP; with `audio_net: cnn` spectra by convolutions."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping):
         super().__init__()
@@ -261,8 +261,8 @@ class SpectrumEncoder(nn.Module):
         factor = 2 ** len(depths)
         if min(bands, frames) < factor:
             raise UserError(
-                f"encoder.audio_mults {config.audio_mults}: {len(depths)} halvings are too many for the {bands} "
-                f"bands x {frames} frames of {key!r}; give fewer, or --encoder.audio_net mlp"
+                f"encoder.audio_mults {config.audio_mults}: {len(depths)} halvings are too many for the "
+                f"{bands} bands x {frames} frames of {key!r}; give fewer, or --encoder.audio_net mlp"
             )
         self.dims = len(shape)
         self.convs = nn.ModuleList(
@@ -281,7 +281,7 @@ class SpectrumEncoder(nn.Module):
 
 
 class MultiEncoder(nn.Module):
-    """Observations -> embed [..., E]: vectors through symlog and an MLP, images through convolutions, audio."""
+    """Observations -> embed [..., E]: vectors and audio through symlog and MLPs, images by convolutions."""
 
     def __init__(self, obs_space: Mapping[str, gymnasium.Space], config: Mapping):
         super().__init__()

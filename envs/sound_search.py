@@ -1,7 +1,7 @@
 """A room with a source of sound that cannot be seen: the agent must find it by ear.
 
-    soundsearch_room      two ears hear the source
-    soundsearch_shuffled  a control: each step sounds as at another place of another room
+soundsearch_room      two ears hear the source
+soundsearch_shuffled  a control: each step sounds as at another place of another room
 """
 
 from typing import Any
@@ -13,7 +13,9 @@ import envs
 
 SIDE = 10.0  # metres; the room is a square with the origin in its middle
 STEP = 1.0  # metres that a move takes the agent
-REACH = 0.75  # metres from the source at which it is found: the nearest point of the agent's lattice is within
+REACH = (
+    0.75  # metres from the source at which it is found: the nearest point of the agent's lattice is within
+)
 MIN_DISTANCE = 2.0  # metres from the middle, where the agent starts, to the source
 LENGTH = 20  # steps of an episode at most
 MOVES = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)], np.float64)  # forward, right, backward, left
@@ -27,12 +29,18 @@ EARS = np.array([(-0.1, 0.0), (0.1, 0.0)])  # metres from the middle of the head
 EAR_DIRECTIONS = np.array([(-np.sin(np.pi / 3), 0.5), (np.sin(np.pi / 3), 0.5)])  # 60 degrees to each side
 LOUDNESS = 0.2  # amplitude at one metre
 NEAREST = 0.5  # metres; nearer it does not become louder
-PITCH, GLIDE, GLIDE_SECONDS = 320.0, 80.0, 1.024  # Hz: the middle and the range of the fundamental, its period
+PITCH, GLIDE, GLIDE_SECONDS = (
+    320.0,
+    80.0,
+    1.024,
+)  # Hz: the middle and the range of the fundamental, its period
 HARMONICS = np.arange(1, 10)
 # What the head leaves of a harmonic in the ear that is turned away: little of the high ones.
 SHADOW = np.linspace(0.5, 0.05, len(HARMONICS))
 
-FLOOR, WALL, AGENT, SOURCE = (np.array(c, np.uint8) for c in ((70, 70, 80), (170, 160, 140), (250, 220, 60), (230, 40, 40)))
+FLOOR, WALL, AGENT, SOURCE = (
+    np.array(c, np.uint8) for c in ((70, 70, 80), (170, 160, 140), (250, 220, 60), (230, 40, 40))
+)
 AGENT_RADIUS = 0.6  # metres, in the image
 
 
