@@ -106,11 +106,16 @@ class LogMel(nn.Module):
         with torch.autocast(wave.device.type, enabled=False):
             x = wave.float() if wave.is_floating_point() else wave.float() / INT16_FULL_SCALE
             x = x.nan_to_num().clamp(-1, 1)
+            rows = x.reshape(-1, x.shape[-1])
             spectrum = torch.stft(
-                x.reshape(-1, x.shape[-1]), self.n_fft, self.hop_length, window=self.window, pad_mode="constant",
+                rows,
+                self.n_fft,
+                self.hop_length,
+                window=self.window,
+                pad_mode="constant",
                 return_complex=True,
-            )  # fmt: skip
-            power = torch.view_as_real(spectrum).square().sum(-1) * self.scale  # [N, n_fft / 2 + 1, N]
+            )
+            power = torch.view_as_real(spectrum).square().sum(-1) * self.scale  # [rows, n_fft / 2 + 1, N]
             bands = torch.log1p(self.mel @ power / self.floor)
             return bands.reshape(*wave.shape[:-1], *bands.shape[1:])
 
