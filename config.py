@@ -830,6 +830,11 @@ def _problems(config: Config) -> Iterator[str]:
             f"retnorm.low {config.retnorm.low} and retnorm.high {config.retnorm.high} must be percentiles, "
             "low below high"
         )
+    if config.audio.hop_length > config.audio.n_fft:
+        yield (
+            f"audio.hop_length {config.audio.hop_length} must be at most audio.n_fft {config.audio.n_fft}, "
+            "or what lies between two windows is not heard"
+        )
     needed = config.envs.amount * (config.batch_length + config.replay_context)
     if config.replay.capacity != "auto" and config.replay.capacity < needed:
         yield (

@@ -32,13 +32,14 @@ VARIANTS = {
 }
 COLORS = {"audio": "tab:blue", "without": "tab:orange", "shuffled": "tab:green"}
 EVALUATION_SEED = 1000  # of the episodes that all agents play
+STDERR = 2  # the file descriptor: the result alone goes to the standard output
 GREY = "0.6"
 
 
 def train(variant: str, seed: int, logdir: Path, options: list[str]) -> None:
     """Train one agent, or go on with its training."""
     command = [sys.executable, str(PROGRAM), *TRAIN, *VARIANTS[variant], *options]
-    subprocess.run([*command, "--seed", str(seed), "--logdir", str(logdir)], check=True, stdout=sys.stderr)
+    subprocess.run([*command, "--seed", str(seed), "--logdir", str(logdir)], check=True, stdout=STDERR)
 
 
 def success(logdir: Path, episodes: int, random: bool = False) -> float:

@@ -2,7 +2,11 @@
 
 import json
 import math
+import re
+import runpy
+import shlex
 import subprocess
+import sys
 import wave
 
 import gymnasium
@@ -10,7 +14,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from run_helpers import assert_same_run, main, train
+from run_helpers import ROOT, assert_same_run, main, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import audio
@@ -165,7 +169,7 @@ def test_what_an_audio_key_may_be():
     with pytest.raises(UserError, match="must be a waveform"):
         make_agent("--audio.sample_rate", "8000", audio=box((2, 3, 512)))
     with pytest.raises(UserError, match="Take fewer bands or a longer window"):
-        make_agent("--audio.sample_rate", "8000", "--n_mels", "80", "--n_fft", "64", audio=box((512,)))
+        make_agent("--audio.sample_rate", "8000", "--n_mels", "200", "--n_fft", "256", audio=box((512,)))
     with pytest.raises(UserError, match="2 halvings are too many for the 8 bands x 3 frames of 'audio'"):
         make_agent("--audio_net", "cnn", audio=box((8, 3)))
 
@@ -475,21 +479,17 @@ def test_who_knows_the_way_always_arrives_and_others_rarely():
         assert all(seen[-1]["log_achievement_found"] == terminated for seen, _, terminated in episodes)
 
 
-def test_no_blind_route_finds_more_than_a_quarter():
-    """With steps this long, a route of `LENGTH` moves passes few of the places where the source may be."""
-    rng = np.random.default_rng(0)
-    inside = rng.uniform(-5, 5, (4000, 2))
-    inside = inside[np.linalg.norm(inside, axis=1) >= sound_search.MIN_DISTANCE]
-    best = 0.0
-    for radius in (1, 2, 3, 4):  # out, then around: the routes that cross their own way least
-        places, place = [], np.array([0.0, float(radius)])
-        route = [(1, 0)] * radius + [(0, -1)] * 2 * radius + [(-1, 0)] * 2 * radius + [(0, 1)] * 2 * radius
-        for move in route[: sound_search.LENGTH - radius]:
-            place = place + move
-            places.append(place)
-        distance = np.linalg.norm(inside[:, None] - np.array(places), axis=-1)
-        best = max(best, (distance.min(1) <= sound_search.REACH).mean())
-    assert 0.1 < best < 0.4
+def test_who_is_deaf_finds_less_than_a_third():
+    """By geometry: a move searches a disc of radius REACH, less what the one before has searched already."""
+    r, d = sound_search.REACH, sound_search.STEP
+    overlap = 2 * r**2 * math.acos(d / (2 * r)) - d / 2 * math.sqrt(4 * r**2 - d**2)
+    area = sound_search.SIDE**2 - math.pi * sound_search.MIN_DISTANCE**2
+    limit = sound_search.LENGTH * (math.pi * r**2 - overlap) / area
+    assert limit < 1 / 3
+    route = [0] * 3 + [1] * 3 + [2] * 6 + [3] * 6 + [0] * 2  # out, then around: it hardly crosses its way
+    env = sound_search.SoundSearch()
+    found = [play(env, lambda env: route[env._step], seed)[2] for seed in range(400)]
+    assert limit - 0.1 < np.mean(found) <= limit + 0.03
 
 
 def test_shuffled_sound_does_not_depend_on_the_source():
@@ -506,3 +506,67 @@ def test_shuffled_sound_does_not_depend_on_the_source():
 def test_unknown_rooms_name_the_nearest():
     with pytest.raises(UserError, match="Did you mean soundsearch_room"):
         envs.make_env(configs.load(["--task", "soundsearch_rom"]), "train", 0)
+
+
+# docs/audio.md
+
+
+def test_the_benchmark_trains_and_prints_json(tmp_path, monkeypatch, capsys):
+    options = "--seeds 0 --variants without --episodes 1 --steps 160 --json --configs debug --time_limit 0"
+    options += " --batch_size 2 --batch_length 8 --video_pred_log False"
+    script = ROOT / "benchmarks" / "audio.py"
+    monkeypatch.setattr(sys, "argv", [str(script), *options.split(), "--logdir", str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    result = json.loads(capsys.readouterr().out)
+    assert result.keys() == {"without", "random"} and 0 <= result["without"]["0"] <= 100
+    lines = (tmp_path / "without_0" / "metrics.jsonl").read_text()
+    assert "loss/image" in lines and "loss/audio" not in lines
+
+
+def test_the_guides_environment_trains(tmp_path, monkeypatch):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "audio.md").read_text(), re.M | re.S)
+    names: dict = {}
+    exec(code, names)
+    monkeypatch.setitem(envs.REGISTRY, "whistle", lambda name, config: names["Whistle"]())
+    assert train(tmp_path, "--task", "whistle_two", "--audio.sample_rate", "16000") == 0
+    sounds = list((tmp_path / "videos").glob("*.wav"))
+    assert sounds and not list((tmp_path / "videos").glob("*.mp4"))  # there is nothing to see
+    with wave.open(str(sounds[0])) as file:
+        assert (file.getframerate(), file.getnframes()) == (16000, 17 * 800)
+
+
+def test_documented_commands_are_understood():
+    text = (ROOT / "docs" / "audio.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    python3 (.+)$", text, re.MULTILINE)
+    scripts = set()
+    for script, *options in map(shlex.split, lines):
+        scripts.add(script)
+        if script == "dreamer.py":
+            configs.load(options)
+        elif script == "evaluate.py":
+            evaluate.parse(options)
+        else:
+            source = (ROOT / script).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in source for word in options if word.startswith("--"))
+    assert scripts == {"dreamer.py", "evaluate.py", "benchmarks/audio.py"}
+
+
+def test_every_option_and_task_that_the_guide_names_exists():
+    text = (ROOT / "docs" / "audio.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:audio|encoder|decoder|loss_scales)\.\w+)`", text)
+    assert named and set(named) - {"audio.py"} <= set(configs.read().options)
+    for task in re.findall(r"`(soundsearch_\w+)`", text):
+        envs.make_env(configs.load(["--task", task]), "train", 0)
+
+
+@pytest.mark.slow
+def test_the_source_is_found_by_ear(tmp_path):
+    """With the benchmark's settings; minutes. A random agent finds it in 9 % of the episodes."""
+    options = "--rssm.deter 256 --batch_size 16 --batch_length 16 --imag_last 8 --eval_every 0"
+    command = ["--configs", "audio", "cpu", "--device", "cpu", "--threads", "1", *options.split()]
+    for steps in range(8000, 12001, 1000):  # each run resumes the one before
+        assert main(*command, "--steps", str(steps), "--logdir", str(tmp_path)) == 0
+        found = evaluate.evaluate(tmp_path, 40)["success_rates"]["found"]
+        if found >= 85:
+            return
+    pytest.fail(f"found in {found} % of the episodes")

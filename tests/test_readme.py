@@ -226,7 +226,8 @@ def test_docs_logs_explains_each_metric_and_no_other(workdir):
     metrics = metrics_of(workdir / "logdir" / "debug")
     for name in metrics:
         assert any(fnmatchcase(name, pattern) for pattern in patterns), f"{name} is not explained"
-    patterns.remove("loss/vector")  # Crafter has none
+    for absent in ("loss/vector", "loss/audio"):  # Crafter has none
+        patterns.remove(absent)
     for pattern in patterns:
         assert any(fnmatchcase(name, pattern) for name in metrics), f"{pattern} is not logged"
 
@@ -253,11 +254,11 @@ def test_what_replaces_dreamerv3_torch_exists(readme):
 
 @pytest.mark.parametrize("readme", READMES)
 def test_tasks_that_are_named_exist(readme):
-    for name in re.findall(r"`((?:crafter|dummy)_\w+)`", text_of(readme)):
+    for name in re.findall(r"`((?:crafter|dummy|soundsearch)_\w+)`", text_of(readme)):
         dreamer.make_env(config.load(["--task", name]), "train", 0)
 
 
-@pytest.mark.parametrize("page", [*READMES, "docs/logs.md"])
+@pytest.mark.parametrize("page", [*READMES, "docs/logs.md", "docs/audio.md"])
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
