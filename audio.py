@@ -11,12 +11,14 @@ from collections.abc import Mapping
 import gymnasium
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tools import UserError
 
 INT16_FULL_SCALE = 32768
 PICTURE_ENLARGED = 2  # pixels a side of a spectrogram's cell
+SMALLEST_RANGE = 1e-6  # of values in it: silence is black
 GREY, WHITE = 128, 255
 
 
@@ -157,25 +159,26 @@ def track(wave: np.ndarray) -> np.ndarray:
 def picture(truth: Tensor, prediction: Tensor, context: int) -> Tensor:
     """Spectra [B, T, ..., F, N] or vectors [B, T, F] as a picture, uint8 [H, W, 1].
 
-    For each sequence three strips, above what was heard, then the prediction, then the error (grey is none);
-    time goes to the right, frequency upwards, the ears are one above the other. A white line shows where
-    the `context` steps end.
+    A row for each sequence: left what was heard, in the middle the prediction, right the error (grey is
+    none). In each, time goes to the right, frequency upwards, and the ears are one above the other. A white
+    line shows where the `context` steps end.
     """
     strips = []
     for values in (truth, prediction):
         values = values.float()
         values = values[..., None] if values.dim() == 3 else values  # [B, T, ..., F, N]
-        values = values.flatten(2, -2).permute(0, 2, 1, 3)  # [B, rows, T, N]
+        values = values.flatten(2, -2).transpose(1, 2)  # [B, rows, T, N]
         strips.append(values.flip(1))
     low = min(0.0, strips[0].min().item())
-    high = max(strips[0].max().item(), low + 1e-6)
+    high = max(strips[0].max().item(), low + SMALLEST_RANGE)
     truth, prediction = ((strip - low) / (high - low) for strip in strips)
     strips = [truth, prediction, (prediction - truth + 1) / 2]
     frames = truth.shape[-1]
     pixels = [(strip.clamp(0, 1) * 255).to(torch.uint8).flatten(2) for strip in strips]  # [B, rows, T * N]
     for strip in pixels:
         strip[:, :, context * frames] = WHITE
-    gap = torch.full_like(pixels[0][:, :1], GREY)
-    column = torch.cat([part for strip in pixels for part in (strip, gap)] + [gap], 1)  # [B, H, W]
-    image = column.flatten(0, 1)
+    image = F.pad(
+        torch.cat([F.pad(strip, (0, 1), value=GREY) for strip in pixels], 2), (0, 0, 0, 1), value=GREY
+    )
+    image = image.flatten(0, 1)
     return image.repeat_interleave(PICTURE_ENLARGED, 0).repeat_interleave(PICTURE_ENLARGED, 1)[..., None]

@@ -288,20 +288,20 @@ def test_without_audio_keys_nothing_is_built_or_computed():
 # For people
 
 
-def test_a_picture_shows_truth_prediction_and_error_below_each_other():
-    truth = torch.zeros(1, 3, 4, 2)  # [B, T, F, N]
-    truth[0, 1, 3, 0] = 2.0  # the highest band, in the third frame
-    prediction = torch.zeros_like(truth)
-    image = audio.picture(truth, prediction, context=2)[..., 0]
-    enlarged = audio.PICTURE_ENLARGED
-    cells = image[::enlarged, ::enlarged]
-    assert cells.shape == (3 * (4 + 1) + 1, 6)
-    strips = [cells[start : start + 4] for start in (0, 5, 10)]
-    assert all((strip[:, 4] == audio.WHITE).all() for strip in strips)  # where the context ends
+def test_a_picture_shows_truth_prediction_and_error_side_by_side():
+    truth = torch.zeros(2, 3, 4, 2)  # [B, T, F, N]
+    truth[1, 1, 3, 0] = 2.0  # the second sequence: the highest band, in the third frame
+    image = audio.picture(truth, torch.zeros_like(truth), context=2)[..., 0]
+    cells = image[:: audio.PICTURE_ENLARGED, :: audio.PICTURE_ENLARGED]
+    assert cells.shape == (2 * (4 + 1), 3 * (6 + 1))
+    truth, prediction, error = (cells[5:9, start : start + 6].int() for start in (0, 7, 14))
+    assert all(
+        (strip[:, 4] == audio.WHITE).all() for strip in (truth, prediction, error)
+    )  # the context's end
     others = [0, 1, 2, 3, 5]
-    assert strips[0][0, 2] == 255 and strips[0][:, others].int().sum() == 255
-    assert not strips[1][:, others].any()
-    assert strips[2][0, 2] == 0 and (strips[2][1:, others] == 127).all()
+    assert truth[0, 2] == 255 and truth[:, others].sum() == 255
+    assert not prediction[:, others].any()
+    assert error[0, 2] == 0 and (error[1:, others] == 127).all()
 
 
 def test_the_track_of_an_episode_is_its_waveforms_in_order():
