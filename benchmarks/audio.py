@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=100, help="of each evaluation")
-    parser.add_argument("--steps", type=int, default=9000, help="env steps of each training")
+    parser.add_argument("--steps", type=int, default=10000, help="env steps of each training")
     parser.add_argument("--logdir", type=Path, default=Path("logdir/audio_benchmark"))
     parser.add_argument("--out", type=Path, help="draw a figure; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
