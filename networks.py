@@ -218,68 +218,6 @@ class ImageEncoder(nn.Module):
         return x.permute(0, 2, 3, 1).flatten(1)  # [N, E], in the order height, width, channel
 
 
-class AudioEncoder(nn.Module):
-    """Audio keys [..., *shape] -> [..., E] through an MLP; with `audio_net: cnn` spectra by convolutions."""
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping):
-        super().__init__()
-        self.shapes = dict(shapes)
-        self.spectra = [k for k, s in shapes.items() if config.audio_net == "cnn" and len(s) > 1]
-        self.flat = [key for key in shapes if key not in self.spectra]
-        self.size = 0
-        if self.flat:
-            inputs = sum(math.prod(shapes[key]) for key in self.flat)
-            layers, units = audio_mlp_size(config)
-            self.mlp = mlp(inputs, layers, units)
-            self.size += units
-        self.cnns = nn.ModuleList(SpectrumEncoder(key, shapes[key], config) for key in self.spectra)
-        self.size += sum(cnn.size for cnn in self.cnns)
-
-    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """obs holds squashed values."""
-        outs = []
-        if self.flat:
-            parts = [obs[key].flatten(obs[key].dim() - len(self.shapes[key])) for key in self.flat]
-            outs.append(self.mlp(torch.cat(parts, -1)))
-        outs += [cnn(obs[key]) for key, cnn in zip(self.spectra, self.cnns, strict=True)]
-        return torch.cat(outs, -1)  # [..., E]
-
-
-def audio_mlp_size(config: Mapping) -> tuple[int, int]:
-    """Layers and units of the audio MLP: those of the vectors' where the config gives none."""
-    layers, units = config.audio_layers, config.audio_units
-    return config.mlp_layers if layers is None else layers, config.mlp_units if units is None else units
-
-
-class SpectrumEncoder(nn.Module):
-    """Spectra [..., F, N] or [..., C, F, N] -> [..., E]: each strided convolution halves bands and frames."""
-
-    def __init__(self, key: str, shape: tuple[int, ...], config: Mapping):
-        super().__init__()
-        channels, bands, frames = (1, *shape) if len(shape) == 2 else shape
-        depths = [config.cnn_depth * mult for mult in config.audio_mults]
-        factor = 2 ** len(depths)
-        if min(bands, frames) < factor:
-            raise UserError(
-                f"encoder.audio_mults {config.audio_mults}: {len(depths)} halvings are too many for the "
-                f"{bands} bands x {frames} frames of {key!r}; give fewer, or --encoder.audio_net mlp"
-            )
-        self.dims = len(shape)
-        self.convs = nn.ModuleList(
-            Conv(i, o, config.cnn_kernel, 2) for i, o in zip([channels, *depths[:-1]], depths, strict=True)
-        )
-        self.norms = nn.ModuleList(RMSNormSiLU(d) for d in depths)
-        self.size = (bands // factor) * (frames // factor) * depths[-1]
-
-    def forward(self, spectra: Tensor) -> Tensor:
-        batch = spectra.shape[: spectra.dim() - self.dims]
-        x = spectra if self.dims == 3 else spectra[..., None, :, :]
-        x = x.flatten(0, len(batch) - 1)  # [N, C, F, frames]
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = channel_norm_silu(norm, conv(x))
-        return x.flatten(1).unflatten(0, batch)
-
-
 class MultiEncoder(nn.Module):
     """Observations -> embed [..., E]: vectors and audio through symlog and MLPs, images by convolutions."""
 
@@ -709,3 +647,68 @@ class Actor(nn.Module):
             else:
                 parts.append(dists.bounded_normal(out(x), std_out(x), self.min_std, self.max_std))
         return Policy(parts, self.sizes)
+
+
+# --- Audio ---------------------------------------------------------------------------------------------
+
+
+class AudioEncoder(nn.Module):
+    """Audio keys [..., *shape] -> [..., E] through an MLP; with `audio_net: cnn` spectra by convolutions."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping):
+        super().__init__()
+        self.shapes = dict(shapes)
+        self.spectra = [k for k, s in shapes.items() if config.audio_net == "cnn" and len(s) > 1]
+        self.flat = [key for key in shapes if key not in self.spectra]
+        self.size = 0
+        if self.flat:
+            inputs = sum(math.prod(shapes[key]) for key in self.flat)
+            layers, units = audio_mlp_size(config)
+            self.mlp = mlp(inputs, layers, units)
+            self.size += units
+        self.cnns = nn.ModuleList(SpectrumEncoder(key, shapes[key], config) for key in self.spectra)
+        self.size += sum(cnn.size for cnn in self.cnns)
+
+    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """obs holds squashed values."""
+        outs = []
+        if self.flat:
+            parts = [obs[key].flatten(obs[key].dim() - len(self.shapes[key])) for key in self.flat]
+            outs.append(self.mlp(torch.cat(parts, -1)))
+        outs += [cnn(obs[key]) for key, cnn in zip(self.spectra, self.cnns, strict=True)]
+        return torch.cat(outs, -1)  # [..., E]
+
+
+def audio_mlp_size(config: Mapping) -> tuple[int, int]:
+    """Layers and units of the audio MLP: those of the vectors' where the config gives none."""
+    layers, units = config.audio_layers, config.audio_units
+    return config.mlp_layers if layers is None else layers, config.mlp_units if units is None else units
+
+
+class SpectrumEncoder(nn.Module):
+    """Spectra [..., F, N] or [..., C, F, N] -> [..., E]: each strided convolution halves bands and frames."""
+
+    def __init__(self, key: str, shape: tuple[int, ...], config: Mapping):
+        super().__init__()
+        channels, bands, frames = (1, *shape) if len(shape) == 2 else shape
+        depths = [config.cnn_depth * mult for mult in config.audio_mults]
+        factor = 2 ** len(depths)
+        if min(bands, frames) < factor:
+            raise UserError(
+                f"encoder.audio_mults {config.audio_mults}: {len(depths)} halvings are too many for the "
+                f"{bands} bands x {frames} frames of {key!r}; give fewer, or --encoder.audio_net mlp"
+            )
+        self.dims = len(shape)
+        self.convs = nn.ModuleList(
+            Conv(i, o, config.cnn_kernel, 2) for i, o in zip([channels, *depths[:-1]], depths, strict=True)
+        )
+        self.norms = nn.ModuleList(RMSNormSiLU(d) for d in depths)
+        self.size = (bands // factor) * (frames // factor) * depths[-1]
+
+    def forward(self, spectra: Tensor) -> Tensor:
+        batch = spectra.shape[: spectra.dim() - self.dims]
+        x = spectra if self.dims == 3 else spectra[..., None, :, :]
+        x = x.flatten(0, len(batch) - 1)  # [N, C, F, frames]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = channel_norm_silu(norm, conv(x))
+        return x.flatten(1).unflatten(0, batch)
