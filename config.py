@@ -40,8 +40,9 @@ RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
 
 # What a resumed run cannot change, and why.
 FROZEN = {
-    "task": ("task", "action_repeat"),
+    "task": ("task", "action_repeat", "clip_reward", "obs", "dmc.*", "atari.*", "minigrid.*"),
     "network": (
+        *("grayscale", "frame_stack", "audio_dim"),
         *("size", "actor_dist", "rssm.deter", "rssm.hidden", "rssm.stoch", "rssm.classes", "rssm.blocks"),
         *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*coder.audio_*", "audio.*"),
         *("*.strided", "*.bspace"),
@@ -130,6 +131,11 @@ RENAMED = {
     "agent.retnorm.perclo": "retnorm.low",
     "agent.retnorm.perchi": "retnorm.high",
     "pmin": "opt.agc_floor",
+    "stickey": "atari.sticky",
+    "env.atari.repeat": "action_repeat",
+    "env.dmc.repeat": "action_repeat",
+    "env.dmc.image": "obs (pixels)",
+    "env.dmc.proprio": "obs (native)",
 }
 
 # Old names without a successor, and why.
@@ -137,14 +143,14 @@ _SILU = "activations are always SiLU, as in the Nature version"
 _NORM = "layers are always normalised by RMSNorm, as in the Nature version"
 _STD = "set actor.min_std and actor.max_std"
 _MINRES = "the smallest resolution is size / 2**(number of cnn_mults)"
-_ABSENT_ENV = "LoRe has no environment yet that uses it"
 GONE = {
     **dict.fromkeys(["act", "encoder.act", "decoder.act"], _SILU),
     **dict.fromkeys(["norm", "encoder.norm", "decoder.norm"], _NORM),
     **dict.fromkeys(["actor.std", "actor.temp", "dyn_std_act", "dyn_mean_act"], _STD),
     **dict.fromkeys(["encoder.minres", "decoder.minres"], _MINRES),
-    **dict.fromkeys(["noops", "lives", "stickey", "resize", "actions", "break_speed"], _ABSENT_ENV),
-    "grayscale": "images keep their colours",
+    "lives": "lives are not looked at: an episode ends with the game",
+    "resize": "images are always shrunk by OpenCV's area method",
+    "break_speed": "blocks break as fast as the game has it; an attack is held instead",
     "decoder.cnn_sigmoid": "images always end in a sigmoid, as in the Nature version",
     "reset_every": "networks are never reset",
     "weight_decay": "there is none, as in the Nature version",

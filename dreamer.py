@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 import audio
 import config as configs
+import cuda_graph
 import models
 import networks
 import replay as replays
@@ -68,8 +70,14 @@ class Dreamer:
             torch.manual_seed(tools.derive_seed(config.seed, "weights"))
             self.world_model = models.WorldModel(obs_space, self.actions, config).to(device)
             self.behavior = models.ImagBehavior(self.rssm.feat_size, self.actions, config).to(device)
+        self.unseen = networks.unrouted(obs_space, self.world_model.encoder.keys)
+        if not any(self.world_model.encoder.keys):
+            raise UserError(
+                f"The agent would see nothing: no pattern of --encoder.*_keys fits {', '.join(self.unseen)}."
+            )
         self.opt = tools.LaProp(self._param_groups(), **config.opt)
-        self.obs_keys = sorted({"is_first", *obs_space} - {"reward", "is_last", "is_terminal"})
+        seen = {key for key in obs_space if not key.startswith("log_")}
+        self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal"})
         self.rngs = {
             name: tools.torch_rng(config.seed, name, device=device) for name in ("act", "train", "report")
         }
@@ -77,8 +85,14 @@ class Dreamer:
             torch.autocast, device.type, torch.bfloat16, enabled=precision(config, device) == "bfloat16"
         )
         self.updates = 0
+        self.update = self._update
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
+            self.copies = torch.cuda.Stream(device)
         if compiles(config, device):
             self._compile()
+            if device.type == "cuda":
+                self.update = cuda_graph.GraphedUpdate(self._update, self.rngs["train"])
 
     @property
     def rssm(self) -> networks.RSSM:
@@ -122,7 +136,8 @@ class Dreamer:
         """Actions for observations [n, ...]: (action, next state, latents to store with the step)."""
         data = {k: torch.from_numpy(obs[k]).to(self.device) for k in self.obs_keys}
         amount, rssm = len(data["is_first"]), self.rssm
-        with self.autocast():
+        # On a CPU, rounding all weights for so few rows would take longer than it saves.
+        with self.autocast() if self.device.type == "cuda" else contextlib.nullcontext():
             data = self.world_model.hearing({k: v[:, None] for k, v in data.items()})
             embed = self.world_model.encoder(data)
             noise = rssm.noise(amount, 1, generator=generator)
@@ -134,15 +149,25 @@ class Dreamer:
         latents = {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy()}
         return self.actions.decode(action), {**post, "action": action}, latents
 
-    def train(self, batch: Arrays) -> tuple[dict[str, Tensor], Arrays | None]:
-        """One update from sequences [B, context + T, ...].
+    def train(self, batch: Mapping[str, np.ndarray | Tensor]) -> tuple[dict[str, Tensor], Arrays | None]:
+        """One update from sequences [B, context + T, ...], as arrays or as `upload` gives them.
 
         Returns metrics, and per step [B, T, ...] what the replay keeps: refreshed latents `deter` and
         `stoch`, and the world model's `loss`. A gradient that is not finite changes no weight: then the
         metric `opt/skipped` is 1 and there is nothing to keep.
         """
+        metrics, kept = self.update(self.upload(batch))
+        if metrics["opt/skipped"]:
+            return metrics, None
+        self.updates += 1
+        if self.updates % self.config.slow_target_update == 0:
+            self.behavior.update_slow_critic()
+        return metrics, {k: v.cpu().numpy() for k, v in kept.items()}
+
+    def _update(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """An update without waiting for the GPU: its metrics, and what the replay keeps."""
         scales, generator = self.config.loss_scales, self.rngs["train"]
-        data = self._to_device(batch)
+        data = {**data, "reward": data["reward"] * self.config.reward_scale}
         with self.autocast():
             post, data = self.world_model.observe(data, generator)
             losses, metrics = self.world_model.loss(post, data)
@@ -153,30 +178,33 @@ class Dreamer:
         self.opt.zero_grad()
         total.backward()
         outcome = self.opt.step()
-        skipped = bool(outcome["skipped"])
-        if not skipped:
-            self.updates += 1
-            if self.updates % self.config.slow_target_update == 0:
-                self.behavior.update_slow_critic()
         metrics |= more_metrics
         metrics |= {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
-        metrics |= {"opt/loss": total.detach(), "opt/grad_norm": outcome["grad_norm"], "opt/skipped": skipped}
-        if skipped:
-            return metrics, None
+        metrics |= {"opt/loss": total.detach()} | {f"opt/{name}": value for name, value in outcome.items()}
         deter, stoch = self.rssm.pack({k: post[k].detach() for k in ("deter", "stoch")})
-        kept = {"deter": deter, "stoch": stoch, "loss": model_loss}
-        return metrics, {k: v.cpu().numpy() for k, v in kept.items()}
+        return metrics, {"deter": deter, "stoch": stoch, "loss": model_loss}
 
     def report(self, batch: Arrays) -> dict[str, np.ndarray]:
         """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image and audio key."""
-        data = self._to_device({k: v[:OPEN_LOOP_ROWS] for k, v in batch.items()})
+        data = self.upload({k: v[:OPEN_LOOP_ROWS] for k, v in batch.items()})
         context = min(OPEN_LOOP_CONTEXT, self.config.batch_length - 1)
         with self.autocast():
             videos = self.world_model.open_loop(data, context, self.rngs["report"])
         return {key: video.cpu().numpy() for key, video in videos.items()}
 
-    def _to_device(self, batch: Arrays) -> dict[str, Tensor]:
-        return {k: torch.from_numpy(v).to(self.device, non_blocking=True) for k, v in batch.items()}
+    def upload(self, batch: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
+        """A batch on the device. Another thread may call it, so that the next batch is there in time."""
+        if self.device.type == "cpu":
+            return {k: torch.as_tensor(v) for k, v in batch.items()}
+        if all(isinstance(v, Tensor) for v in batch.values()):
+            return dict(batch)
+        with torch.cuda.stream(self.copies):  # beside the update that is running
+            pinned = {k: torch.from_numpy(v).pin_memory() for k, v in batch.items()}
+            data = {k: v.to(self.device, non_blocking=True) for k, v in pinned.items()}
+        self.copies.synchronize()
+        for value in data.values():
+            value.record_stream(torch.cuda.default_stream(self.device))  # which is where it is used
+        return data
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The learned parameters and the return normaliser, by module."""
@@ -208,11 +236,15 @@ class Dreamer:
 
 def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:
     """Raise UserError for an action that the actor cannot take, or that `actor_dist` does not fit."""
-    fits = {gymnasium.spaces.Discrete: "onehot", gymnasium.spaces.Box: "normal"}
+    kinds = gymnasium.spaces
+    fits = {kinds.Discrete: "onehot", kinds.MultiDiscrete: "onehot", kinds.Box: "normal"}
     for key, space in act_space.items():
         dist = fits.get(type(space))
         if dist is None:
-            raise UserError(f"Action {key!r} is {space}; the actor knows Discrete and Box.")
+            raise UserError(
+                f"Action {key!r} is {space}; the actor knows Discrete, MultiDiscrete and Box, "
+                "and a Dict of these."
+            )
         if actor_dist not in ("auto", dist):
             raise UserError(
                 f"--actor_dist {actor_dist} does not fit action {key!r} ({space}): use {dist} or auto."
@@ -260,10 +292,16 @@ def cuda_works() -> bool:
 
 
 def precision(config: Config, device: torch.device) -> str:
-    """What `precision: auto` means: bfloat16 on GPUs that have it, else float32."""
+    """What `precision: auto` means: bfloat16 where the hardware multiplies in it, else float32."""
     if config.precision != "auto":
         return config.precision
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        # torch before 2.12 does not tell.
+        abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = abilities.get("avx512_bf16", False) or abilities.get("amx_bf16", False)
+    return "bfloat16" if fast else "float32"
 
 
 def compiles(config: Config, device: torch.device) -> bool:
@@ -271,6 +309,11 @@ def compiles(config: Config, device: torch.device) -> bool:
     if config.compile != "auto":
         return config.compile
     return device.type == "cuda" and sys.platform == "linux"
+
+
+def keeps_memory(config: Config, device: torch.device) -> bool:
+    """What `keep_memory: auto` means: on the CPU, where updates take their memory from the system."""
+    return device.type == "cpu" if config.keep_memory == "auto" else config.keep_memory
 
 
 # --- The run -------------------------------------------------------------------------------------------
@@ -327,9 +370,14 @@ class Run:
         self.step = self.transitions = self.episodes = self.evaluations = 0
         self.streak = self.timed_updates = 0
         self.eval_envs: VecEnv | None = None
+        self._noted: set[str] = set()
+        self.due = 0  # updates to do in this step
+        self.sampler = ThreadPoolExecutor(1, "sampler")
+        self.next_batch: Future | None = None
         self.last_batch: Arrays | None = None
         self.timer = Timer()
         self._parts = contextlib.ExitStack()  # what `close` has to close
+        self._parts.callback(self.sampler.shutdown)
         try:
             self._build(checkpoint, resume, notes)
         except BaseException:
@@ -365,19 +413,35 @@ class Run:
         )
         for line in [*notes, plan.line]:
             self.print(line)
+        if self.agent.unseen:
+            self.print(
+                f"Not encoded, so the agent does not see: {', '.join(self.agent.unseen)} "
+                "(no pattern of --encoder.*_keys fits)"
+            )
         self.replay = self._make_replay(obs_space | act_space, plan)
+        # Not earlier: the ring's memory is to be taken as it fills.
+        if keeps_memory(config, self.device) and tools.keep_freed_memory():
+            self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
         if saved:
             self._resume(saved)
         else:
             self._start()
+        self._print_notes(self.envs)
         config.save(self.logdir / "config.yaml")
 
     def _make_envs(self, mode: str) -> VecEnv:
         options = self.config.envs
-        make = functools.partial(make_env, self.config, mode)
+        make = functools.partial(make_env, self.config, mode, video=mode == "eval")
         envs = make_vec(make, options.amount if mode == "train" else options.eval_amount, options.parallel)
         self._parts.callback(envs.close)
         return envs
+
+    def _print_notes(self, envs: VecEnv) -> None:
+        """Tell what the envs have to say of themselves, each line once."""
+        for line in envs.notes():
+            if line not in self._noted:
+                self._noted.add(line)
+                self.print(line)
 
     def _plan_replay(self, spaces: Mapping[str, gymnasium.Space], saved: dict | None) -> replays.Plan:
         config, rssm = self.config, self.config.rssm
@@ -431,6 +495,8 @@ class Run:
 
         If the envs have `failed`, their open episodes end here: a resumed run starts new ones.
         """
+        if self.next_batch:
+            wait([self.next_batch])  # of a step that failed: it reads the replay
         # Two, for until the checkpoint is written, an older one of the same step needs its own.
         place = self._replay_state(self.step)
         replay = self.replay.save(place, latents=clean, keep=2)
@@ -527,6 +593,7 @@ class Run:
         with self.timer("replay"):
             self.replay.add({k: v for k, v in {**obs, **action, **latents}.items() if k[:4] != "log_"})
         self._count(obs)
+        self._plan_updates()
         with self.timer("env"):
             self.obs = self.envs.step(action)
 
@@ -543,22 +610,41 @@ class Run:
             extra = {f"env/{k[4:]}": v for k, v in episode.items() if k.startswith("log_")}
             self.logger.add(metrics | {k: v for k, v in extra.items() if "achievement" not in k})
 
-    def learn(self) -> None:
-        """As many updates as `train_ratio` asks for by now."""
+    def _plan_updates(self) -> None:
+        """See how many updates `train_ratio` asks for; the first batch is drawn while the envs step."""
+        self.due = 0
         if self.step < self.config.prefill:
             return
         due = self.ratio(self.transitions)
-        if not self.replay.can_sample(self.config.batch_size):
-            return  # what is due now is not owed later
-        for _ in range(due):
+        if self.replay.can_sample(self.config.batch_size):  # else what is due now is not owed later
+            self.due = due
+        if self.due:
+            self._draw()
+
+    def _draw(self) -> None:
+        """Let the next batch be drawn and brought to the device, beside whatever happens meanwhile."""
+
+        def draw() -> tuple[Arrays, Arrays, dict[str, Tensor]]:
+            batch = self.replay.sample(self.config.batch_size)
+            where = batch.pop("where")
+            return batch, where, self.agent.upload(batch)
+
+        self.next_batch = self.sampler.submit(draw)
+
+    def learn(self) -> None:
+        """The updates that are due."""
+        for left in reversed(range(self.due)):
             with self.timer("replay"):
-                batch = self.replay.sample(self.config.batch_size)
-                where = batch.pop("where")
+                batch, where, data = self.next_batch.result()
+            if left:
+                self._draw()
             with self.timer("train"):
-                metrics, kept = self.agent.train(batch)
+                metrics, kept = self.agent.train(data)
             self.logger.add(metrics)
             self.last_batch = batch
             self._estimate()
+            # The next batch is drawn before the latents of this one change, however long that takes.
+            wait([self.next_batch])
             if kept is None:
                 self._count_nonfinite(batch)
                 continue
@@ -602,6 +688,7 @@ class Run:
         config = self.config
         if self.eval_envs is None:
             self.eval_envs = self._make_envs("eval")
+            self._print_notes(self.eval_envs)
         share = config.eval_episodes // config.envs.eval_amount
         rng = tools.torch_rng(config.seed, "eval", self.evaluations, device=self.device)
         first = self.evaluations * share  # each evaluation counts other episodes, with seeds of their own
@@ -633,11 +720,12 @@ class Run:
         for index, episode in enumerate(done):
             write_video(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", episode, config, heard)
         if done[0].frames is not None:
-            self.logger.video("eval_policy", done[0].frames[: config.video_frames], self.step)
+            frames = newest(done[0].frames, config.frame_stack)
+            self.logger.video("eval_policy", frames[: config.video_frames], self.step)
         if config.video_pred_log and self.last_batch is not None:
             for key, frames in self.agent.report(self.last_batch).items():
                 name = "train_openl" if key == "image" else f"train_openl_{key}"
-                self.logger.video(name, frames, self.step)
+                self.logger.video(name, newest(frames, config.frame_stack), self.step)
 
     def log(self) -> None:
         """Write what was collected since the last time."""
@@ -645,6 +733,7 @@ class Run:
         self.logger.add(self.success.metrics())
         self.logger.add(self.timer.shares())
         self.logger.write(self.step)
+        self._print_notes(self.envs)
 
 
 @dataclass
@@ -672,6 +761,11 @@ class EvalEpisode:
         return self.steps[images[0][1]] if images else None
 
 
+def newest(frames: np.ndarray, stack: int) -> np.ndarray:
+    """The newest of `stack` images that lie along the channels: [..., C] -> [..., C / stack]."""
+    return frames[..., -(frames.shape[-1] // stack) :]
+
+
 def write_video(path: Path, episode: EvalEpisode, config: Config, heard: Sequence[str]) -> list[Path]:
     """Write what an episode looked like to `path`, an mp4, and what it sounded like to the .wav beside it.
 
@@ -688,7 +782,7 @@ def write_video(path: Path, episode: EvalEpisode, config: Config, heard: Sequenc
         write_wav(files[-1], sound, rate)
     if frames is not None:
         files.append(path)
-        write_mp4(path, frames, fps, sound, rate)
+        write_mp4(path, newest(frames, config.frame_stack), fps, sound, rate)
     return files
 
 
@@ -758,7 +852,7 @@ def open_run(argv: list[str]) -> Run:
     config = configs.load(argv, has_cuda=cuda_works(), saved=saved)
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
-    folder = Path(logdir or Path("logdir") / config.task / time.strftime("%Y%m%dT%H%M%S"))
+    folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
     return Run(config, folder, checkpoint, resume, notes)
 
 

@@ -83,11 +83,14 @@ def evaluate(
     if config.threads:
         torch.set_num_threads(config.threads)
     parallel = "process" if envs > 1 else "none"
-    vec = make_vec(functools.partial(make_env, config, SEEDS), envs, parallel)
+    make = functools.partial(make_env, config, SEEDS, video=video_folder is not None)
+    vec = make_vec(make, envs, parallel)
     try:
         heard = audio.waveform_keys(vec.obs_space, config)
         if video_folder and not (has_images(vec) or heard):
             raise UserError(f"{config.task} shows no images, so there is nothing for --video")
+        for note in vec.notes():
+            print(note, file=sys.stderr)
         if random:
             agent = RandomAgent(vec.act_space, seed)
         else:
@@ -115,7 +118,8 @@ def has_images(envs: VecEnv) -> bool:
 
 def outcome(episode: EvalEpisode, action_repeat: int) -> dict[str, float]:
     """Return, length in env steps, and the highest value of each `log_*` key of one episode."""
-    logged = {key: float(value.max()) for key, value in episode.steps.items() if key.startswith("log_")}
+    steps = episode.steps.items()
+    logged = {key: float(value.max()) for key, value in steps if key.startswith("log_") and value.ndim == 1}
     return {"return": episode.score, "length": episode.length * action_repeat, **logged}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import gymnasium
 import numpy as np
 
-UNBOUNDED = 1.0  # the range that is explored of a continuous action without bounds: [-1, 1]
+from networks import action_classes
 
 
 class Random:
@@ -19,10 +19,11 @@ class Random:
         """Actions [amount, ...] for `amount` envs: int32 indices, float32 values."""
         out = {}
         for key, space in self.act_space.items():
-            if isinstance(space, gymnasium.spaces.Discrete):
-                out[key] = self.rng.integers(space.n, size=amount, dtype=np.int32)
-            else:
-                low = np.where(np.isfinite(space.low), space.low, -UNBOUNDED)
-                high = np.where(np.isfinite(space.high), space.high, UNBOUNDED)
-                out[key] = self.rng.uniform(low, high, (amount, *space.shape)).astype(np.float32)
+            if classes := action_classes(space):
+                index = [self.rng.integers(n, size=amount, dtype=np.int32) for n in classes]
+                index = np.stack(index, -1).reshape(amount, *space.shape)
+                out[key] = (index + space.start).astype(np.int32)
+            else:  # make_env has made its range [-1, 1]
+                values = self.rng.uniform(space.low, space.high, (amount, *space.shape))
+                out[key] = values.astype(np.float32)
         return out

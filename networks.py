@@ -6,9 +6,10 @@ one-hot [..., S, K], or [..., S] where the latents are Gaussian (`classes: 0`).
 Initialisation and layout follow danijar/dreamerv3 at e3f0224; the golden values hold them to it.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import gymnasium
@@ -23,6 +24,8 @@ from tools import UserError
 State = dict[str, Tensor]
 RMS_EPS = 1e-4  # of the reference's normalisation
 TRUNCATED_STD = 1.1368  # a unit normal cut at 2 sigma has a standard deviation of 1 / 1.1368
+CHUNK = 1 << 18  # numbers (1 MiB) that stay in a CPU's cache from one operation to the next
+BF16_HIDDEN = 128  # a CPU multiplies the few rows of a scan's step by fewer columns faster in float32
 NO_LATENT = 255  # the class index that the replay stores for "no latents": the zero state
 
 
@@ -64,15 +67,78 @@ def block_matmul(x: Tensor, weight: Tensor) -> Tensor:
     return out.transpose(0, 1).reshape(*x.shape[:-1], blocks * outputs)
 
 
-class RMSNormSiLU(nn.Module):
+def fused_by_torch(x: Tensor) -> bool:
+    """Whether torch fuses chains of operations on `x` by itself, or runs them one by one: CPU, uncompiled."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def chunks(rows: int, row_size: int) -> Iterator[slice]:
+    """Slices that cover `rows`, each of about CHUNK numbers if a row has `row_size`."""
+    step = max(1, CHUNK // row_size)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def matmul_dtype(device: torch.device) -> torch.dtype:
+    """The precision of matrix products here: autocast's where it is on, else float32."""
+    mixed = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if mixed else torch.float32
+
+
+def rms_norm_silu(x: Tensor, weight: Tensor) -> Tensor:
     """Root-mean-square normalisation over the last dimension, then SiLU; in float32."""
+    return F.silu(F.rms_norm(x.float(), weight.shape, weight, RMS_EPS))
+
+
+class ChunkedNormSiLU(torch.autograd.Function):
+    """`rms_norm_silu` for CPUs, where torch computes it in ten passes over memory and keeps five tensors.
+
+    Here chunks that fit into the cache go through all of it, forward and backward, and only the input is
+    kept: less than half of the time. The result is rounded to `dtype` (the next layer's, under autocast).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty_like(rows, dtype=dtype)
+        scale = torch.empty(len(rows), 1)
+        for part in chunks(len(rows), rows.shape[-1]):
+            chunk = rows[part].float()
+            norm = torch.linalg.vector_norm(chunk, dim=-1, keepdim=True)
+            scale[part] = norm.square_().div_(rows.shape[-1]).add_(RMS_EPS).rsqrt_()
+            out[part] = F.silu((chunk * scale[part]).mul_(weight), inplace=True)
+        ctx.save_for_backward(x, weight, scale)
+        return out.view(x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        rows = x.reshape(-1, x.shape[-1])
+        grads = grad.reshape(rows.shape)
+        grad_rows, grad_weight = torch.empty_like(rows), torch.zeros_like(weight)
+        for part in chunks(len(rows), rows.shape[-1]):
+            normed = rows[part] * scale[part]
+            # With n = normed and y = n * weight: dL/dx = scale * (dL/dn - n * mean(n * dL/dn)).
+            grad_y = torch.ops.aten.silu_backward(grads[part].float(), normed * weight)
+            grad_normed = grad_y * weight
+            product = grad_y.mul_(normed)
+            grad_weight += product.sum(0)
+            mean = (product @ weight).div_(rows.shape[-1])[:, None]
+            grad_rows[part] = grad_normed.sub_(normed.mul_(mean)).mul_(scale[part])
+        return grad_rows.view(grad.shape), grad_weight, None
+
+
+class RMSNormSiLU(nn.Module):
+    """`rms_norm_silu` with a learned weight."""
 
     def __init__(self, units: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(units))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(F.rms_norm(x.float(), self.weight.shape, self.weight, RMS_EPS))
+        if fused_by_torch(x):
+            return rms_norm_silu(x, self.weight)
+        return ChunkedNormSiLU.apply(x, self.weight, matmul_dtype(x.device))
 
 
 class Dense(nn.Sequential):
@@ -150,6 +216,44 @@ class UpConv(nn.Module):
         return image.permute(0, 3, 1, 2)
 
 
+class ChunkedMaxPool(torch.autograd.Function):
+    """`F.max_pool2d(x, 2)` for CPUs, without the memory: torch keeps the input and int64 indices.
+
+    A few images at a time, so that the int64 indices do not leave the cache; int32 ones are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        count, channels, height, width = x.shape
+        shape = (count, channels, height // 2, width // 2)
+        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+        indices = torch.empty(shape, dtype=torch.int32, memory_format=torch.channels_last)
+        for part in chunks(count, x[0].numel()):
+            out[part], indices[part] = F.max_pool2d_with_indices(x[part], 2)
+        ctx.save_for_backward(indices)
+        ctx.shape = x.shape
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (indices,) = ctx.saved_tensors
+        backward = torch.ops.aten.max_pool2d_with_indices_backward.grad_input
+        out = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=torch.channels_last)
+        for part in chunks(len(out), out[0].numel()):
+            # Of the input (the second argument) it reads the shape only.
+            window = [2, 2], [2, 2], [0, 0], [1, 1], False
+            backward(grad[part], out[part], *window, indices[part].long(), grad_input=out[part])
+        return out
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """Halve [N, C, H, W] by the largest of 2x2 pixels."""
+    if fused_by_torch(x):
+        return F.max_pool2d(x, 2)
+    return ChunkedMaxPool.apply(x)
+
+
 def channel_norm_silu(norm: RMSNormSiLU, x: Tensor) -> Tensor:
     """Normalise [N, C, H, W] over its channels; a view, where channels are last in memory."""
     return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -190,6 +294,12 @@ def route_keys(obs_space: Mapping[str, gymnasium.Space], config: Mapping) -> Key
     return Keys(vectors, images, audio)
 
 
+def unrouted(obs_space: Mapping[str, gymnasium.Space], keys: Keys) -> list[str]:
+    """Observation keys that a network with these `keys` passes over; `log_*`, flags and reward aside."""
+    candidates = {key for key in obs_space if key not in NOT_OBSERVED and not key.startswith("log_")}
+    return sorted(candidates.difference(*keys))
+
+
 class ImageEncoder(nn.Module):
     """uint8 images [N, H, W, C] -> [N, E]: each convolution halves the resolution."""
 
@@ -213,7 +323,7 @@ class ImageEncoder(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = conv(x)
             if not self.strided:
-                x = F.max_pool2d(x, 2)
+                x = max_pool(x)
             x = channel_norm_silu(norm, x)
         return x.permute(0, 2, 3, 1).flatten(1)  # [N, E], in the order height, width, channel
 
@@ -340,34 +450,50 @@ class MultiDecoder(nn.Module):
 # --- Actions -------------------------------------------------------------------------------------------
 
 
+def action_classes(space: gymnasium.Space) -> tuple[int, ...]:
+    """How many choices each index of an action has: (n,) of Discrete, nvec of MultiDiscrete, () of Box."""
+    if isinstance(space, gymnasium.spaces.Discrete):
+        return (int(space.n),)
+    if isinstance(space, gymnasium.spaces.MultiDiscrete):
+        return tuple(int(n) for n in space.nvec.flat)
+    return ()
+
+
 class ActionVector:
-    """The dict of actions as one float vector [..., A]: discrete ones one-hot, continuous ones as is."""
+    """The dict of actions as one float vector [..., A]: each index one-hot, continuous values as they are."""
 
     def __init__(self, act_space: Mapping[str, gymnasium.Space]):
         self.space = dict(act_space)
-        self.discrete = {k: isinstance(s, gymnasium.spaces.Discrete) for k, s in self.space.items()}
-        self.sizes = {k: int(s.n) if self.discrete[k] else math.prod(s.shape) for k, s in self.space.items()}
+        self.classes = {k: action_classes(s) for k, s in self.space.items()}  # () where continuous
+        self.sizes = {k: sum(self.classes[k]) or math.prod(s.shape) for k, s in self.space.items()}
         self.size = sum(self.sizes.values())
+        # Plain numbers, so that `encode` copies nothing to a GPU.
+        self.starts = {k: np.ravel(s.start).tolist() for k, s in self.space.items() if self.classes[k]}
 
     def encode(self, action: Mapping[str, Tensor]) -> Tensor:
-        """{key: index [...] or values [..., *shape]} -> [..., A]."""
+        """{key: indices or values [..., *shape]} -> [..., A]."""
         parts = []
-        for key, size in self.sizes.items():
+        for key, space in self.space.items():
             value = action[key]
-            if self.discrete[key]:
-                parts.append(F.one_hot(value.long(), size).float())
-            else:
-                parts.append(value.float().flatten(value.dim() - len(self.space[key].shape)))
+            value = value.reshape(*value.shape[: value.dim() - len(space.shape)], -1)  # [..., numbers of key]
+            if not self.classes[key]:
+                parts.append(value.float())
+                continue
+            columns = zip(value.long().unbind(-1), self.starts[key], self.classes[key], strict=True)
+            parts += [F.one_hot(column - start, classes).float() for column, start, classes in columns]
         return torch.cat(parts, -1)
 
     def decode(self, vector: Tensor) -> dict[str, np.ndarray]:
         """[..., A] -> what the env takes: int32 indices, float32 values."""
         out = {}
         for key, part in zip(self.sizes, vector.cpu().split(list(self.sizes.values()), -1), strict=True):
-            if self.discrete[key]:
-                out[key] = part.argmax(-1).to(torch.int32).numpy()
+            space = self.space[key]
+            if self.classes[key]:
+                index = [column.argmax(-1) for column in part.split(self.classes[key], -1)]
+                index = torch.stack(index, -1).reshape(*part.shape[:-1], *space.shape)
+                out[key] = (index + torch.as_tensor(space.start)).to(torch.int32).numpy()
             else:
-                out[key] = part.unflatten(-1, self.space[key].shape).float().numpy()
+                out[key] = part.reshape(*part.shape[:-1], *space.shape).float().numpy()
         return out
 
 
@@ -415,6 +541,7 @@ class RSSM(nn.Module):
         )
         self.post_first = Linear(self.deter + embed, self.hidden)
         self.post_norm = RMSNormSiLU(self.hidden)
+        self._cut_key, self._cut = None, None  # see split_weights
         self.post_rest = nn.Sequential(
             mlp(self.hidden, config.obs_layers - 1, self.hidden), Linear(self.hidden, logits)
         )
@@ -443,21 +570,38 @@ class RSSM(nn.Module):
         return dists.Normal(mean, 2 * torch.sigmoid(raw_std / 2) + self.min_std)
 
     def feat(self, state: State) -> Tensor:
-        """What heads read: [..., F] = deter and flat stoch."""
-        return torch.cat([state["deter"], self.flat(state["stoch"])], -1)
+        """What heads read: [..., F] = deter and flat stoch, in the precision of matrix products."""
+        dtype = matmul_dtype(state["deter"].device)
+        return torch.cat([state["deter"].to(dtype), self.flat(state["stoch"]).to(dtype)], -1)
 
     def flat(self, stoch: Tensor) -> Tensor:
         return stoch.flatten(-2) if self.classes else stoch  # [..., S*K]
 
     def split_weights(self) -> "SplitWeights":
-        """The weights of layers over concatenated inputs, cut by input; once per scan, not at each step."""
+        """The weights of layers over concatenated inputs, cut by input; once per scan, not at each step.
+
+        A CPU that acts needs them at each step: there the last ones are kept as long as they are valid.
+        """
+        weights = self.dyn_first.weight, self.post_first.weight
+        if torch.is_grad_enabled() or weights[0].device.type != "cpu":
+            return self._cut_weights()
+        # Each change in place raises a tensor's version.
+        key = [(w.data_ptr(), w._version, matmul_dtype(w.device)) for w in weights]
+        if key != self._cut_key:
+            self._cut_key, self._cut = key, self._cut_weights()
+        return self._cut
+
+    def _cut_weights(self) -> "SplitWeights":
         own = self.deter // self.blocks
         # The reference repeats the (deter, stoch, action) features for each block and concatenates them to
         # the block's deter. As all blocks see the same features, their part is one dense product.
         shared = self.dyn_first.weight[:, own:].transpose(1, 2).reshape(self.deter, 3 * self.hidden)
         state, action = shared.split([2 * self.hidden, self.hidden], 1)
         deter, embed = self.post_first.weight.split([self.deter, self.post_first.in_features - self.deter], 1)
-        return SplitWeights(self.dyn_first.weight[:, :own].contiguous(), state, action, deter, embed)
+        parts = self.dyn_first.weight[:, :own].contiguous(), state, action, deter, embed
+        if not torch.is_grad_enabled():  # with gradients, each step's is rounded and summed in float32
+            parts = [part.to(matmul_dtype(part.device)) for part in parts]
+        return SplitWeights(*parts)
 
     def action_input(self, action: Tensor, weights: "SplitWeights") -> Tensor:
         """What an action [..., A] adds to the GRU's first layer: [..., D]. Independent of the state."""
@@ -504,6 +648,16 @@ class RSSM(nn.Module):
         each step; is_first [B, T], where state and action are zeroed first; noise as `noise(B, T)` gives.
         `forced` [B, T, S, K] takes the place of the samples. Returns deter, stoch, logit, each [B, T, ...].
         """
+        if embed.device.type == "cpu" and self.hidden < BF16_HIDDEN:
+            embed, scope = embed.float(), torch.autocast("cpu", enabled=False)
+        else:
+            scope = contextlib.nullcontext()
+        with scope:
+            return self._observe(state, embed, prev_action, is_first, noise, forced)
+
+    def _observe(
+        self, state: State, embed: Tensor, prev_action: Tensor, is_first: Tensor, noise: Tensor, forced
+    ) -> State:
         live = ~is_first
         weights = self.split_weights()
         action_inputs = self.action_input(prev_action * live[..., None], weights).unbind(1)
@@ -591,7 +745,7 @@ class BinaryHead(nn.Module):
 
 
 class Policy:
-    """The joint distribution over the action vector [..., A]: independent parts, one per action key."""
+    """The joint distribution over the action vector [..., A], of independent parts: see `Actor.sizes`."""
 
     def __init__(self, parts: Sequence[dists.OneHot | dists.Normal], sizes: Sequence[int]):
         self.parts, self.sizes = list(parts), list(sizes)
@@ -621,16 +775,20 @@ class Actor(nn.Module):
         super().__init__()
         self.mlp = mlp(inputs, config.layers, config.units)
         self.unimix, self.min_std, self.max_std = config.unimix, config.min_std, config.max_std
-        self.discrete, self.sizes = list(actions.discrete.values()), list(actions.sizes.values())
+        self.classes = list(actions.classes.values())  # of each key, () where continuous
+        sizes = list(actions.sizes.values())
+        # The policy has one part for each index and one for the values of a continuous key.
+        self.sizes = [part for own, size in zip(self.classes, sizes, strict=True) for part in own or (size,)]
+        self.discrete = [bool(own) for own in self.classes for _ in own or (None,)]
         # A continuous action has two output layers, as in the reference: clipping is per tensor.
-        self.outs = nn.ModuleList(Linear(config.units, size, config.outscale) for size in self.sizes)
+        self.outs = nn.ModuleList(Linear(config.units, size, config.outscale) for size in sizes)
         self.std_outs = nn.ModuleList(
-            nn.Identity() if discrete else Linear(config.units, size, config.outscale)
-            for discrete, size in zip(self.discrete, self.sizes, strict=True)
+            nn.Identity() if own else Linear(config.units, size, config.outscale)
+            for own, size in zip(self.classes, sizes, strict=True)
         )
 
     def noise(self, *batch: int, generator: torch.Generator | None) -> PolicyNoise:
-        """What a sample of `batch` shape takes: per key uniform [..., 1] (discrete) or normal [..., size]."""
+        """What a sample takes: for each part uniform [..., 1] where discrete, else normal [..., size]."""
         device = self.outs[0].bias.device
         draw: dict[bool, Callable] = {True: torch.rand, False: torch.randn}
         return [
@@ -641,9 +799,9 @@ class Actor(nn.Module):
     def forward(self, feat: Tensor) -> Policy:
         x = self.mlp(feat)
         parts: list[dists.OneHot | dists.Normal] = []
-        for discrete, out, std_out in zip(self.discrete, self.outs, self.std_outs, strict=True):
-            if discrete:
-                parts.append(dists.OneHot(out(x), self.unimix))
+        for classes, out, std_out in zip(self.classes, self.outs, self.std_outs, strict=True):
+            if classes:
+                parts += [dists.OneHot(logits, self.unimix) for logits in out(x).split(classes, -1)]
             else:
                 parts.append(dists.bounded_normal(out(x), std_out(x), self.min_std, self.max_std))
         return Policy(parts, self.sizes)

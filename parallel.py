@@ -92,6 +92,11 @@ class VecEnv:
         self._call("restore", states)
         return self._current()
 
+    def notes(self) -> list[str]:
+        """Lines for the log that the environments have to say of themselves since the last call."""
+        told = self._call("notes", [None] * len(self))
+        return list(dict.fromkeys(line for lines in told for line in lines))
+
     def close(self) -> None:
         """End all environments; may be called again."""
         raise NotImplementedError
@@ -248,6 +253,9 @@ class _Slot:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._write(self._env.restore(state)[0])
+
+    def notes(self, _: None) -> list[str]:
+        return self._env.notes()
 
     def close(self) -> None:
         if hasattr(self._env, "close"):  # the contract does not ask for one

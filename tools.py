@@ -1,11 +1,13 @@
 """Small things every other module may use: errors, files, seeds, clocks, checkpoints, the optimizer."""
 
+import ctypes
 import errno
 import hashlib
 import json
 import operator
 import os
 import pickle
+import platform
 import random
 import secrets
 import shutil
@@ -163,6 +165,20 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(cuda_state, index)
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, for its next allocation. Only glibc can: else False.
+
+    An update takes gigabytes and frees them again. What is given back to the system costs a page fault and
+    zeroing for every 4 KiB when it is taken anew, which can be half of the update's time.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # From malloc.h: no block of its own from the system, however large; and the heap never shrinks.
+    options = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}
+    return all(mallopt(*option) == 1 for option in options.values())
 
 
 def seed_everything(seed: int) -> None:

@@ -14,8 +14,10 @@ import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = {
-    "update_speed.py": "--size debug --repeats 1 --json",
+    "update_speed.py": "--size debug --device cpu --repeats 1 --json",
+    "profile_update.py": "--size debug --device cpu --repeats 1 --json",
     "replay_speed.py": "--steps 300 --deter 8 --size 8 --json",
+    "cost_table.py": "--size debug --device cpu --repeats 1",
     "replay_memory.py": "--steps 600 --capacity 300 --deter 8 --json",
     "crafter_speed.py": "--steps 20 --json",
 }
@@ -32,6 +34,7 @@ def commands(page: str) -> list[list[str]]:
 @pytest.mark.parametrize(("script", "options"), QUICK.items())
 def test_benchmark_runs_and_prints_json(script, options, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [script, *options.split()])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # as Python does for a script
     runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
     assert json.loads(capsys.readouterr().out)
 

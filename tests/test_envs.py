@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+import config as configs
 import envs
 from envs import dummy, wrappers
 from envs.crafter import Crafter
@@ -21,11 +22,11 @@ from tools import UserError
 
 ROOT = Path(__file__).parent.parent
 DUMMY_TASKS = [f"dummy_{name}" for name in dummy.TASKS]
-DEFAULTS = {"seed": 0, "size": [64, 64], "time_limit": 0, "action_repeat": 1}
+DEFAULTS = dict(configs.load([]))
 
 
 def make(task: str, mode: str = "train", index: int = 0, **options) -> wrappers.Episode:
-    return envs.make_env(types.SimpleNamespace(task=task, **(DEFAULTS | options)), mode, index)
+    return envs.make_env(types.SimpleNamespace(**(DEFAULTS | {"task": task} | options)), mode, index)
 
 
 def random_actions(env, amount: int, seed: int = 0) -> list[dict]:
@@ -112,7 +113,7 @@ def test_an_episode_can_be_asked_for_by_number():
 
 
 def test_make_env_can_be_pickled():
-    config = types.SimpleNamespace(task="dummy_cue", **DEFAULTS)
+    config = types.SimpleNamespace(**(DEFAULTS | {"task": "dummy_cue"}))
     make_one = pickle.loads(pickle.dumps(partial(envs.make_env, config, "train")))
     assert make_one(0).reset()[0]["is_first"]
 

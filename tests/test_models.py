@@ -57,7 +57,7 @@ def make_batch(agent: dreamer.Dreamer, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def losses_of(agent: dreamer.Dreamer, batch: dict) -> dict[str, torch.Tensor]:
-    data = agent._to_device(batch)
+    data = agent.upload(batch)
     post, data = agent.world_model.observe(data, agent.rngs["train"])
     losses, _ = agent.world_model.loss(post, data)
     more, _ = agent.behavior.loss(agent.world_model, post, data, agent.rngs["train"])
@@ -153,7 +153,7 @@ def test_slow_value_target_bootstraps_from_the_slow_critic():
         agent = make_agent("--slow_value_target", slow)
         torch.nn.init.normal_(agent.behavior.slow_critic.out.weight, std=0.1)
         batch = make_batch(agent)
-        data = agent._to_device(batch)
+        data = agent.upload(batch)
         post, data = agent.world_model.observe(data, agent.rngs["train"])
         _, metrics = agent.behavior.loss(agent.world_model, post, data, agent.rngs["train"])
         rets[slow] = metrics["imag/value"].item()
@@ -368,7 +368,7 @@ def test_acting_continues_where_training_would():
     agent = make_agent("--rssm.classes", "0", "--rssm.min_std", "0")
     batch = {k: v[:, 1:] for k, v in make_batch(agent).items()}
     batch["is_first"][:, 0] = True
-    data = agent._to_device(batch)
+    data = agent.upload(batch)
     rssm = agent.rssm
     action = agent.actions.encode(data)
     prev = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)
@@ -394,8 +394,8 @@ def test_an_actor_dist_that_does_not_fit_the_actions_names_the_one_that_does(act
 
 
 def test_actions_of_an_unknown_kind_are_refused():
-    with pytest.raises(UserError, match="knows Discrete and Box"):
-        make_agent(act_space={"action": gymnasium.spaces.MultiDiscrete([3, 4])})
+    with pytest.raises(UserError, match="knows Discrete, MultiDiscrete and Box"):
+        make_agent(act_space={"action": gymnasium.spaces.MultiBinary(4)})
 
 
 @pytest.mark.slow

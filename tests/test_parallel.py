@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import config as configs
 import envs
 import parallel
 from envs import dummy, wrappers
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def factory(task: str, **options):
-    config = {"seed": 0, "size": [18, 18], "time_limit": 0, "action_repeat": 1, "task": task} | options
+    config = dict(configs.load([])) | {"size": [18, 18], "task": task} | options
     return partial(envs.make_env, types.SimpleNamespace(**config), "train")
 
 

@@ -1,0 +1,62 @@
+"""Atari 2600 games (Bellemare et al. 2013), `atari_{game}`: for example `atari_pong`. ale-py has the ROMs."""
+
+from typing import Any
+
+import ale_py
+from ale_py import roms
+from gymnasium.wrappers import AtariPreprocessing
+
+import envs
+
+MAX_FRAMES = 108_000  # of an episode: half an hour of play, as is usual (Machado et al. 2018)
+STICKY = 0.25  # probability that a sticky action is kept for one more frame (Machado et al. 2018)
+
+
+def make(name: str, config: Any) -> "Atari":
+    """The environment of task `atari_{name}`."""
+    games = roms.get_all_rom_ids()
+    if name not in games:
+        raise envs.unknown_task("atari", name, sorted(games))
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # else each environment prints its version
+    env = ale_py.AtariEnv(
+        name,
+        frameskip=1,
+        repeat_action_probability=STICKY if config.atari.sticky else 0.0,
+        full_action_space=config.atari.actions == "all",
+        max_num_frames_per_episode=MAX_FRAMES,
+    )
+    height, width = config.size
+    return Atari(
+        AtariPreprocessing(
+            env,
+            noop_max=config.atari.noops,
+            frame_skip=config.action_repeat,
+            screen_size=(width, height),
+            grayscale_obs=False,
+        )
+    )
+
+
+class Atari:
+    """A game behind gymnasium's AtariPreprocessing: images are the maximum of the last two frames, shrunk.
+
+    Losing a life is nothing special; the end of the game is terminal, that of time is a truncation.
+    """
+
+    repeats_actions = True
+
+    def __init__(self, env: AtariPreprocessing):
+        self._env = env
+        self.obs_space = {"image": env.observation_space}
+        self.act_space = env.action_space
+
+    def reset(self, seed: int | None = None) -> tuple[dict, dict]:
+        image, info = self._env.reset(seed=seed)
+        return {"image": image}, info
+
+    def step(self, action: int) -> tuple[dict, float, bool, bool, dict]:
+        image, reward, terminated, truncated, info = self._env.step(action)
+        return {"image": image}, reward, terminated, truncated, info
+
+    def close(self) -> None:
+        self._env.close()

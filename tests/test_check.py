@@ -1,0 +1,479 @@
+"""envs.check and the watch over the first steps: each fault is found and comes with its cure."""
+
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import config as configs
+import envs
+from envs import check as checks
+from envs.adapter import Adapter
+from tools import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+class Good:
+    """Nothing is wrong with it; the faults are planted in subclasses."""
+
+    def __init__(self, task, size):
+        self.size = size
+        self.obs_space = {
+            "image": spaces.Box(0, 255, (*size, 3), np.uint8),
+            "state": spaces.Box(-1, 1, (3,), np.float32),
+        }
+        self.act_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, seed=None):
+        self.random, self.steps = np.random.default_rng(seed), 0
+        self.length = int(self.random.integers(5, 40))
+        return self.obs(is_first=True), {}
+
+    def step(self, action):
+        self.steps += 1
+        terminated = self.steps >= self.length
+        return self.obs(is_last=terminated, is_terminal=terminated), 1.0, terminated, False, {}
+
+    def obs(self, **flags):
+        flags = dict.fromkeys(("is_first", "is_last", "is_terminal"), False) | flags
+        return {"image": self.render(), "state": self.random.uniform(-1, 1, 3).astype(np.float32), **flags}
+
+    def render(self):
+        return np.full((*self.size, 3), self.steps % 256, np.uint8)
+
+
+class OtherShape(Good):
+    fault = ("error", r"'state': expected float32 \(3,\), got float32 \(2,\)", "declare the shape")
+
+    def obs(self, **flags):
+        return {**super().obs(**flags), "state": np.zeros(2, np.float32)}
+
+
+class OtherType(Good):
+    fault = ("error", r"'state': expected float32 \(3,\), got complex64", "np.asarray")
+
+    def obs(self, **flags):
+        return {**super().obs(**flags), "state": np.zeros(3, np.complex64)}
+
+
+class OtherPrecision(Good):
+    fault = ("note", r"'state': expected float32 \(3,\), got float64", "np.asarray")
+
+    def obs(self, **flags):
+        return {**super().obs(**flags), "state": np.zeros(3)}
+
+
+class NoFlags(Good):
+    fault = ("note", "is_first, is_last, is_terminal not observed", "filled in from reset")
+
+    def obs(self, **flags):
+        return {k: v for k, v in super().obs().items() if k[:3] != "is_"}
+
+
+class OneFlag(Good):
+    fault = ("note", "is_last, is_terminal not observed", "filled in from reset")
+
+    def obs(self, **flags):
+        obs = super().obs(**flags)
+        return {k: v for k, v in obs.items() if k not in ("is_last", "is_terminal")}
+
+
+class WrongFlag(Good):
+    fault = ("note", "is_first contradicts reset", "leave the key out")
+
+    def obs(self, **flags):
+        return {**super().obs(**flags), "is_first": False}
+
+
+class TimeLimit(Good):
+    fault = ("warning", "terminated after exactly 20 steps", "truncated")
+
+    def reset(self, seed=None):
+        result = super().reset(seed)
+        self.length = 20
+        return result
+
+
+class FloatImage(Good):
+    fault = ("error", "'image' looks like an image of float32", r"np.uint8\(255 \* image\)")
+
+    def __init__(self, task, size):
+        super().__init__(task, size)
+        self.obs_space["image"] = spaces.Box(0, 1, (*size, 3), np.float32)
+
+    def render(self):
+        return np.zeros((*self.size, 3), np.float32)
+
+
+class FloatInAByteSpace(Good):
+    fault = ("error", r"'image': expected uint8 .* got float32", r"np.uint8\(255 \* image\)")
+
+    def render(self):
+        return np.zeros((*self.size, 3), np.float32)
+
+
+class ChannelsFirst(Good):
+    fault = ("error", r"'image' looks like an image \[C, H, W\]: \(3, 64, 64\)", "transpose")
+
+    def __init__(self, task, size):
+        super().__init__(task, size)
+        self.obs_space["image"] = spaces.Box(0, 255, (3, *size), np.uint8)
+
+    def render(self):
+        return np.zeros((3, *self.size), np.uint8)
+
+
+class ChannelsFirstUndeclared(Good):
+    fault = ("error", r"'image': expected uint8 \(64, 64, 3\), got uint8 \(3, 64, 64\)", "transpose")
+
+    def render(self):
+        return np.zeros((3, *self.size), np.uint8)
+
+
+class NoChannels(Good):
+    fault = ("error", r"'image' has shape \(64, 64\)", r"image\[..., None\]")
+
+    def __init__(self, task, size):
+        super().__init__(task, size)
+        self.obs_space["image"] = spaces.Box(0, 255, tuple(size), np.uint8)
+
+    def render(self):
+        return np.zeros(self.size, np.uint8)
+
+
+class NotANumber(Good):
+    fault = ("error", "'state': expected finite values, got NaN", "division by zero")
+
+    def obs(self, **flags):
+        return {**super().obs(**flags), "state": np.full(3, np.nan, np.float32)}
+
+
+class RewardNotANumber(Good):
+    fault = ("error", "'reward': expected a finite number, got nan", "cause")
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, np.nan, *rest
+
+
+class UnboundedAction(Good):
+    fault = ("warning", "the action is unbounded", "finite bounds")
+
+    def __init__(self, task, size):
+        super().__init__(task, size)
+        self.act_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+
+class OutOfBounds(Good):
+    fault = ("warning", "'state' leaves the bounds of its space, -1.0 to 1.0", "wider bounds")
+
+    def obs(self, **flags):
+        return {**super().obs(**flags), "state": np.full(3, 2, np.float32)}
+
+
+class MissingKey(Good):
+    fault = ("error", "'state': expected the key, got no such key", "every key of obs_space")
+
+    def obs(self, **flags):
+        return {"image": self.render()}
+
+
+class UndeclaredKey(Good):
+    fault = ("error", "'extra': expected no such key, got the key", "declare it")
+
+    def obs(self, **flags):
+        return {**super().obs(**flags), "extra": np.zeros(2)}
+
+
+class Random(Good):
+    fault = ("warning", "the same seed and actions gave another state at step 0", "default_rng")
+
+    def reset(self, seed=None):
+        return super().reset()
+
+
+class RandomLater(Good):
+    fault = ("warning", "the same seed and actions gave another image at step 1", "default_rng")
+
+    def render(self):
+        noise = np.random.default_rng().integers(0, 99, (*self.size, 3), np.uint8)
+        return noise if self.steps else super().render()
+
+
+class NoSeed(Good):
+    fault = ("warning", "takes no seed", "seed=None")
+
+    resets = 0
+
+    def reset(self):
+        self.resets += 1
+        return super().reset(self.resets)
+
+
+class BadRender(Good):
+    fault = ("warning", r"render\(\) returned float64 \(64, 64, 3\)", r"\[H, W, 3\] of uint8")
+
+    def __init__(self, task, size):
+        super().__init__(task, size)
+        del self.obs_space["image"]
+
+    def obs(self, **flags):
+        obs = super().obs(**flags)
+        del obs["image"]
+        return obs
+
+    def render(self):
+        return np.zeros((*self.size, 3))
+
+
+class FourValues(Good):
+    fault = ("note", "four values", "terminated, truncated")
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated, info
+
+
+class NeverEnds(Good):
+    fault = ("note", "no episode ended within", "--time_limit N")
+
+    def reset(self, seed=None):
+        result = super().reset(seed)
+        self.length = 10**9
+        return result
+
+
+class Crashes(Good):
+    fault = ("error", r"ValueError: .* in test_check.py line \d+", "own code")
+
+    def step(self, action):
+        return np.zeros(3).reshape(2, 2)
+
+
+FAULTY = Good.__subclasses__()
+
+
+def add(monkeypatch, env) -> configs.Config:
+    monkeypatch.setitem(envs.REGISTRY, "planted", env)
+    return configs.load(["--task", "planted_env"])
+
+
+def test_a_good_env_is_fine_and_its_speed_is_told(monkeypatch, capsys):
+    add(monkeypatch, Good)
+    assert checks.main(["planted_env"]) == 0
+    out = capsys.readouterr().out
+    assert "planted_env is fine" in out and "steps per second" in out
+    assert "error" not in out and "warning" not in out and "note" not in out
+
+
+@pytest.mark.parametrize("env", FAULTY, ids=lambda env: env.__name__)
+def test_each_fault_is_found_with_its_cure(monkeypatch, capsys, env):
+    config = add(monkeypatch, env)
+    level, what, cure = env.fault
+    report = checks.check(config)
+    found = [fault for fault in report.faults if re.search(what, fault.what)]
+    assert len(found) == 1, str(report)
+    assert found[0].level == level and re.search(cure, found[0].cure)
+    others = [fault for fault in report.faults if fault not in found and fault.level != "note"]
+    if env is not NoSeed:  # it does not repeat itself either
+        assert all(level == "error" for _ in others), others  # an error may bring others with it
+    assert checks.main(["planted_env"]) == (1 if level == "error" else 0)
+    assert found[0].cure in capsys.readouterr().out
+
+
+# What needs steps or calls that a run would not do is left to the check.
+ONLY_CHECKED = (BadRender, NeverEnds, Crashes)
+
+
+@pytest.mark.parametrize("env", [e for e in FAULTY if e not in ONLY_CHECKED], ids=lambda env: env.__name__)
+def test_the_same_faults_are_found_in_the_first_steps_of_a_run(monkeypatch, env):
+    config = add(monkeypatch, env)
+    level, what, cure = env.fault
+
+    def run():
+        made = envs.make_env(config, "eval", 0)
+        while len(made.ends) < 3:
+            obs = made.reset()[0]
+            while not obs["is_last"]:
+                obs = made.step({"action": np.zeros(2, np.float32)})[0]
+        return made.notes()
+
+    if level == "error":
+        with pytest.raises(UserError, match=f"planted_env.*{what}.*Cure: .*{cure}"):
+            run()
+    else:
+        notes = run()
+        tells = env is not NoFlags  # all three left out is what the contract allows
+        assert any(re.search(f"{what}.*{cure}", note) for note in notes) == tells
+
+
+def test_the_watch_ends_and_costs_nothing_after_the_first_steps(monkeypatch):
+    add(monkeypatch, Good)
+    env = Adapter(Good("x", (64, 64)))
+    monkeypatch.setattr("envs.adapter.GUARDED_STEPS", 10)
+    env.reset(seed=0)
+    for _ in range(10):
+        env.step(np.zeros(2))
+    monkeypatch.setattr(env, "_watch", None)
+    monkeypatch.setattr(env, "_judge_reward", None)
+    for _ in range(100):
+        env.step(np.zeros(2))
+    env.reset(seed=1)
+
+
+@pytest.mark.parametrize("task", ["custom_task_name", "dummy_mixed", "dummy_continuous"])
+def test_environments_of_ours_have_no_errors(task):
+    assert checks.check(configs.load(["--task", task])).errors == 0
+
+
+def test_the_example_is_fine_by_the_literal_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "envs.check", "custom_task_name"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "custom_task_name is fine" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [([], "which task"), (["custm_x"], "Did you mean custom"), (["custom_x", "--sizo", "3"], "--size")],
+)
+def test_mistakes_in_the_command_are_one_line(capsys, argv, message):
+    assert checks.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and len(error.splitlines()) == 1
+
+
+# What the adapter makes of foreign environments
+
+
+class Foreign(gymnasium.Env):
+    """Nested, discrete and textual observations under foreign names."""
+
+    observation_space = spaces.Dict(
+        {
+            "pixels": spaces.Box(0, 255, (32, 48, 3), np.uint8),
+            "robot": spaces.Dict({"arm": spaces.Box(-1, 1, (2, 2), np.float64), "mode": spaces.Discrete(3)}),
+            "switches": spaces.MultiBinary(4),
+            "mission": spaces.Text(10),
+            "is_first": spaces.Discrete(2),
+        }
+    )
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, render_mode=None):
+        assert render_mode == "rgb_array"
+        self.taken = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._obs(), {}
+
+    def step(self, action):
+        self.taken.append(action)
+        return self._obs(), np.array([1.5]), False, False, {}
+
+    def _obs(self):
+        robot = {"arm": np.ones((2, 2)), "mode": np.int64(2)}
+        return {
+            "pixels": np.zeros((32, 48, 3), np.uint8),
+            "robot": robot,
+            "switches": np.array([1, 0, 0, 1], np.int8),
+            "mission": "go",
+            "is_first": 0,
+        }
+
+
+def test_foreign_keys_are_renamed_nested_ones_flattened_and_discrete_ones_one_hot(monkeypatch):
+    monkeypatch.setitem(envs.REGISTRY, "foreign", Foreign)
+    config = configs.load(["--task", "foreign_x"])
+    env = envs.make_env(config, "train", 0)
+    flags = {"reward", "is_first", "is_last", "is_terminal"}
+    assert set(env.obs_space) - flags == {"image", "robot_arm", "robot_mode", "switches"}
+    obs = env.reset()[0]
+    assert obs["image"].shape == (64, 64, 3) and obs["robot_arm"].shape == (2, 2)
+    assert obs["robot_mode"].tolist() == [0, 0, 1] and obs["switches"].tolist() == [1, 0, 0, 1]
+    assert obs["is_first"]
+    obs = env.step({"action": 0})[0]
+    assert env.taken == [0] and obs["reward"] == 1.5 and not obs["is_first"]
+    notes = "\n".join(env.notes())
+    assert "'pixels' is called 'image' here" in notes and "32x48 pixels are resized to 64x64" in notes
+    assert "'mission'" in notes and "left out" in notes
+    assert env.notes() == []
+
+
+@pytest.mark.parametrize(
+    "space, key",
+    [(spaces.Box(0, 255, (64, 64, 3), np.uint8), "image"), (spaces.Box(-1, 1, (3,), np.float32), "vector")],
+)
+@pytest.mark.parametrize("name", [None, "observation", "rgb", "pixels"])
+def test_a_single_observation_becomes_image_or_vector(space, key, name):
+    env = types.SimpleNamespace(
+        observation_space=spaces.Dict({name: space}) if name else space,
+        action_space=spaces.Discrete(2),
+        reset=lambda seed=None: ({name: space.sample()} if name else space.sample(), {}),
+        step=lambda action: (space.sample(), 0.0, False, False, {}),
+    )
+    adapted = Adapter(env)
+    assert list(adapted.obs_space) == list(adapted.reset(seed=0)[0]) == [key]
+
+
+@pytest.mark.parametrize(
+    "info, flag, ends",
+    [
+        ({}, None, (True, False)),
+        ({"TimeLimit.truncated": True}, None, (False, True)),
+        ({"TimeLimit.truncated": False}, None, (True, False)),
+        ({}, False, (False, True)),
+        ({}, True, (True, False)),
+    ],
+)
+def test_done_of_older_envs_is_told_apart(info, flag, ends):
+    class Old(Good):
+        def reset(self):
+            return super().reset(0)[0]
+
+        def step(self, action):
+            obs = self.obs(is_terminal=flag)
+            if flag is None:
+                del obs["is_terminal"]
+            return obs, 0.0, True, info
+
+    env = Adapter(Old("x", (16, 16)))
+    assert set(env.reset(seed=3)[0]) == {"image", "state"}
+    assert env.step(np.zeros(2))[2:4] == ends
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        ("custom_no_such_module:Env", "Cannot import no_such_module: no_such_module is not a module in"),
+        ("custom_envs.custom_env:CustomEnvv", "Did you mean CustomEnv"),
+        ("custom_envs.dummy:Dummyy", "Did you mean Dummy"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_explained(task, message):
+    with pytest.raises(UserError, match=message):
+        envs.make_env(configs.load(["--task", task]), "train", 0)
+
+
+def test_a_constructor_that_wants_the_unknown_is_explained(monkeypatch):
+    monkeypatch.setitem(envs.REGISTRY, "picky", lambda name, rocket: None)
+    with pytest.raises(UserError, match="needs rocket, which nobody gives it.*config"):
+        envs.make_env(configs.load(["--task", "picky_x"]), "train", 0)
+
+
+@pytest.mark.parametrize(
+    "lack, message", [("step", r"no step\(\)"), ("act_space", "no act_space or action_space")]
+)
+def test_what_is_missing_altogether_is_named(lack, message):
+    parts = {name: getattr(Good("x", (16, 16)), name) for name in ("obs_space", "act_space", "reset", "step")}
+    del parts[lack]
+    with pytest.raises(UserError, match=message):
+        Adapter(types.SimpleNamespace(**parts))

@@ -1,0 +1,94 @@
+"""What GraphedUpdate does around the recording, with a stand-in for CUDA: a graph that runs its step again.
+
+That a real GPU records our update, and that it gives the same numbers, is tested where there is a GPU.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from test_models import DISCRETE, OBS, make_agent, make_batch
+
+import cuda_graph
+import dreamer
+
+
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+
+class FakeGraph:
+    """Recording runs the step once; each replay does it again with the memory of the recording."""
+
+    current = None
+
+    def register_generator_state(self, generator):
+        self.generator = generator
+
+    def replay(self):
+        first, second = self.step(self.inputs)
+        for kept, new in zip(self.outputs, (first, second), strict=True):
+            for key, value in new.items():
+                kept[key].copy_(value)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    @contextlib.contextmanager
+    def record(graph):
+        FakeGraph.current = graph
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+
+
+def make_graphed(step):
+    graphed = cuda_graph.GraphedUpdate(step, torch.Generator())
+    record = graphed._record
+
+    def recording(data):
+        record(data)
+        if graphed.graph:
+            graphed.graph.step, graphed.graph.inputs = step, graphed.inputs
+            graphed.graph.outputs = graphed.outputs
+
+    graphed._record = recording
+    return graphed
+
+
+def test_every_call_sees_its_own_data_and_keeps_its_own_results(fake_cuda):
+    graphed = make_graphed(lambda data: ({"double": 2 * data["x"]}, {"same": data["x"] + 0}))
+    results = [graphed({"x": torch.tensor([float(i)])}) for i in range(8)]
+    assert graphed.graph is not None and graphed.graph.generator is graphed.generator
+    assert [float(first["double"]) for first, _ in results] == [2.0 * i for i in range(8)]
+    assert [float(second["same"]) for _, second in results] == [float(i) for i in range(8)]
+
+
+def test_a_step_that_cannot_be_recorded_goes_on_without(fake_cuda, monkeypatch, caplog):
+    def refuse(graph):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphed = make_graphed(lambda data: ({"double": 2 * data["x"]}, {}))
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    results = [graphed({"x": torch.tensor(float(i))}) for i in range(6)]
+    assert [float(first["double"]) for first, _ in results] == [2.0 * i for i in range(6)]
+    assert caplog.text.count("cannot be recorded") == 1
+
+
+@pytest.mark.skipif(not dreamer.cuda_works(), reason="needs a CUDA GPU")
+def test_a_recorded_update_gives_the_plain_numbers_on_a_gpu():
+    config = make_agent("--compile", "False", "--precision", "float32").config
+    agents = [dreamer.Dreamer(OBS, DISCRETE, config, torch.device("cuda")) for _ in range(2)]
+    agents[1].update = cuda_graph.GraphedUpdate(agents[1]._update, agents[1].rngs["train"])
+    for seed in range(cuda_graph.WARMUP + 4):
+        for agent in agents:
+            agent.train(make_batch(agent, seed))
+    assert agents[1].update.graph is not None
+    plain, graphed = (agent.weights()["world_model"] for agent in agents)
+    for key, value in plain.items():
+        torch.testing.assert_close(graphed[key], value, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,867 @@
+"""Every suite steps its real package and keeps the contract; actions of every kind reach their environment.
+
+Minecraft is the exception: MineRL is replaced by a fake that has its documented spaces.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from run_helpers import log, main, metrics, moment, train
+
+import config
+import envs
+import evaluate
+import networks
+from envs import gymnasium_env, minecraft, rendering, wrappers
+from exploration import Random
+from tools import UserError
+
+ROOT = Path(__file__).parent.parent
+# A preset's own task or another one: task, options, keys of the observation.
+NATIVE = [
+    ("dmc_cartpole_balance", ("dmc_proprio",), {"position": (3,), "velocity": (2,)}),
+    ("atari_pong", ("atari100k",), {"image": (64, 64, 3)}),
+    ("minigrid_DoorKey-5x5", ("minigrid",), {"image": (64, 64, 3)}),
+    ("gym_CartPole-v1", ("gym",), {"vector": (4,)}),
+    ("gym_Taxi-v4", ("gym",), {"vector": (500,)}),
+    ("gym_Pendulum-v1", ("gym", "--obs", "pixels"), {"image": (64, 64, 3)}),
+    ("gym_CarRacing-v3", ("gym",), {"image": (64, 64, 3)}),
+]
+DRAWN = [  # by OpenGL
+    ("dmc_walker_walk", ("dmc_vision",), {"image": (64, 64, 3)}),
+    ("memorymaze_9x9", ("memorymaze",), {"image": (64, 64, 3)}),
+    ("gym_Ant-v5", ("gym", "--obs", "both"), {"image": (64, 64, 3), "vector": (105,)}),
+]
+NO_DM_CONTROL = sys.version_info >= (3, 13)  # labmaze, which it needs, has no wheels
+
+
+@pytest.fixture(autouse=True)
+def own_mujoco_gl() -> Iterator[None]:
+    """What a test does to MUJOCO_GL ends with it."""
+    before = os.environ.get("MUJOCO_GL")
+    yield
+    os.environ.pop("MUJOCO_GL", None)
+    if before is not None:
+        os.environ["MUJOCO_GL"] = before
+
+
+@pytest.fixture
+def opengl_that_works(monkeypatch) -> set[str]:
+    """The names in this set are the backends that work, and nothing is really tried or loaded."""
+    working: set[str] = set()
+    monkeypatch.setattr(rendering, "_works", lambda backend: backend in working)
+    monkeypatch.delitem(sys.modules, "dm_control._render", raising=False)
+    os.environ.pop("MUJOCO_GL", None)
+    return working
+
+
+@pytest.fixture
+def needs_opengl() -> None:
+    try:
+        rendering.choose_backend("this test")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def load(task: str, configs: tuple[str, ...], *options: str) -> config.Config:
+    return config.load(["--configs", *configs, "--task", task, *options])
+
+
+def make(task: str, configs: tuple[str, ...], *options: str, index: int = 0) -> wrappers.Episode:
+    if NO_DM_CONTROL and task.startswith(("dmc_", "memorymaze_")):
+        pytest.skip("dm-control cannot be installed on this Python")
+    return envs.make_env(load(task, configs, *options), "train", index)
+
+
+def actions(env: wrappers.Episode, amount: int, seed: int = 0) -> list[dict]:
+    explorer = Random(env.act_space, np.random.default_rng(seed))
+    drawn = explorer.act(amount)
+    return [{key: value[index] for key, value in drawn.items()} for index in range(amount)]
+
+
+def play(env: wrappers.Episode, steps: list[dict]) -> list[dict]:
+    """Reset and do the actions; returns the observations, at most one episode."""
+    seen = [env.reset()[0]]
+    for action in steps:
+        if seen[-1]["is_last"]:
+            break
+        seen.append(env.step(action)[0])
+    return seen
+
+
+def assert_equal(lhs: list[dict], rhs: list[dict]) -> None:
+    assert len(lhs) == len(rhs)
+    for step, (left, right) in enumerate(zip(lhs, rhs, strict=True)):
+        for key in left:
+            np.testing.assert_array_equal(left[key], right[key], err_msg=f"{key} at step {step}")
+
+
+# The contract, on the real packages
+
+
+def keeps_the_contract(task, configs, shapes):
+    env, other = make(task, configs), make(task, configs)
+    own = {key: space.shape for key, space in env.obs_space.items() if key not in wrappers.EPISODE_SPACES}
+    assert own == shapes
+    steps = actions(env, 25)
+    seen = play(env, steps)
+    for obs in seen:  # Episode has checked shapes, dtypes and NaN
+        assert obs.keys() == env.obs_space.keys()
+        if "image" in obs:
+            assert obs["image"].dtype == np.uint8
+    if "image" in shapes:
+        assert seen[0]["image"].std() > 1, "the image shows nothing"
+    # The same seed and actions give the same observations, also after a restart in mid-episode.
+    short = env.state()
+    short["actions"] = {key: value[:10] for key, value in short["actions"].items()}
+    assert_equal([seen[10]], [other.restore(short)[0]])
+    assert_equal(seen[11:], [other.step(action)[0] for action in steps[10 : len(seen) - 1]])
+    # The next episode is another one.
+    again = play(env, steps)
+    assert any(not np.array_equal(a[k], b[k]) for a, b in zip(seen, again, strict=False) for k in shapes)
+    env.close()
+    other.close()
+
+
+@pytest.mark.parametrize(("task", "configs", "shapes"), NATIVE)
+def test_suite_keeps_the_contract(task, configs, shapes):
+    keeps_the_contract(task, configs, shapes)
+
+
+@pytest.mark.parametrize(
+    ("task", "configs", "shapes"),
+    [pytest.param(*each, marks=[pytest.mark.slow] * each[0].startswith("memorymaze")) for each in DRAWN],
+)
+def test_suite_that_opengl_draws_keeps_the_contract(task, configs, shapes, needs_opengl):
+    keeps_the_contract(task, configs, shapes)
+
+
+# What an env shows must not depend on the order of a set or on anything else that differs between processes.
+TRAJECTORIES = """
+import hashlib, sys
+from test_suites import actions, make, play
+for task, *configs in eval(sys.argv[1]):
+    env = make(task, tuple(configs))
+    digest = hashlib.sha256()
+    for obs in play(env, actions(env, 30)):
+        digest.update(b"".join(obs[key].tobytes() for key in sorted(obs)))
+    print(task, digest.hexdigest())
+    env.close()
+"""
+
+
+@pytest.mark.slow
+def test_every_process_gets_the_same_trajectories(needs_opengl):
+    tasks = [(task, *configs) for task, configs, _ in NATIVE + DRAWN]
+    tasks += [("minigrid_Dynamic-Obstacles-6x6", "minigrid"), ("dmc_reacher_easy", "dmc_proprio")]
+    outputs = []
+    for hash_seed in "12":
+        environ = {
+            **os.environ,
+            "PYTHONHASHSEED": hash_seed,
+            "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests"])),
+        }
+        command = [sys.executable, "-c", TRAJECTORIES, repr(tasks)]
+        outputs.append(subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True))
+    assert outputs[0].stdout == outputs[1].stdout, "two processes disagree"
+    assert len(outputs[0].stdout.split("\n")) == len(tasks) + 1, outputs[0].stderr
+
+
+@pytest.mark.parametrize(
+    ("task", "nearest"),
+    [
+        ("dmc_walker_wlk", "dmc_walker_walk"),
+        ("atari_pongg", "atari_pong"),
+        ("minigrid_DoorKey5x5", "minigrid_DoorKey-5x5"),
+        ("gym_cartpole-v1", "gym_CartPole-v1"),
+        ("memorymaze_9x8", "memorymaze_9x9"),
+        ("minecraft_diamonds", "minecraft_diamond"),
+        ("atarii_pong", "atari"),
+    ],
+)
+def test_an_unknown_task_names_the_nearest(task, nearest):
+    with pytest.raises(UserError, match=f"Did you mean {nearest}\\?"):
+        make(task, ("crafter",))
+
+
+@pytest.mark.parametrize(("package", "extra"), [("minigrid", "minigrid"), ("memory_maze", "memorymaze")])
+def test_a_missing_package_is_named_with_the_file_to_install(package, extra, monkeypatch, needs_opengl):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, f"envs.{extra}", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "minigrid", None)
+    task = {"minigrid": "minigrid_DoorKey-5x5", "memorymaze": "memorymaze_9x9"}[extra]
+    with pytest.raises(UserError, match=rf"{package}.*pip install -r requirements/{extra}\.txt"):
+        make(task, (extra,))
+
+
+# DeepMind Control
+
+
+def test_the_end_of_time_in_dmc_is_a_truncation_and_falling_over_is_terminal():
+    env = make("dmc_cartpole_balance", ("dmc_proprio",))
+    inner = env.env.env._env
+    env.reset()
+    inner._step_limit = 6
+    ends = [env.step({"action": np.zeros(1, np.float32)})[2:4] for _ in range(3)]
+    assert ends == [(False, False), (False, False), (False, True)], "6 env steps are 3 of 2"
+    env.reset()
+    inner.task.get_termination = lambda physics: 0.0
+    assert env.step({"action": np.zeros(1, np.float32)})[2:4] == (True, False)
+
+
+def test_dmc_repeats_actions_and_draws_only_the_last_step(needs_opengl):
+    env = make("dmc_cartpole_balance", ("dmc_vision",))
+    single = make("dmc_cartpole_balance", ("dmc_vision",), "--action_repeat", "1")
+    physics = env.env.env._env.physics
+    drawn, render = [], physics.render
+    physics.render = lambda *args, **kwargs: drawn.append(1) or render(*args, **kwargs)
+    action = {"action": np.ones(1, np.float32)}
+    env.reset(0)
+    single.reset(0)
+    twice = [single.step(action) for _ in range(2)]
+    obs, reward, *_ = env.step(action)
+    np.testing.assert_array_equal(obs["image"], twice[1][0]["image"])
+    assert reward == pytest.approx(twice[0][1] + twice[1][1])
+    assert len(drawn) == 2, "one at the reset and one for two env steps"
+
+
+def test_time_limit_counts_env_steps_where_a_suite_repeats_actions_itself():
+    for limit, length in ((6, 3), (7, 4)):
+        env = make("dmc_cartpole_balance", ("dmc_proprio",), "--time_limit", str(limit))
+        assert len(play(env, actions(env, 10))) == 1 + length
+
+
+def test_dmc_camera_is_chosen_by_the_option(needs_opengl):
+    views = [
+        make("dmc_walker_walk", ("dmc_vision",), "--dmc.camera", camera).reset()[0]["image"]
+        for camera in ("auto", "0", "1")
+    ]
+    np.testing.assert_array_equal(views[0], views[1])
+    assert (views[0] != views[2]).any()
+
+
+PROPRIO = """
+import logging, os, sys
+import dreamer
+from envs import rendering
+with rendering.dm_control("dmc_cartpole_balance", draws=False):
+    from dm_control.mujoco import Physics
+def render(*args, **kwargs): raise AssertionError("proprio drew an image")
+Physics.render = render
+code = dreamer.main(sys.argv[1:])
+assert "OpenGL" not in sys.modules and "glfw" not in sys.modules, "OpenGL was looked for"
+assert "MUJOCO_GL" not in os.environ
+assert not logging.root.handlers, "lines of the log would be shown twice"
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(NO_DM_CONTROL, reason="dm-control cannot be installed on this Python")
+def test_proprio_trains_and_evaluates_without_drawing(tmp_path):
+    options = "--configs dmc_proprio debug --task dmc_cartpole_balance --steps 200 --time_limit 40"
+    environ = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
+    command = [sys.executable, "-W", "error::UserWarning:glfw", "-c", PROPRIO, *options.split()]
+    command += ["--logdir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "eval/episode_return" in (tmp_path / "metrics.jsonl").read_text()
+
+
+# OpenGL
+
+
+@pytest.mark.parametrize(
+    ("working", "chosen"),
+    [(("egl", "osmesa", "glfw"), "egl"), (("osmesa", "glfw"), "osmesa"), (("glfw",), "glfw")],
+)
+def test_the_first_backend_that_works_is_taken(working, chosen, opengl_that_works):
+    opengl_that_works.update(working)
+    rendering.choose_backend("dmc_walker_walk")
+    assert os.environ["MUJOCO_GL"] == chosen
+
+
+def test_mujoco_gl_is_never_overwritten(opengl_that_works):
+    opengl_that_works.update({"egl", "osmesa"})
+    os.environ["MUJOCO_GL"] = "osmesa"
+    rendering.choose_backend("dmc_walker_walk")
+    assert os.environ["MUJOCO_GL"] == "osmesa"
+    os.environ["MUJOCO_GL"] = "glfw"
+    with pytest.raises(UserError, match="MUJOCO_GL=glfw cannot draw here: libGL .*apt install libgl1"):
+        rendering.choose_backend("dmc_walker_walk")
+    assert os.environ["MUJOCO_GL"] == "glfw"
+    os.environ["MUJOCO_GL"] = "disabled"
+    with pytest.raises(UserError, match="MUJOCO_GL=disabled turns drawing off"):
+        rendering.choose_backend("dmc_walker_walk")
+
+
+def test_a_missing_opengl_is_one_line_with_the_library_and_how_to_install_it(opengl_that_works):
+    with pytest.raises(UserError) as error:
+        make("dmc_walker_walk", ("dmc_vision",))
+    text = str(error.value)
+    assert "\n" not in text
+    assert "libEGL" in text and "apt install libegl1" in text and "conda-forge" in text
+    assert "MUJOCO_GL" not in os.environ
+
+
+def test_a_backend_that_does_not_exist_does_not_work_and_leaves_this_process_alone():
+    before = dict(os.environ)
+    assert not rendering._works("no_such_backend")
+    assert dict(os.environ) == before
+
+
+# Atari
+
+
+def test_no_ops_differ_by_the_seed_and_off_means_off():
+    starts = [[], []]
+    for noops, images in zip(("30", "0"), starts, strict=True):
+        env = make("atari_space_invaders", ("atari100k",), "--atari.noops", noops)
+        images += [env.reset()[0]["image"] for _ in range(6)]
+    assert any((image != starts[0][0]).any() for image in starts[0])
+    assert all((image == starts[1][0]).all() for image in starts[1])
+
+
+def test_atari_actions_and_stickiness_are_the_options():
+    assert make("atari_pong", ("atari100k",)).act_space["action"].n == 6
+    assert make("atari_pong", ("atari100k",), "--atari.actions", "all").act_space["action"].n == 18
+    sticky = [
+        make("atari_pong", ("atari100k",), "--atari.sticky", value).env.env._env.unwrapped.ale.getFloat(
+            "repeat_action_probability"
+        )
+        for value in ("False", "True")
+    ]
+    assert sticky == [0.0, pytest.approx(0.25)]
+
+
+def test_an_atari_step_is_four_frames_and_the_time_limit_is_a_truncation():
+    env = make("atari_pong", ("atari100k",), "--time_limit", "60")
+    env.reset()
+    ale = env.env.env.env._env.unwrapped.ale
+    before = ale.getFrameNumber()
+    env.step({"action": 0})
+    assert ale.getFrameNumber() - before == 4
+    seen = play(env, actions(env, 40))
+    assert len(seen) == 1 + 15 and seen[-1]["is_last"] and not seen[-1]["is_terminal"]
+
+
+def test_losing_a_life_does_not_end_an_atari_episode():
+    env = make("atari_breakout", ("atari100k",))
+    env.reset()
+    ale = env.env.env._env.unwrapped.ale
+    fire, noop = {"action": 1}, {"action": 0}
+    ends = {}
+    for step in range(2000):
+        obs = env.step(fire if step % 20 == 0 else noop)[0]
+        ends[ale.lives()] = (bool(obs["is_last"]), bool(obs["is_terminal"]))
+        if obs["is_last"]:
+            break
+    assert ends == {5: (False, False)} | dict.fromkeys((4, 3, 2, 1), (False, False)) | {0: (True, True)}
+
+
+# MiniGrid
+
+
+def test_minigrid_shows_direction_and_mission_if_asked():
+    env = make(
+        "minigrid_BabyAI-GoToObj", ("minigrid",), "--minigrid.direction", "True", "--minigrid.mission", "True"
+    )
+    obs = env.reset()[0]
+    assert obs["direction"].sum() == 1
+    turned = env.step({"action": 0})[0]  # left
+    assert turned["direction"].argmax() == (obs["direction"].argmax() - 1) % 4
+    rows = obs["mission"].reshape(50, -1)
+    from envs.minigrid import WORDS
+
+    words = {index: word for word, index in WORDS.items()}
+    told = [words[row.argmax()] for row in rows if row.any()]
+    assert told == env.env.env._env.unwrapped.mission.split()
+    assert set(make("minigrid_DoorKey-5x5", ("minigrid",)).obs_space) - set(wrappers.EPISODE_SPACES) == {
+        "image"
+    }
+
+
+def test_minigrid_takes_whole_ids_and_the_end_of_time_is_a_truncation():
+    env = make("minigrid_MiniGrid-Empty-5x5-v0", ("minigrid",))
+    seen = play(env, [{"action": 0}] * 200)  # turns for ever
+    assert len(seen) == 1 + 100 and seen[-1]["is_last"] and not seen[-1]["is_terminal"]
+
+
+@pytest.mark.slow
+def test_every_mission_of_minigrid_is_made_of_known_words():
+    from envs.minigrid import MISSION_LENGTH, encode_mission, list_ids
+
+    assert len(list_ids()) > 100
+    for env_id in list_ids():
+        env = gymnasium.make(env_id, disable_env_checker=True)
+        for seed in range(3):
+            mission = env.reset(seed=seed)[0]["mission"]
+            rows = encode_mission(mission)
+            assert not rows[:, 0].any(), f"{env_id}: {mission}"
+            assert not rows[MISSION_LENGTH - 1].any(), f"{env_id}: longer than is shown: {mission}"
+
+
+# Gymnasium
+
+
+class Zoo(gymnasium.Env):
+    """Observations and actions of every kind. The reward tells that the actions arrive as they were meant."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    observation_space = spaces.Dict(
+        {
+            "camera": spaces.Box(0, 255, (30, 40, 3), np.uint8),
+            "gray": spaces.Box(0, 255, (30, 40), np.uint8),
+            "place": spaces.Discrete(5, start=2),
+            "joints": spaces.Box(-np.inf, np.inf, (2, 3), np.float64),
+            "flags": spaces.MultiBinary(4),
+            "parts": spaces.Tuple([spaces.Discrete(3), spaces.Box(0, 1, (2,), np.float32)]),
+            "inner": spaces.Dict({"a": spaces.MultiDiscrete([2, 3]), "b": spaces.Box(-1, 1, ())}),
+        }
+    )
+    action_space = spaces.Dict(
+        {
+            "gear": spaces.Discrete(3, start=-1),
+            "keys": spaces.MultiDiscrete([[2, 3], [4, 2]]),
+            "steer": spaces.Box(np.array([0, -2], np.float32), np.array([1, 6], np.float32)),
+            "force": spaces.Box(-np.inf, np.inf, (2,), np.float64),
+            "level": spaces.Box(0, 255, (), np.uint8),
+        }
+    )
+    length = 8
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def _obs(self):
+        self._places = self.np_random.random(12)
+        drawn = self.np_random.integers
+        return {
+            "camera": drawn(0, 256, (30, 40, 3), np.uint8),
+            "gray": np.full((30, 40), drawn(256), np.uint8),
+            "place": 2 + int(drawn(5)),
+            "joints": self.np_random.normal(size=(2, 3)),
+            "flags": drawn(0, 2, 4).astype(np.int8),
+            "parts": (int(drawn(3)), self.np_random.random(2, np.float32)),
+            "inner": {"a": drawn([2, 3]), "b": np.float32(0.5)},
+        }
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._step = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        assert action["gear"] in (-1, 0, 1)
+        assert action["keys"].shape == (2, 2) and self.action_space["keys"].contains(
+            action["keys"].astype(np.int64)
+        )
+        for key in ("steer", "force", "level"):
+            assert self.action_space[key].contains(np.asarray(action[key])), (key, action[key])
+        self._step += 1
+        return self._obs(), float(action["gear"]), self._step >= self.length, False, {}
+
+    def render(self):
+        return np.full((20, 30, 3), 7, np.uint8)
+
+
+gymnasium.register("Zoo-v0", Zoo)
+ZOO = "gym_test_suites:Zoo-v0"  # a worker process imports this module to find it
+
+
+def test_gymnasium_observations_of_every_kind_become_images_and_vectors():
+    env = make(ZOO, ("gym",))
+    obs = play(env, actions(env, 3))[-1]
+    shapes = {key: value.shape for key, value in obs.items() if key not in wrappers.EPISODE_SPACES}
+    assert shapes == {
+        "camera": (64, 64, 3),
+        "gray": (64, 64, 1),
+        "place": (5,),
+        "joints": (6,),
+        "flags": (4,),
+        "parts": (5,),
+        "inner": (6,),
+    }
+    assert obs["place"].sum() == 1 and obs["gray"].std() == 0
+
+
+def test_an_observation_that_is_not_numbers_is_refused(monkeypatch):
+    monkeypatch.setattr(Zoo, "observation_space", spaces.Dict({"text": spaces.Text(9)}))
+    with pytest.raises(UserError, match="'text' is Text.*not made of numbers"):
+        gymnasium_env.Gymnasium(Zoo(), (64, 64))
+
+
+def test_pixels_are_what_the_env_draws_and_both_keeps_its_own():
+    assert set(make("gym_CartPole-v1", ("gym", "--obs", "both")).obs_space) >= {"image", "vector"}
+    obs = make(ZOO, ("gym", "--obs", "pixels")).reset()[0]
+    assert obs.keys() - wrappers.EPISODE_SPACES.keys() == {"image"}
+    assert (obs["image"] == 7).all()
+
+
+def test_an_env_of_mujoco_finds_opengl_when_it_is_asked_for_a_frame(needs_opengl):
+    del os.environ["MUJOCO_GL"]
+    env = make("gym_Hopper-v5", ("gym",))
+    env.reset()
+    assert "MUJOCO_GL" not in os.environ
+    assert env.render().std() > 1 and "MUJOCO_GL" in os.environ
+    env.close()
+
+
+def test_a_gymnasium_env_that_draws_nothing_says_so_for_pixels(monkeypatch):
+    monkeypatch.setattr(Zoo, "metadata", {"render_modes": ["ansi"]})
+    with pytest.raises(UserError, match="gym_test_suites:Zoo-v0 cannot draw itself.*--obs native"):
+        make(ZOO, ("gym", "--obs", "pixels"))
+
+
+def test_what_gymnasium_refuses_is_one_line():
+    for name, reason in (
+        ("phys2d/CartPole-v1", "jax"),
+        ("Ant-v2", "gymnasium-robotics"),
+        ("Ant-v9", "Ant-v5"),
+    ):
+        with pytest.raises(UserError, match=reason) as error:
+            make(f"gym_{name}", ("gym",))
+        assert "\n" not in str(error.value)
+
+
+def test_a_module_before_the_id_is_imported(monkeypatch, tmp_path):
+    (tmp_path / "my_zoo.py").write_text(
+        "import gymnasium\nfrom test_suites import Zoo\ngymnasium.register('MyZoo-v3', Zoo)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert make("gym_my_zoo:MyZoo-v3", ("gym",)).reset()[0]["is_first"]
+    del gymnasium.registry["MyZoo-v3"]
+    with pytest.raises(UserError, match="cannot be made: No module named 'no_such_zoo'"):
+        make("gym_no_such_zoo:MyZoo-v3", ("gym",))
+
+
+# Memory Maze
+
+
+def test_memory_maze_sizes_that_would_hide_the_maze_are_refused():
+    if not NO_DM_CONTROL:
+        with pytest.raises(UserError, match="squares from 64 x 64"):
+            make("memorymaze_9x9", ("memorymaze",), "--size", "48", "48")
+
+
+# Minecraft: a fake that has MineRL's documented spaces, for MineRL and Java cannot be had here.
+
+
+class MineRLEnum:
+    """As minerl.herobraine.hero.spaces.Enum."""
+
+    def __init__(self, *values):
+        self.values = np.array(sorted(values))
+
+    def sample(self):
+        return self.values[0]
+
+
+class MineRLDict:
+    """As minerl.herobraine.hero.spaces.Dict, with gym's `spaces`."""
+
+    def __init__(self, parts):
+        self.spaces = parts
+
+    def sample(self):
+        return {key: part.sample() for key, part in self.spaces.items()}
+
+    def no_op(self):
+        out = {}
+        for key, part in self.spaces.items():
+            zero = "none" if isinstance(part, MineRLEnum) else np.zeros(part.shape, part.dtype)
+            out[key] = zero if zero is None or not isinstance(part, spaces.Discrete) else 0
+        return out
+
+
+class FakeMineRL:
+    """MineRLObtainDiamond-v0 of MineRL 0.4.4 by its documentation: spaces and API, without a game."""
+
+    items = ("coal", "cobblestone", "diamond", "log", "planks", "stick")
+    observation_space = MineRLDict(
+        {
+            "pov": spaces.Box(0, 255, (64, 64, 3), np.uint8),
+            "inventory": MineRLDict({item: spaces.Box(0, 2304, (), np.int64) for item in items}),
+            "equipped_items": MineRLDict(
+                {
+                    "mainhand": MineRLDict(
+                        {
+                            "damage": spaces.Box(-1, 1562, (), np.int64),
+                            "maxDamage": spaces.Box(-1, 1562, (), np.int64),
+                            "type": MineRLEnum("air", "wooden_pickaxe", "other", "none"),
+                        }
+                    )
+                }
+            ),
+        }
+    )
+    buttons = ("attack", "back", "forward", "jump", "left", "right", "sneak", "sprint")
+    action_space = MineRLDict(
+        {
+            **{key: spaces.Discrete(2) for key in buttons},
+            "camera": spaces.Box(-180, 180, (2,), np.float32),
+            "craft": MineRLEnum("none", "crafting_table", "planks", "stick", "torch"),
+            "equip": MineRLEnum("none", "air", "wooden_pickaxe"),
+            "nearbyCraft": MineRLEnum("none", "furnace", "wooden_pickaxe"),
+            "nearbySmelt": MineRLEnum("none", "coal", "iron_ingot"),
+            "place": MineRLEnum("none", "cobblestone", "crafting_table", "dirt"),
+        }
+    )
+    length = 40
+
+    def __init__(self):
+        self.done_actions = []
+
+    def seed(self, seed):
+        self._random = np.random.default_rng(seed)
+
+    def reset(self):
+        self._step = 0
+        return self._obs()
+
+    def step(self, action):
+        assert action.keys() == self.action_space.spaces.keys()
+        assert self.action_space.spaces["camera"].contains(action["camera"])
+        self.done_actions.append(action)
+        self._step += 1
+        return self._obs(), 1.0, self._step >= self.length, {}
+
+    def _obs(self):
+        return {
+            "pov": self._random.integers(0, 256, (64, 64, 3), np.uint8),
+            "inventory": {item: np.array(self._random.integers(3)) for item in self.items},
+            "equipped_items": {"mainhand": {"damage": 0, "maxDamage": 0, "type": "air"}},
+        }
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fake_minerl(monkeypatch) -> None:
+    """`import gym, minerl` and `java`, all fake."""
+    made = {"MineRLObtainDiamond-v0": FakeMineRL}
+    monkeypatch.setitem(sys.modules, "gym", types.SimpleNamespace(make=lambda name: made[name]()))
+    monkeypatch.setitem(sys.modules, "minerl", types.ModuleType("minerl"))
+    monkeypatch.setattr(minecraft, "java_version", lambda: "8")
+
+
+def test_minecraft_on_a_fake_of_minerl_keeps_the_contract(fake_minerl):
+    keeps_the_contract(
+        "minecraft_diamond",
+        ("minecraft",),
+        {"image": (64, 64, 3), "inventory": (6,), "inventory_max": (6,), "equipped_items": (6,)},
+    )
+
+
+def test_minecraft_has_one_action_a_button_turn_and_item():
+    listed = minecraft.list_actions(FakeMineRL.action_space.spaces)
+    assert len(listed) == 1 + 8 + 4 + 4 + 2 + 2 + 2 + 3
+    assert {} in listed and {"craft": "planks"} in listed and {"jump": 1, "forward": 1} in listed
+    assert not any("none" in action.values() for action in listed)
+
+
+def test_minecraft_holds_attacks_and_keeps_the_camera_within_its_limit():
+    inner = FakeMineRL()
+    inner.length = 1000
+    env = minecraft.Minecraft(inner, (64, 64), 1000)
+    env.reset(seed=0)
+    index = {json.dumps(action): number for number, action in enumerate(env.actions)}
+    env.step(index['{"attack": 1}'])
+    for _ in range(minecraft.ATTACK_STEPS):
+        env.step(0)
+    assert [int(action["attack"]) for action in inner.done_actions] == [1] * minecraft.ATTACK_STEPS + [0]
+    inner.done_actions.clear()
+    for _ in range(10):
+        env.step(index['{"camera": [15, 0]}'])
+    assert sum(action["camera"][0] for action in inner.done_actions) == minecraft.PITCH_LIMIT
+
+
+def test_the_end_of_time_in_minecraft_is_a_truncation_and_any_other_end_is_terminal():
+    for length, end in ((40, (False, True)), (41, (True, False))):
+        env = minecraft.Minecraft(FakeMineRL(), (64, 64), length)
+        env.reset(seed=0)
+        assert [env.step(0)[2:4] for _ in range(40)][-1] == end
+
+
+def test_minecraft_without_minerl_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(minecraft, "java_version", lambda: "8")
+    monkeypatch.setitem(sys.modules, "gym", None)
+    with pytest.raises(UserError, match=r"not found: the Python package gym\..*minerl==0\.4\.4") as error:
+        make("minecraft_diamond", ("minecraft",))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("version", "missing"), [(None, "Java"), ("17", r"Java 8 \(but Java 17\)")])
+def test_minecraft_without_java_8_says_what_to_install(version, missing, fake_minerl, monkeypatch):
+    monkeypatch.setattr(minecraft, "java_version", lambda: version)
+    with pytest.raises(UserError, match=rf"not found: {missing}\. Java: apt install openjdk-8-jdk"):
+        make("minecraft_diamond", ("minecraft",))
+
+
+@pytest.mark.parametrize(
+    ("told", "version"),
+    [('openjdk version "1.8.0_412"', "8"), ('java version "17.0.15" 2025-04-15', "17"), (None, None)],
+)
+def test_java_tells_its_version(told, version, monkeypatch, tmp_path):
+    if sys.platform == "win32":
+        pytest.skip("a script without an ending is no program on Windows")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if told:
+        (tmp_path / "java").write_text(f"#!/bin/sh\necho '{told}' >&2\n")
+        (tmp_path / "java").chmod(0o755)
+    assert minecraft.java_version() == version
+
+
+# Actions of every kind
+
+
+SPACES = {
+    "gear": spaces.Discrete(3, start=-1),
+    "keys": spaces.MultiDiscrete([[2, 3], [4, 2]]),
+    "steer": spaces.Box(-1, 1, (2, 2), np.float32),
+    "gas": spaces.Box(-1, 1, (), np.float32),
+}
+
+
+def test_actions_of_every_kind_survive_the_way_to_a_vector_and_back():
+    vector = networks.ActionVector(SPACES)
+    assert vector.sizes == {"gear": 3, "keys": 11, "steer": 4, "gas": 1} and vector.size == 19
+    drawn = Random(SPACES, np.random.default_rng(0)).act(50)
+    for key, space in SPACES.items():
+        samples = drawn[key].astype(space.dtype)
+        assert all(space.contains(sample if space.shape else space.dtype.type(sample)) for sample in samples)
+    flat = vector.encode({key: torch.from_numpy(value) for key, value in drawn.items()})  # [50, A]
+    assert flat.shape == (50, 19) and (flat[:, :14].sum(-1) == 1 + 4).all()
+    back = vector.decode(flat)
+    for key, value in drawn.items():
+        assert back[key].dtype == value.dtype
+        np.testing.assert_array_equal(back[key], value)
+
+
+def test_random_actions_reach_every_choice():
+    drawn = Random(SPACES, np.random.default_rng(0)).act(300)
+    assert set(drawn["gear"]) == {-1, 0, 1}
+    assert [len(set(column)) for column in drawn["keys"].reshape(300, -1).T] == [2, 3, 4, 2]
+
+
+def test_the_policy_is_a_product_of_one_part_for_each_index_and_each_continuous_key():
+    options = config.load([]).actor
+    actor = networks.Actor(8, networks.ActionVector(SPACES), options)
+    generator = torch.Generator().manual_seed(0)
+    policy = actor(torch.randn(5, 7, 8, generator=generator))
+    action = policy.sample(actor.noise(5, 7, generator=generator))  # [5, 7, A]
+    assert actor.sizes == [3, 2, 3, 4, 2, 4, 1] and action.shape == (5, 7, 19)
+    assert (action[..., :14].sum(-1) == 5).all()
+    pairs = list(zip(policy.parts, action.split(actor.sizes, -1), strict=True))
+    torch.testing.assert_close(policy.log_prob(action), sum(part.log_prob(value) for part, value in pairs))
+    torch.testing.assert_close(policy.entropy(), sum(part.entropy() for part, _ in pairs))
+    assert policy.mode.shape == action.shape
+
+
+def test_normalised_actions_are_clipped_and_moved_to_the_envs_range():
+    class Recorder:
+        act_space = {
+            "inside": spaces.Box(np.array([0, -2], np.float32), np.array([1, 6], np.float32)),
+            "below": spaces.Box(3, np.inf, (1,), np.float64),
+            "above": spaces.Box(-np.inf, 3, (1,), np.float32),
+            "free": spaces.Box(-np.inf, np.inf, (1,), np.float32),
+            "whole": spaces.Box(0, 255, (1,), np.uint8),
+            "index": spaces.Discrete(4),
+        }
+
+        def step(self, action):
+            return action
+
+    env = wrappers.NormalizeActions(Recorder())
+    assert all(
+        space == spaces.Box(-1, 1, space.shape, np.float32)
+        for key, space in env.act_space.items()
+        if key != "index"
+    )
+    assert env.act_space["index"] == spaces.Discrete(4)
+
+    def do(value):
+        action = {key: np.full(space.shape, value, np.float32) for key, space in env.act_space.items()}
+        done = env.step(action | {"index": 2})
+        for key, space in Recorder.act_space.items():
+            assert space.contains(np.asarray(done[key])), key
+        return {key: np.asarray(each).tolist() for key, each in done.items() if key != "index"}
+
+    expected = {"inside": [0, -2], "below": [3], "above": [1], "free": [-1], "whole": [0]}
+    assert do(-1) == do(-7) == expected
+    expected = {"inside": [1, 6], "below": [5], "above": [3], "free": [1], "whole": [255]}
+    assert do(1) == do(7) == expected
+    assert do(0) == {"inside": [0.5, 2], "below": [4], "above": [2], "free": [0], "whole": [128]}
+
+
+def test_actions_that_are_normalised_already_change_no_bit():
+    class Plain:
+        action_space = spaces.Box(-1, 1, (1000,), np.float32)
+
+        def step(self, action):
+            return action
+
+    action = np.random.default_rng(0).normal(0, 0.5, 1000).clip(-1, 1).astype(np.float32)
+    np.testing.assert_array_equal(wrappers.NormalizeActions(Plain()).step(action), action)
+
+
+def test_an_action_that_has_the_name_of_an_observation_is_refused(monkeypatch):
+    monkeypatch.setattr(Zoo, "action_space", spaces.Dict({"camera": spaces.Discrete(2)}))
+    with pytest.raises(UserError, match="gym_test_suites:Zoo-v0 has 'camera' as action and as observation"):
+        make(ZOO, ("gym",))
+
+
+@pytest.mark.parametrize("parallel", ["none", pytest.param("process", marks=pytest.mark.slow)])
+def test_an_env_with_a_dict_of_all_actions_trains_resumes_and_is_evaluated(parallel, tmp_path, capsys):
+    options = ("--task", ZOO, "--envs.parallel", parallel, "--actor_dist", "auto")
+    assert train(tmp_path, *options) == 0
+    steps = moment(tmp_path)["step"]
+    assert "train_eps" in os.listdir(tmp_path) and any("loss/policy" in line for line in metrics(tmp_path))
+    with np.load(next((tmp_path / "train_eps").glob("*.npz"))) as episode:
+        assert episode["keys"].shape[1:] == (2, 2) and episode["keys"].dtype == np.int32
+        assert set(episode["gear"]) <= {-1, 0, 1}
+    assert train(tmp_path, *options, "--steps", str(steps + 40)) == 0
+    assert "Resumed at step" in log(tmp_path)
+    capsys.readouterr()
+    assert evaluate.main(["--logdir", str(tmp_path), "--episodes", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["episodes"] == 2
+
+
+# Whole runs, as a user starts them
+
+
+RUNS = {
+    "dmc_proprio": "--configs dmc_proprio debug --task dmc_cartpole_balance",
+    "dmc_vision": "--configs dmc_vision debug --task dmc_walker_walk",
+    "atari100k": "--configs atari100k debug --task atari_pong",
+    "minigrid": "--configs minigrid debug --minigrid.direction True --minigrid.mission True",
+    "gym": "--configs gym debug --task gym_CartPole-v1",
+    "gym_pixels": "--configs gym debug --task gym_Pendulum-v1 --obs pixels",
+    "memorymaze": "--configs memorymaze debug --envs.amount 2",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_short_training_on_the_real_package(name, tmp_path, request):
+    if name in ("dmc_vision", "memorymaze"):
+        request.getfixturevalue("needs_opengl")
+    if NO_DM_CONTROL and name in ("dmc_proprio", "dmc_vision", "memorymaze"):
+        pytest.skip("dm-control cannot be installed on this Python")
+    assert main(*RUNS[name].split(), "--logdir", str(tmp_path)) == 0
+    seen = {key for line in metrics(tmp_path) for key in line}
+    assert {"loss/policy", "eval/episode_return", "env/episode_return"} <= seen
+    drawn = name not in ("dmc_proprio", "gym")
+    assert bool(list(tmp_path.glob("videos/*.mp4"))) == drawn
