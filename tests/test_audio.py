@@ -203,7 +203,7 @@ def test_every_kind_of_audio_is_encoded_and_reconstructed(kind, net):
     model, batch = agent.world_model, make_batch(agent, audio=space)
     assert model.encoder.keys.audio == model.decoder.keys.audio == {"audio": encoded}
     assert "audio" not in model.encoder.keys.vectors
-    post, data = model.observe(agent._to_device(batch), agent.rngs["train"])
+    post, data = model.observe(agent.upload(batch), agent.rngs["train"])
     losses, _ = model.loss(post, data)
     recon = model.decoder(post["deter"], agent.rssm.flat(post["stoch"]))["audio"]
     truth = data["audio"]
@@ -230,7 +230,7 @@ def test_audio_reaches_what_the_agent_knows(kind):
     batch = make_batch(agent, audio=space)
     embeds = []
     for loudness in (1, 2):
-        data = agent._to_device({**batch, "audio": batch["audio"] * loudness})
+        data = agent.upload({**batch, "audio": batch["audio"] * loudness})
         embeds.append(agent.world_model.encoder(agent.world_model.hearing(data)))
     assert not torch.equal(*embeds)
 
@@ -280,7 +280,7 @@ def test_without_audio_keys_no_audio_option_changes_a_bit(tmp_path):
 def test_without_audio_keys_nothing_is_built_or_computed():
     agent = make_agent()
     assert not any("audio" in name or "hearing" in name for name, _ in agent.world_model.named_parameters())
-    data = agent._to_device(make_batch(agent))
+    data = agent.upload(make_batch(agent))
     assert agent.world_model.hearing(data) is data
     assert "loss/audio" not in agent.train(make_batch(agent))[0]
 
@@ -379,6 +379,15 @@ def test_an_env_with_audio_alone_trains(tmp_path, monkeypatch):
     assert train(tmp_path, "--task", "beeps_cue", "--video_pred_log", "True") == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss/audio"] > 0 and "loss/image" not in lines[-1] and "loss/vector" not in lines[-1]
+
+
+def test_injected_audio_runs_through_the_whole_pipeline(tmp_path):
+    options = ["--audio_dim", "6", "--audio_noise_std", "0.1", "--video_pred_log", "True"]
+    assert train(tmp_path, *options) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss/audio"] > 0 and lines[-1]["loss/image"] > 0
+    with np.load(next((tmp_path / "train_eps").glob("*.npz"))) as episode:
+        assert episode["audio"].shape[1:] == (6,) and episode["audio"].std() == pytest.approx(0.1, abs=0.05)
 
 
 # The room
