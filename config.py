@@ -31,7 +31,10 @@ from basics import UserError, atomic_write
 CONFIGS = Path(__file__).with_name("configs.yaml")
 CLASSES = ("task_presets", "advice_presets", "scale_presets")  # in the order of merging
 CPU_PRESET = "cpu"
-CPU_PRESET_TASKS = ("crafter",)  # task presets that take CPU_PRESET on a CPU when no scale preset is named
+CPU_PRESET_TASKS = (
+    "crafter",
+    "audio",
+)  # task presets that take CPU_PRESET on a CPU when no scale preset is named
 QUICK_ON_CPU = ("cpu", "debug")
 RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
 
@@ -41,7 +44,8 @@ FROZEN = {
     "network": (
         *("grayscale", "frame_stack", "audio_dim"),
         *("size", "actor_dist", "rssm.deter", "rssm.hidden", "rssm.stoch", "rssm.classes", "rssm.blocks"),
-        *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*.strided", "*.bspace"),
+        *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*coder.audio_*", "audio.*"),
+        *("*.strided", "*.bspace"),
         *("*.layers", "*.units", "*.bins", "reward_head.dist", "critic.dist"),
     ),
 }
@@ -820,7 +824,7 @@ def _problems(config: Config) -> Iterator[str]:
         )
     yield from _size_problems(config.size, len(encoder.cnn_mults))
     for group in ("encoder", "decoder"):
-        for name in ("mlp_keys", "cnn_keys"):
+        for name in ("audio_keys", "cnn_keys", "mlp_keys"):
             try:
                 re.compile(config[group][name])
             except re.error as error:
@@ -835,6 +839,11 @@ def _problems(config: Config) -> Iterator[str]:
         yield (
             f"retnorm.low {config.retnorm.low} and retnorm.high {config.retnorm.high} must be percentiles, "
             "low below high"
+        )
+    if config.audio.hop_length > config.audio.n_fft:
+        yield (
+            f"audio.hop_length {config.audio.hop_length} must be at most audio.n_fft {config.audio.n_fft}, "
+            "or what lies between two windows is not heard"
         )
     needed = config.envs.amount * (config.batch_length + config.replay_context)
     if config.replay.capacity != "auto" and config.replay.capacity < needed:

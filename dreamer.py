@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import audio
 import config as configs
 import cuda_graph
 import models
@@ -31,7 +32,7 @@ from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
 from exploration import Random
-from logger import Logger, Timer, write_mp4
+from logger import Logger, Timer, write_mp4, write_wav
 from parallel import VecEnv, make_vec
 from replay import Replay
 from stats import EpisodeStats, SuccessRates
@@ -137,9 +138,10 @@ class Dreamer:
         amount, rssm = len(data["is_first"]), self.rssm
         # On a CPU, rounding all weights for so few rows would take longer than it saves.
         with self.autocast() if self.device.type == "cuda" else contextlib.nullcontext():
-            embed = self.world_model.encoder({k: v[:, None] for k, v in data.items()})
+            data = self.world_model.hearing({k: v[:, None] for k, v in data.items()})
+            embed = self.world_model.encoder(data)
             noise = rssm.noise(amount, 1, generator=generator)
-            post = rssm.observe(state, embed, state["action"][:, None], data["is_first"][:, None], noise)
+            post = rssm.observe(state, embed, state["action"][:, None], data["is_first"], noise)
             post = {k: post[k][:, 0] for k in ("deter", "stoch")}
             policy = self.behavior.actor(rssm.feat(post))
         action = policy.sample(self.behavior.actor.noise(amount, generator=generator))
@@ -183,7 +185,7 @@ class Dreamer:
         return metrics, {"deter": deter, "stoch": stoch, "loss": model_loss}
 
     def report(self, batch: Arrays) -> dict[str, np.ndarray]:
-        """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image key."""
+        """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image and audio key."""
         data = self.upload({k: v[:OPEN_LOOP_ROWS] for k, v in batch.items()})
         context = min(OPEN_LOOP_CONTEXT, self.config.batch_length - 1)
         with self.autocast():
@@ -719,14 +721,12 @@ class Run:
 
     def _write_eval_videos(self, done: "list[EvalEpisode]") -> None:
         config = self.config
+        heard = audio.waveform_keys(self.eval_envs.obs_space, config)
         for index, episode in enumerate(done):
-            frames = episode.frames
-            if frames is None:
-                break
-            frames = newest(frames, config.frame_stack)
-            write_mp4(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", frames, config.video_fps)
-            if index == 0:
-                self.logger.video("eval_policy", frames[: config.video_frames], self.step)
+            write_video(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", episode, config, heard)
+        if done[0].frames is not None:
+            frames = newest(done[0].frames, config.frame_stack)
+            self.logger.video("eval_policy", frames[: config.video_frames], self.step)
         if config.video_pred_log and self.last_batch is not None:
             for key, frames in self.agent.report(self.last_batch).items():
                 name = "train_openl" if key == "image" else f"train_openl_{key}"
@@ -769,6 +769,26 @@ class EvalEpisode:
 def newest(frames: np.ndarray, stack: int) -> np.ndarray:
     """The newest of `stack` images that lie along the channels: [..., C] -> [..., C / stack]."""
     return frames[..., -(frames.shape[-1] // stack) :]
+
+
+def write_video(path: Path, episode: EvalEpisode, config: Config, heard: Sequence[str]) -> list[Path]:
+    """Write what an episode looked like to `path`, an mp4, and what it sounded like to the .wav beside it.
+
+    `heard` are the keys of waveforms, of which the first is taken. The mp4 has the sound too, and then runs
+    at its pace: a step lasts as long as its waveform. What an episode lacks is not written. Returns the
+    files.
+    """
+    frames, fps, files = episode.frames, config.video_fps, []
+    sound, rate = None, config.audio.sample_rate
+    if heard:
+        sound = audio.track(episode.steps[heard[0]])
+        fps = rate * (episode.length + 1) / len(sound)
+        files.append(path.with_suffix(".wav"))
+        write_wav(files[-1], sound, rate)
+    if frames is not None:
+        files.append(path)
+        write_mp4(path, newest(frames, config.frame_stack), fps, sound, rate)
+    return files
 
 
 def play_episodes(

@@ -37,7 +37,7 @@ class EpisodeFile(NamedTuple):
 
 
 def step_layout(spaces: Mapping) -> Layout:
-    """How each key of a step is stored: uint8 and bool as they are, other integers int32, floats float32.
+    """How each key of a step is stored: uint8, int16 and bool stay, other integers int32, floats float32.
 
     `spaces` maps keys to gymnasium spaces or (shape, dtype) pairs; `log_*` keys are left out.
     Raises UserError for a space that is not an array.
@@ -52,7 +52,7 @@ def step_layout(spaces: Mapping) -> Layout:
         dtype = np.dtype(dtype)
         if dtype.kind == "f":
             dtype = np.dtype(np.float32)
-        elif dtype not in (np.uint8, np.bool_):
+        elif dtype not in (np.uint8, np.int16, np.bool_):
             dtype = np.dtype(np.int32)
         layout[key] = (tuple(shape), dtype)
     return layout

@@ -20,13 +20,13 @@ import gymnasium
 import numpy as np
 import torch
 
+import audio
 import tools
 from basics import UserError, numpy_rng
 from config import Config
-from dreamer import Arrays, Dreamer, EvalEpisode, choose_device, newest, play_episodes, run_folder
+from dreamer import Arrays, Dreamer, EvalEpisode, choose_device, play_episodes, run_folder, write_video
 from envs import make_env
 from exploration import Random
-from logger import write_mp4
 from parallel import VecEnv, make_vec
 from stats import SuccessRates, bootstrap_interval
 
@@ -64,7 +64,7 @@ def evaluate(
         episodes: how many in all, a multiple of `envs`: the same number in each env.
         envs: how many are played side by side; more than one run in a process each.
         seed: of worlds and actions. With the same `envs` too, every agent plays the same worlds.
-        video_folder: where an mp4 of each episode is written; None writes none.
+        video_folder: where an mp4 (and a wav) of each episode is written; None writes none.
 
     Returns:
         Plain values for JSON; see `summarize`. Raises UserError.
@@ -87,7 +87,8 @@ def evaluate(
     options = config.envs
     vec = make_vec(make, envs, parallel, timeout=options.timeout, max_restarts=options.max_restarts)
     try:
-        if video_folder and not has_images(vec):
+        heard = audio.waveform_keys(vec.obs_space, config)
+        if video_folder and not (has_images(vec) or heard):
             raise UserError(f"{config.task} shows no images, so there is nothing for --video")
         for note in vec.notes():
             print(note, file=sys.stderr)
@@ -103,8 +104,8 @@ def evaluate(
             done.append(outcome(episode, config.action_repeat))
             print(f"episode {index + 1}/{episodes}: return {episode.score:.4g}", file=sys.stderr, flush=True)
             if video_folder:
-                videos.append(video_folder / f"evaluate_{label}_{index}.mp4")
-                write_mp4(videos[-1], newest(episode.frames, config.frame_stack), config.video_fps)
+                file = video_folder / f"evaluate_{label}_{index}.mp4"
+                videos += write_video(file, episode, config, heard)
     finally:
         vec.close()
     about = {"task": config.task, "policy": "random" if random else "agent", "checkpoint": str(path)}
@@ -193,7 +194,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", metavar="S", type=int, default=0, help="of worlds and actions; 0 by default")
     add("--device", metavar="D", default="auto", help="auto (by default), cpu, cuda, or one GPU: cuda:1")
     add("--random", action="store_true", help="random actions instead of the agent's: the baseline")
-    add("--video", action="store_true", help="write {logdir}/videos/evaluate_{step}_{episode}.mp4")
+    add("--video", action="store_true", help="write {logdir}/videos/evaluate_{step}_{episode}.mp4 (and .wav)")
     add("--json", action="store_true", help="the result as one JSON object")
     args, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -14,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import imageio_ffmpeg
 import numpy as np
@@ -257,11 +259,29 @@ def encode_gif(frames: np.ndarray, fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
+def write_wav(path: str | Path, sound: np.ndarray, rate: int) -> None:
+    """Write `sound`, int16 [samples, channels] of `rate` Hz, as a wav file that appears whole or not at all.
+
+    Raises UserError when it cannot be written.
+    """
+
+    def write(file: BinaryIO) -> None:
+        with wave.open(file, "wb") as wav:
+            wav.setparams((sound.shape[1], 2, rate, len(sound), "NONE", ""))
+            wav.writeframes(sound.astype("<i2").tobytes())
+
+    with _writing(path):
+        atomic_write(path, write)
+
+
+def write_mp4(
+    path: str | Path, frames: np.ndarray, fps: float, sound: np.ndarray | None = None, rate: int = 0
+) -> None:
     """Write frames, uint8 [T, H, W, C], as an mp4 file that appears whole or not at all.
 
     Small frames are enlarged by a whole factor, and odd sizes get a black row or column: the codec needs even
-    ones. Raises UserError when it cannot be written.
+    ones. `sound` and `rate` are those of `write_wav`; of more than two channels the first two are taken.
+    Raises UserError when it cannot be written.
     """
     frames = np.ascontiguousarray(_to_rgb(frames))
     height, width = frames.shape[1:3]
@@ -279,6 +299,9 @@ def write_mp4(path: str | Path, frames: np.ndarray, fps: float) -> None:
         temp = Path(folder) / "video.mp4"
         command = [ffmpeg, "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24"]
         command += ["-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+        if sound is not None:
+            write_wav(Path(folder) / "sound.wav", sound[:, :2], rate)
+            command += ["-i", str(Path(folder) / "sound.wav"), "-c:a", "aac"]
         command += ["-vf", filters, "-pix_fmt", "yuv420p", str(temp)]
         done = subprocess.run(command, input=frames.data.cast("B"), capture_output=True, **group)
         if done.returncode:

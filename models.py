@@ -14,6 +14,7 @@ import gymnasium
 import torch
 from torch import Tensor, nn
 
+import audio
 import distributions as dists
 import networks
 from networks import Policy, State
@@ -167,6 +168,8 @@ class WorldModel(nn.Module):
     ):
         super().__init__()
         self.actions = actions
+        self.hearing = audio.Hearing(obs_space, config)
+        obs_space = self.hearing.obs_space
         self.encoder = networks.MultiEncoder(obs_space, config.encoder)
         self.rssm = networks.RSSM(self.encoder.size, actions.size, config.rssm)
         rssm = self.rssm
@@ -192,8 +195,12 @@ class WorldModel(nn.Module):
         return state, action[:, :-1], {k: v[:, 1:] for k, v in data.items()}
 
     def observe(self, data: Data, generator: torch.Generator | None) -> tuple[State, Data]:
-        """Posterior states [B, T, ...] of a replayed batch, and the batch without its context."""
+        """Posterior states [B, T, ...] of a replayed batch, and the batch without its context.
+
+        In the batch that is given back, waveforms have become spectra.
+        """
         state, prev_action, data = self.split_context(data)
+        data = self.hearing(data)
         embed = self.encoder(data)  # [B, T, E]
         noise = self.rssm.noise(*data["is_first"].shape, generator=generator)
         return self.rssm.observe(state, embed, prev_action, data["is_first"], noise), data
@@ -205,7 +212,8 @@ class WorldModel(nn.Module):
         losses = kl_losses(post_dist, prior_dist, self.free_nats)
         deter, stoch = self._head_input(post, "decoder")
         recons = self.decoder(deter, rssm.flat(stoch))
-        for name, keys in (("image", self.decoder.keys.images), ("vector", self.decoder.keys.vectors)):
+        routed = self.decoder.keys
+        for name, keys in (("image", routed.images), ("vector", routed.vectors), ("audio", routed.audio)):
             for key in keys:
                 target = data[key].float() / 255 if name == "image" else data[key].float()
                 target = target if name == "image" else target.reshape(*data["is_first"].shape, -1)
@@ -235,9 +243,11 @@ class WorldModel(nn.Module):
     def open_loop(self, data: Data, context: int, generator: torch.Generator | None) -> dict[str, Tensor]:
         """Videos [T, B * H, 3 * W, C] uint8 per image key: truth, prediction, error side by side.
 
+        For each audio key a video of one frame: the picture of its spectra.
         The model sees `context` frames and then predicts from the actions alone.
         """
         state, prev_action, data = self.split_context(data)
+        data = self.hearing(data)
         is_first = data["is_first"]
         batch, length = is_first.shape
         noise = self.rssm.noise(batch, length, generator=generator)
@@ -260,6 +270,8 @@ class WorldModel(nn.Module):
             video = torch.cat([truth, pred, error], 3)  # [B, T, H, 3 W, C]
             video = (video.clamp(0, 1) * 255).to(torch.uint8)
             videos[key] = video.transpose(0, 1).flatten(1, 2)  # [T, B * H, 3 W, C]
+        for key in self.decoder.keys.audio:
+            videos[key] = audio.picture(data[key], recons[key].mean.reshape(data[key].shape), context)[None]
         return videos
 
 

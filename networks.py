@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import distributions as dists
+from basics import UserError
 
 State = dict[str, Tensor]
 RMS_EPS = 1e-4  # of the reference's normalisation
@@ -266,26 +267,31 @@ class Keys(NamedTuple):
 
     vectors: dict[str, tuple[int, ...]]
     images: dict[str, tuple[int, int, int]]
+    audio: dict[str, tuple[int, ...]]
 
 
 NOT_OBSERVED = ("reward", "is_first", "is_last", "is_terminal", "discount", "symbolic")
 
 
-def route_keys(obs_space: Mapping[str, gymnasium.Space], mlp_keys: str, cnn_keys: str) -> Keys:
-    """Sort observation keys by shape and full-match regular expression into images and vectors.
+def route_keys(obs_space: Mapping[str, gymnasium.Space], config: Mapping) -> Keys:
+    """Sort observation keys by shape and full-match regular expression: audio, then images, then vectors.
 
-    Images are uint8 [H, W, C]. `log_*` keys, flags and the reward are never routed.
+    Images are uint8 [H, W, C]. Audio is a vector [D] or spectra [..., F, N]; waveforms have become spectra
+    before (`audio.Hearing`). `log_*` keys, flags and the reward are never routed.
     """
-    vectors, images = {}, {}
+    vectors, images, audio = {}, {}, {}
     for key, space in sorted(obs_space.items()):
         if key in NOT_OBSERVED or key.startswith("log_"):
             continue
-        if len(space.shape) == 3 and space.dtype == np.uint8:
-            if re.fullmatch(cnn_keys, key):
+        is_image = len(space.shape) == 3 and space.dtype == np.uint8
+        if len(space.shape) in (1, 2, 3) and not is_image and re.fullmatch(config.audio_keys, key):
+            audio[key] = tuple(space.shape)
+        elif is_image:
+            if re.fullmatch(config.cnn_keys, key):
                 images[key] = tuple(space.shape)
-        elif re.fullmatch(mlp_keys, key):
+        elif re.fullmatch(config.mlp_keys, key):
             vectors[key] = tuple(space.shape)
-    return Keys(vectors, images)
+    return Keys(vectors, images, audio)
 
 
 def unrouted(obs_space: Mapping[str, gymnasium.Space], keys: Keys) -> list[str]:
@@ -323,11 +329,11 @@ class ImageEncoder(nn.Module):
 
 
 class MultiEncoder(nn.Module):
-    """Observations -> embed [..., E]: vectors through symlog and an MLP, images through convolutions."""
+    """Observations -> embed [..., E]: vectors and audio through symlog and MLPs, images by convolutions."""
 
     def __init__(self, obs_space: Mapping[str, gymnasium.Space], config: Mapping):
         super().__init__()
-        self.keys = route_keys(obs_space, config.mlp_keys, config.cnn_keys)
+        self.keys = route_keys(obs_space, config)
         self.squash = dists.symlog if config.symlog_inputs else (lambda x: x)
         self.size = 0
         if self.keys.vectors:
@@ -340,6 +346,9 @@ class MultiEncoder(nn.Module):
                 shape, config.cnn_depth, config.cnn_mults, config.cnn_kernel, config.strided
             )
             self.size += self.cnn.size
+        if self.keys.audio:
+            self.audio = AudioEncoder(self.keys.audio, config)
+            self.size += self.audio.size
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
         outs = []
@@ -350,6 +359,8 @@ class MultiEncoder(nn.Module):
         if self.keys.images:
             image = torch.cat([obs[k] for k in self.keys.images], -1)  # [..., H, W, C]
             outs.append(self.cnn(image.flatten(0, len(batch) - 1)).unflatten(0, batch))
+        if self.keys.audio:
+            outs.append(self.audio({k: self.squash(obs[k].float()) for k in self.keys.audio}))
         return torch.cat(outs, -1)  # [..., E]
 
 
@@ -400,7 +411,7 @@ class MultiDecoder(nn.Module):
 
     def __init__(self, obs_space: Mapping[str, gymnasium.Space], deter: int, stoch: int, config: Mapping):
         super().__init__()
-        self.keys = route_keys(obs_space, config.mlp_keys, config.cnn_keys)
+        self.keys = route_keys(obs_space, config)
         self.squash = config.vector_dist == "symlog_mse"
         if self.keys.vectors:
             outputs = sum(math.prod(shape) for shape in self.keys.vectors.values())
@@ -408,9 +419,15 @@ class MultiDecoder(nn.Module):
             self.vector = Linear(config.mlp_units, outputs, config.outscale)
         if self.keys.images:
             self.cnn = ImageDecoder(stacked_shape(self.keys.images), deter, stoch, config)
+        if self.keys.audio:
+            layers, units = audio_mlp_size(config)
+            outputs = sum(math.prod(shape) for shape in self.keys.audio.values())
+            self.audio = nn.Sequential(
+                mlp(stoch + deter, layers, units), Linear(units, outputs, config.outscale)
+            )
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, dists.MSE]:
-        """deter [..., D], flat stoch [..., S*K] -> {key: distribution}; vectors are flat."""
+        """deter [..., D], flat stoch [..., S*K] -> {key: distribution}; vectors and audio are flat."""
         outs, batch = {}, deter.shape[:-1]
         if self.keys.vectors:
             x = self.vector(self.mlp(torch.cat([stoch, deter], -1)))
@@ -422,6 +439,11 @@ class MultiDecoder(nn.Module):
             sizes = [shape[2] for shape in self.keys.images.values()]
             for key, part in zip(self.keys.images, x.split(sizes, -1), strict=True):
                 outs[key] = dists.MSE(part, 3)
+        if self.keys.audio:
+            x = self.audio(torch.cat([stoch, deter], -1))
+            sizes = [math.prod(shape) for shape in self.keys.audio.values()]
+            for key, part in zip(self.keys.audio, x.split(sizes, -1), strict=True):
+                outs[key] = dists.MSE(part, 1, self.squash)
         return outs
 
 
@@ -783,3 +805,68 @@ class Actor(nn.Module):
             else:
                 parts.append(dists.bounded_normal(out(x), std_out(x), self.min_std, self.max_std))
         return Policy(parts, self.sizes)
+
+
+# --- Audio ---------------------------------------------------------------------------------------------
+
+
+class AudioEncoder(nn.Module):
+    """Audio keys [..., *shape] -> [..., E] through an MLP; with `audio_net: cnn` spectra by convolutions."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping):
+        super().__init__()
+        self.shapes = dict(shapes)
+        self.spectra = [k for k, s in shapes.items() if config.audio_net == "cnn" and len(s) > 1]
+        self.flat = [key for key in shapes if key not in self.spectra]
+        self.size = 0
+        if self.flat:
+            inputs = sum(math.prod(shapes[key]) for key in self.flat)
+            layers, units = audio_mlp_size(config)
+            self.mlp = mlp(inputs, layers, units)
+            self.size += units
+        self.cnns = nn.ModuleList(SpectrumEncoder(key, shapes[key], config) for key in self.spectra)
+        self.size += sum(cnn.size for cnn in self.cnns)
+
+    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """obs holds squashed values."""
+        outs = []
+        if self.flat:
+            parts = [obs[key].flatten(obs[key].dim() - len(self.shapes[key])) for key in self.flat]
+            outs.append(self.mlp(torch.cat(parts, -1)))
+        outs += [cnn(obs[key]) for key, cnn in zip(self.spectra, self.cnns, strict=True)]
+        return torch.cat(outs, -1)  # [..., E]
+
+
+def audio_mlp_size(config: Mapping) -> tuple[int, int]:
+    """Layers and units of the audio MLP: those of the vectors' where the config gives none."""
+    layers, units = config.audio_layers, config.audio_units
+    return config.mlp_layers if layers is None else layers, config.mlp_units if units is None else units
+
+
+class SpectrumEncoder(nn.Module):
+    """Spectra [..., F, N] or [..., C, F, N] -> [..., E]: each strided convolution halves bands and frames."""
+
+    def __init__(self, key: str, shape: tuple[int, ...], config: Mapping):
+        super().__init__()
+        channels, bands, frames = (1, *shape) if len(shape) == 2 else shape
+        depths = [config.cnn_depth * mult for mult in config.audio_mults]
+        factor = 2 ** len(depths)
+        if min(bands, frames) < factor:
+            raise UserError(
+                f"encoder.audio_mults {config.audio_mults}: {len(depths)} halvings are too many for the "
+                f"{bands} bands x {frames} frames of {key!r}; give fewer, or --encoder.audio_net mlp"
+            )
+        self.dims = len(shape)
+        self.convs = nn.ModuleList(
+            Conv(i, o, config.cnn_kernel, 2) for i, o in zip([channels, *depths[:-1]], depths, strict=True)
+        )
+        self.norms = nn.ModuleList(RMSNormSiLU(d) for d in depths)
+        self.size = (bands // factor) * (frames // factor) * depths[-1]
+
+    def forward(self, spectra: Tensor) -> Tensor:
+        batch = spectra.shape[: spectra.dim() - self.dims]
+        x = spectra if self.dims == 3 else spectra[..., None, :, :]
+        x = x.flatten(0, len(batch) - 1)  # [N, C, F, frames]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = channel_norm_silu(norm, conv(x))
+        return x.flatten(1).unflatten(0, batch)

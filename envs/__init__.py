@@ -56,6 +56,7 @@ REGISTRY: dict[str, str | Callable[..., Any]] = {
     "memorymaze": "envs.memorymaze:make",
     "minecraft": "envs.minecraft:make",
     "minigrid": "envs.minigrid:make",
+    "soundsearch": "envs.sound_search:make",
 }
 
 NOT_FOR_3_13 = ("dm_control", "labmaze", "memory_maze")

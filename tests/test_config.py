@@ -380,6 +380,7 @@ def test_option_without_value():
         ("--size 512 512", "from 48 to 256"),
         ("--grad_heads decoder rewards", "[rewards]"),
         ("--imag_last 65", "batch_length 64"),
+        ("--audio.hop_length 600", "audio.n_fft 512"),
         ("--actor.min_std 2", "actor.max_std"),
         ("--retnorm.low 95", "percentiles"),
         ("--retnorm.high 101", "percentiles"),

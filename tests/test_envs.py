@@ -62,7 +62,7 @@ def differ(lhs: list[dict], rhs: list[dict], key: str) -> bool:
 # The contract
 
 
-@pytest.mark.parametrize("task", [*DUMMY_TASKS, "crafter_reward"])
+@pytest.mark.parametrize("task", [*DUMMY_TASKS, "crafter_reward", "soundsearch_room", "soundsearch_shuffled"])
 def test_observations_match_the_spaces_and_flags_match_the_episode(task):
     env = make(task, size=[48, 40], time_limit=10)
     assert set(env.act_space) == {"action"}

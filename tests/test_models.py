@@ -18,6 +18,7 @@ CONTINUOUS = {"action": gymnasium.spaces.Box(-1, 1, (3,), np.float32)}
 OBS = {
     "image": gymnasium.spaces.Box(0, 255, (64, 64, 3), np.uint8),
     "vector": gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32),
+    "audio": gymnasium.spaces.Box(-np.inf, np.inf, (6,), np.float32),
     "reward": gymnasium.spaces.Box(-np.inf, np.inf, (), np.float32),
     "is_first": gymnasium.spaces.Box(0, 1, (), np.bool_),
     "is_last": gymnasium.spaces.Box(0, 1, (), np.bool_),
@@ -44,6 +45,7 @@ def make_batch(agent: dreamer.Dreamer, seed: int = 0) -> dict[str, np.ndarray]:
     return {
         "image": rng.integers(256, size=(*shape, 64, 64, 3), dtype=np.uint8),
         "vector": rng.normal(size=(*shape, 4)).astype(np.float32),
+        "audio": rng.normal(size=(*shape, 6)).astype(np.float32),
         "reward": rng.normal(size=shape).astype(np.float32),
         "action": action,
         "is_first": rng.random(shape) < 0.2,
@@ -85,6 +87,7 @@ MODEL = {"encoder", "rssm"}
 TRAINS = {
     "image": MODEL | {"decoder"},
     "vector": MODEL | {"decoder"},
+    "audio": MODEL | {"decoder"},
     "reward": MODEL | {"reward_head"},
     "cont": MODEL | {"cont_head"},
     "dyn": {"rssm", "encoder"},  # the prior reads deter, which the encoder has shaped

@@ -159,6 +159,7 @@ def golden_config(g: dict) -> Config:
         "cnn_kernel": g["param:enc/cnn0/kernel"].shape[0],
         "mlp_keys": ".*",
         "cnn_keys": ".*",
+        "audio_keys": "audio",
         "mlp_units": dims["units"],
         "strided": False,
     }
@@ -192,6 +193,7 @@ def golden_config(g: dict) -> Config:
             "cont_head": {**head, "layers": 1},
             "actor": {**head, "layers": count("pol/mlp"), "unimix": 0.01, "min_std": 0.1, "max_std": 1.0},
             "grad_heads": ["decoder", "reward", "cont"],
+            "audio": {"sample_rate": 0},
             "horizon": 333,
             "replay_context": 1,
         }
