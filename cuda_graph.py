@@ -56,10 +56,19 @@ class GraphedUpdate:
         self.inputs = {key: value.clone() for key, value in data.items()}
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
+        current, random = torch.cuda.current_stream(), self.generator.get_state()
         try:
-            with torch.cuda.graph(graph):
+            # The thread that draws the next batch may copy meanwhile: it must not spoil the recording.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.outputs = self.step(self.inputs)
         except RuntimeError as error:
             log.warning("The update cannot be recorded as a CUDA graph and runs without: %s", error)
+            # torch leaves its own stream set, and the generator in the state of a recording (before 2.13).
+            torch.cuda.set_stream(current)
+            if self.generator.device.type == "cuda":
+                fresh = torch.Generator(self.generator.device)
+                fresh.set_state(random)
+                self.generator.graphsafe_set_state(fresh.graphsafe_get_state())
+            self.inputs = {}
             return
         self.graph = graph

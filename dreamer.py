@@ -226,6 +226,10 @@ class Dreamer:
         for name, module in (("world_model", self.world_model), ("behavior", self.behavior)):
             _load_weights(module, state[name], name)
         self.opt.load_state_dict(state["optimizer"])
+        if isinstance(
+            self.update, cuda_graph.GraphedUpdate
+        ):  # its graph writes the moments that were replaced
+            self.update = cuda_graph.GraphedUpdate(self._update, self.rngs["train"])
         self.updates = state["updates"]
         if rngs:
             for name, rng in self.rngs.items():
@@ -272,6 +276,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # new streams and CUDA graphs are of the current device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(
@@ -296,7 +302,7 @@ def precision(config: Config, device: torch.device) -> str:
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # torch before 2.12 does not tell.
         abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -377,7 +383,6 @@ class Run:
         self.last_batch: Arrays | None = None
         self.timer = Timer()
         self._parts = contextlib.ExitStack()  # what `close` has to close
-        self._parts.callback(self.sampler.shutdown)
         try:
             self._build(checkpoint, resume, notes)
         except BaseException:
@@ -469,6 +474,7 @@ class Run:
             writer=EpisodeWriter(folder, spaces, len(self.envs), c.keep_steps),
         )  # fmt: skip
         self._parts.callback(replay.close)
+        self._parts.callback(self.sampler.shutdown)  # before the replay that it reads is closed
         return replay
 
     def _start(self) -> None:
@@ -662,12 +668,14 @@ class Run:
         """After the first updates, one line says how long the run will take."""
         self.timed_updates += 1
         if self.timed_updates == 1:
-            self.first_update = time.perf_counter(), self.step
+            self.first_update = time.perf_counter()
         elif self.timed_updates == ESTIMATE_UPDATES:
-            since, step = self.first_update
-            rate = (time.perf_counter() - since) / max(1, self.step - step)  # seconds per env step
-            hours = rate * (self.config.steps - self.step) / 3600
-            each = (time.perf_counter() - since) / (ESTIMATE_UPDATES - 1)
+            since = self.first_update
+            each = (time.perf_counter() - since) / (
+                ESTIMATE_UPDATES - 1
+            )  # its share of the env steps included
+            per_step = float(self.ratio.ratio) / self.config.action_repeat
+            hours = each * per_step * (self.config.steps - self.step) / 3600
             self.print(
                 f"About {hours:.1f} hours to go at {each:.2f} seconds per update (evaluation not included)"
             )

@@ -228,7 +228,7 @@ class ChunkedMaxPool(torch.autograd.Function):
         shape = (count, channels, height // 2, width // 2)
         out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
         indices = torch.empty(shape, dtype=torch.int32, memory_format=torch.channels_last)
-        for part in chunks(count, x[0].numel()):
+        for part in chunks(count, math.prod(x.shape[1:])):
             out[part], indices[part] = F.max_pool2d_with_indices(x[part], 2)
         ctx.save_for_backward(indices)
         ctx.shape = x.shape
@@ -240,7 +240,7 @@ class ChunkedMaxPool(torch.autograd.Function):
         (indices,) = ctx.saved_tensors
         backward = torch.ops.aten.max_pool2d_with_indices_backward.grad_input
         out = torch.empty(ctx.shape, dtype=grad.dtype, memory_format=torch.channels_last)
-        for part in chunks(len(out), out[0].numel()):
+        for part in chunks(len(out), math.prod(ctx.shape[1:])):
             # Of the input (the second argument) it reads the shape only.
             window = [2, 2], [2, 2], [0, 0], [1, 1], False
             backward(grad[part], out[part], *window, indices[part].long(), grad_input=out[part])

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from turns import Program, resident_peak, serve, take_turns
 
 import config as configs
+import cuda_graph
 import dreamer
 import tools
 from replay import Replay
@@ -156,10 +157,8 @@ def serve_updates(args: argparse.Namespace) -> None:
 
 
 # As tools.keep_freed_memory does from within: r2dreamer does not.
-KEEP_MEMORY = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1099511627776:glibc.malloc.trim_threshold=1099511627776"
-}
-WARMUP = 2  # rounds of a comparison that do not count
+KEEP_MEMORY = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=18446744073709551615"}
+WARMUP = cuda_graph.WARMUP + 2  # rounds of a comparison that do not count: ours records its graph in them
 
 
 def compare(args: argparse.Namespace) -> dict:
@@ -218,6 +217,8 @@ def main() -> None:
     if args.serve:
         serve_updates(args)
         return
+    if args.compare and (args.override or args.repeats < 2):
+        parser.error("--compare takes no options of the program, and --repeats of 2 or more")
     result = compare(args) if args.compare else measure(args)
     print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 

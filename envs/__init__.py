@@ -116,6 +116,8 @@ def make_raw(config: Any, seed: int) -> Any:
     known |= {"seed": seed, "render_mode": "rgb_array"}
     if suite == "custom" and ":" in name:
         return _call(_load(name), config.task, known)
+    if suite == "custom" and "." in name:
+        raise UserError(f"--task {config.task} names no class: write {config.task}:MyEnv.")
     if suite not in REGISTRY:
         raise _unknown("environment suite", suite, list(REGISTRY))
     entry = REGISTRY[suite]
@@ -125,6 +127,10 @@ def make_raw(config: Any, seed: int) -> Any:
             entry = getattr(importlib.import_module(module), function)
         return _call(entry, config.task, known)
     except ModuleNotFoundError as error:
+        if suite == "custom":  # the user's own file: no list of ours names what it needs
+            raise UserError(
+                f"{config.task}: {module} needs the Python package {error.name}, which is not installed."
+            ) from error
         older = " (Python 3.11 or 3.12 only)" if error.name in NOT_FOR_3_13 else ""
         raise UserError(
             f"Tasks of {suite} need the Python package {error.name}{older}, which is not installed: "

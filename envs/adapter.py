@@ -135,6 +135,8 @@ class Adapter(Wrapper):
             return
         if not isinstance(space, spaces.Box):
             return
+        if 0 in shape:
+            self._find("error", f"{key!r} has shape {shape}: no number at all", "leave it out of obs_space")
         is_byte = space.dtype == np.uint8
         likely = len(shape) == 3 and sorted(shape)[1] >= MIN_SIDE and {shape[0], shape[2]} & set(COLORS)
         level = "error" if key == "image" or is_byte else "warning"
@@ -264,7 +266,7 @@ class Adapter(Wrapper):
         other = self._play(seed, steps)
         self.ends = ends  # twice the same length says nothing of time limits
         for step, (left, right) in enumerate(itertools.zip_longest(one, other, fillvalue={})):
-            differing = [key for key in left | right if not np.array_equal(left.get(key), right.get(key))]
+            differing = [key for key in left | right if not _same(left.get(key), right.get(key))]
             if differing:
                 self._find(
                     "warning",
@@ -328,6 +330,9 @@ class Adapter(Wrapper):
                 cure = "images are uint8 from 0 to 255: return np.uint8(255 * image)"
             casts = np.can_cast(value.dtype, space.dtype, "same_kind")
             self._find("note" if casts else "error", what, cure)
+            if casts:  # look at what it becomes, too
+                with np.errstate(over="ignore"):
+                    self._judge_value(key, space, value.astype(space.dtype))
         elif value.dtype.kind == "f" and not np.isfinite(value).all():
             cure = "look for a division by zero or a root of a negative number in it"
             self._find("error", f"{key!r}: expected finite values, got NaN or infinity", cure)
@@ -389,6 +394,13 @@ def action_sampler(space: Any, seed: int) -> Callable[[], Any]:
         return action.item() if isinstance(action, np.generic) else action
 
     return sample
+
+
+def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    """Whether two observations are equal; NaN equals NaN, for that is a fault of its own."""
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f")
 
 
 def _copied(obs: Mapping) -> dict[str, np.ndarray]:

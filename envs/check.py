@@ -54,8 +54,9 @@ def check(config: Any) -> Report:
     """Look over the environment of `config.task`. Raises UserError if it cannot be made."""
     report = Report(config.task)
     seed = _seed(config.seed)
-    raw = envs.make_raw(config, seed)
+    raw = None
     try:
+        raw = envs.make_raw(config, seed)
         env = Adapter(raw, config.task, strict=False)
         report.faults = env.faults
         _describe(env, report)
@@ -64,8 +65,10 @@ def check(config: Any) -> Report:
             env.judge_repeats(seed, REPEATED_STEPS)
             _render(env, report)
     except UserError as error:
+        if raw is None:
+            raise
         report.faults.append(Fault("error", *_split(error)))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}, in {_place(error)}"
         known = next((fault.cure for fault in report.faults if fault.level == "error"), None)
         report.faults.append(Fault("error", what, known or "the environment's own code raised it"))
@@ -79,7 +82,8 @@ def _place(error: Exception) -> str:
     """The innermost line of the environment's own file that raised an error."""
     frames = traceback.extract_tb(error.__traceback__)
     files = [frame.filename for frame in frames]
-    ours = max((index for index, name in enumerate(files) if name in (__file__, adapter.__file__)), default=0)
+    own_files = (__file__, adapter.__file__, envs.__file__)
+    ours = max((index for index, name in enumerate(files) if name in own_files), default=0)
     own = files[min(ours + 1, len(files) - 1)]
     line = next(frame.lineno for frame in reversed(frames) if frame.filename == own)
     return f"{Path(own).name} line {line}"
@@ -134,7 +138,11 @@ def _roll(env: Adapter, seed: int, report: Report) -> None:
 def _render(env: Adapter, report: Report) -> None:
     shown = any(is_image(space) for space in env.obs_space.values())
     if callable(getattr(env.env, "render", None)):
-        fault = render_fault(env.render())
+        try:
+            fault = render_fault(env.render())
+        except Exception as error:  # as in training, where it costs the video and no more
+            what = f"render() raised {type(error).__name__}: {error}, in {_place(error)}"
+            fault = Fault("warning", what, "mend it: there will be no video of an env without images")
     elif not shown:
         what = "there is neither an image nor a render(): evaluations give no videos"
         fault = Fault("note", what, "write a render() if you want some")

@@ -58,18 +58,20 @@ def choose_backend(task: str) -> None:
 @contextlib.contextmanager
 def dm_control(task: str, draws: bool) -> Iterator[None]:
     """Within, dm_control is imported and its environments are made: able to draw, or without any OpenGL."""
-    hidden = not draws and "MUJOCO_GL" not in os.environ
+    own = os.environ.get("MUJOCO_GL")
     if draws:
         choose_backend(task)
-    elif hidden:
+    else:
         os.environ["MUJOCO_GL"] = "disabled"  # else the import looks for an OpenGL, which may warn or fail
     handlers = logging.root.handlers[:]
     try:
         yield
     finally:
         logging.root.handlers[:] = handlers  # absl adds one, which would show each line of the log twice
-        if hidden:
+        if not draws:
             del os.environ["MUJOCO_GL"]
+            if own is not None:
+                os.environ["MUJOCO_GL"] = own
 
 
 @functools.cache

@@ -339,7 +339,7 @@ class AudioInject(Wrapper):
     has no keys becomes the key `observation`.
     """
 
-    def __init__(self, env: Any, audio_dim: int, noise_std: float = 0.0):
+    def __init__(self, env: Any, audio_dim: int = 16, noise_std: float = 0.0):
         super().__init__(env)
         self._dim, self._std = audio_dim, noise_std
         self._random = np.random.default_rng()

@@ -155,6 +155,39 @@ class NotANumber(Good):
         return {**super().obs(**flags), "state": np.full(3, np.nan, np.float32)}
 
 
+class NotANumberInDouble(Good):
+    """float64, NumPy's default, is cast with a note; what it holds is a fault all the same."""
+
+    fault = ("error", "'state': expected finite values, got NaN", "division by zero")
+
+    def obs(self, **flags):
+        return {**super().obs(**flags), "state": np.full(3, np.nan)}
+
+
+class NothingInside(Good):
+    fault = ("error", r"'state' has shape \(0,\)", "leave it out")
+
+    def __init__(self, task, size):
+        super().__init__(task, size)
+        self.obs_space["state"] = spaces.Box(-1, 1, (0,), np.float32)
+
+    def obs(self, **flags):
+        return {**super().obs(**flags), "state": np.zeros(0, np.float32)}
+
+
+class RenderRaises(Good):
+    fault = ("note", r"render\(\) raised RuntimeError: no screen", "mend it")  # it has an image
+
+    def obs(self, **flags):
+        self.render = lambda: np.zeros((*self.size, 3), np.uint8)
+        obs = super().obs(**flags)
+        del self.render
+        return obs
+
+    def render(self):
+        raise RuntimeError("no screen")
+
+
 class RewardNotANumber(Good):
     fault = ("error", "'reward': expected a finite number, got nan", "cause")
 
@@ -289,7 +322,7 @@ def test_each_fault_is_found_with_its_cure(monkeypatch, capsys, env):
 
 
 # What needs steps or calls that a run would not do is left to the check.
-ONLY_CHECKED = (BadRender, NeverEnds, Crashes)
+ONLY_CHECKED = (BadRender, NeverEnds, Crashes, RenderRaises)
 
 
 @pytest.mark.parametrize("env", [e for e in FAULTY if e not in ONLY_CHECKED], ids=lambda env: env.__name__)
@@ -477,3 +510,19 @@ def test_what_is_missing_altogether_is_named(lack, message):
     del parts[lack]
     with pytest.raises(UserError, match=message):
         Adapter(types.SimpleNamespace(**parts))
+
+
+def test_a_constructor_that_raises_is_named_with_its_line(monkeypatch, capsys):
+    class Broken:
+        def __init__(self):
+            raise SystemExit("no robot here")
+
+    config = add(monkeypatch, Broken)
+    report = checks.check(config)
+    assert [fault.level for fault in report.faults] == ["error"]
+    assert "SystemExit: no robot here, in test_check.py line" in report.faults[0].what
+
+
+def test_a_path_without_a_class_is_refused():
+    with pytest.raises(UserError, match="write custom_mypackage.my_env:MyEnv"):
+        envs.make_env(configs.load(["--task", "custom_mypackage.my_env"]), "train", 0)

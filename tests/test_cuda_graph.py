@@ -36,12 +36,13 @@ class FakeGraph:
 @pytest.fixture
 def fake_cuda(monkeypatch):
     @contextlib.contextmanager
-    def record(graph):
+    def record(graph, capture_error_mode):
         FakeGraph.current = graph
         yield
 
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", record)
@@ -70,7 +71,7 @@ def test_every_call_sees_its_own_data_and_keeps_its_own_results(fake_cuda):
 
 
 def test_a_step_that_cannot_be_recorded_goes_on_without(fake_cuda, monkeypatch, caplog):
-    def refuse(graph):
+    def refuse(graph, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     graphed = make_graphed(lambda data: ({"double": 2 * data["x"]}, {}))
