@@ -327,7 +327,7 @@ class ProcessWorker(Worker):
 
 
 def _waiter(pipe: Connection) -> Callable[[float], bool]:
-    """`pipe.poll`, which waits so many seconds for a message, without the selector that it makes each time."""
+    """`pipe.poll`, which waits so many seconds for a message, but without a new selector each time."""
     if not hasattr(select, "poll"):  # Windows
         return pipe.poll
     poll = select.poll()

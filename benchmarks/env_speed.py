@@ -3,9 +3,9 @@
     python3 benchmarks/env_speed.py --tasks crafter_reward dmc_walker_walk atari_pong --json
 
 Random actions, resets included, in turns of some seconds each. The figures are medians of the turns: steps of
-all envs per second of wall-clock time, and ratios within a turn, which other jobs disturb least. Both step the
-same environments and get the same observations. The ideal is one environment in the main process, times the
-workers or the processors, whichever are fewer.
+all envs per second of wall-clock time, and ratios within a turn, which other jobs disturb least. Both step
+the same environments and get the same observations. The ideal is one environment in the main process, times
+the workers or the processors, whichever are fewer.
 """
 
 import argparse
