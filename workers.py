@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import select
 import signal
 import socket
 import sys
@@ -283,6 +284,7 @@ class ProcessWorker(Worker):
         except OSError as error:
             raise Fault(f"The worker process of environment {index} does not start ({error})") from None
         theirs.close()  # so that a worker's death is seen here as the end of its pipe
+        self._wait = _waiter(self._pipe)
 
     def bind(self, block: Block) -> None:
         self.call("attach", (block.obs_layout, block.act_layout, block.name))
@@ -296,8 +298,8 @@ class ProcessWorker(Worker):
 
     def receive(self) -> Any:
         try:
-            answers = self._pipe.poll(max(0, self._deadline - time.monotonic()))
-            reply = self._pipe.recv() if answers else None
+            answered = self._wait(max(0, self._deadline - time.monotonic()))
+            reply = self._pipe.recv() if answered else None
         except (EOFError, OSError):
             raise self._died() from None
         if reply is None:
@@ -325,6 +327,15 @@ class ProcessWorker(Worker):
         self.process.join(grace)
         self.process.kill()  # does nothing to one that has ended
         self.process.join()
+
+
+def _waiter(pipe: Connection) -> Callable[[float], bool]:
+    """`pipe.poll`, which waits so many seconds for a message, but without a new selector each time."""
+    if not hasattr(select, "poll"):  # Windows
+        return pipe.poll
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return lambda seconds: bool(poll.poll(1000 * seconds))
 
 
 @contextlib.contextmanager

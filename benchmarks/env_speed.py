@@ -2,9 +2,10 @@
 
     python3 benchmarks/env_speed.py --tasks crafter_reward dmc_walker_walk atari_pong --json
 
-Random actions, resets included, in turns of some seconds each. The figures are medians of the turns, in steps
-of all envs per second of wall-clock time. Both step the same environments and get the same observations. The
-ideal is one environment in the main process, times the workers or the processors, whichever are fewer.
+Random actions, resets included, in turns of some seconds each. The figures are medians of the turns: steps of
+all envs per second of wall-clock time, and ratios within a turn, which other jobs disturb least. Both step
+the same environments and get the same observations. The ideal is one environment in the main process, times
+the workers or the processors, whichever are fewer.
 """
 
 import argparse
@@ -100,7 +101,7 @@ def measure(task: str, workers: list[int], seconds: float, turns: int, seed: int
         for amount in workers:
             vecs["ours", amount] = Ours(make, amount)
             vecs["theirs", amount] = Theirs(make, amount)
-        rates = {key: float(np.median(values)) for key, values in _turns(vecs, seconds, turns, seed).items()}
+        rates = _turns(vecs, seconds, turns, seed)
     finally:
         for vec in vecs.values():
             vec.close()
@@ -108,22 +109,21 @@ def measure(task: str, workers: list[int], seconds: float, turns: int, seed: int
     table = {}
     for amount in workers:
         ours, theirs = rates["ours", amount], rates["theirs", amount]
-        ideal = single * min(amount, processors())
         table[amount] = {
-            "ours": round(ours),
-            "gymnasium": round(theirs),
-            "ours / gymnasium": round(ours / theirs, 2),
-            "share of the ideal": round(ours / ideal, 2),
+            "ours": round(np.median(ours)),
+            "gymnasium": round(np.median(theirs)),
+            "ours / gymnasium": round(np.median(ours / theirs), 2),
+            "share of the ideal": round(np.median(ours / single) / min(amount, processors()), 2),
         }
-    return {"single": round(single), "workers": table}
+    return {"single": round(np.median(single)), "workers": table}
 
 
-def _turns(vecs: dict, seconds: float, turns: int, seed: int) -> dict[tuple[str, int], list[float]]:
-    rates = {key: [] for key in vecs}
+def _turns(vecs: dict, seconds: float, turns: int, seed: int) -> dict[tuple[str, int], np.ndarray]:
+    rates: dict[tuple[str, int], list[float]] = {key: [] for key in vecs}
     for turn in range(turns):
         for (name, amount), vec in vecs.items():
             rates[name, amount].append(rate(vec, amount, seconds, seed + turn))
-    return rates
+    return {key: np.array(values) for key, values in rates.items()}
 
 
 def processors() -> int:
