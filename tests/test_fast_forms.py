@@ -128,15 +128,16 @@ def test_precision_auto_is_bfloat16_where_a_cpu_multiplies_in_it(abilities, expe
 
 def test_a_slow_sampler_changes_no_bit(tmp_path, monkeypatch):
     """The next batch is drawn beside updates and env steps; what it sees does not depend on the speed."""
-    assert run_helpers.train(tmp_path / "quick") == 0
+    several = ("--train_ratio", "24", "--steps", "60")  # updates in a step: else nothing is drawn beside one
+    assert run_helpers.train(tmp_path / "quick", *several) == 0
     sample = replay.Replay.sample
 
     def slow(*args, **kwargs):
-        time.sleep(0.01)
+        time.sleep(0.05)  # longer than an update
         return sample(*args, **kwargs)
 
     monkeypatch.setattr(replay.Replay, "sample", slow)
-    assert run_helpers.train(tmp_path / "slow") == 0
+    assert run_helpers.train(tmp_path / "slow", *several) == 0
     run_helpers.assert_same_run(tmp_path / "quick", tmp_path / "slow")
 
 
