@@ -47,6 +47,8 @@ FROZEN = {
         *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*coder.audio_*", "audio.*"),
         *("*.strided", "*.bspace"),
         *("*.layers", "*.units", "*.bins", "reward_head.dist", "critic.dist"),
+        *("expl_behavior", "expl_task_actor", "disag_models", "disag_target", "disag_layers", "disag_units"),
+        *("lpm.fifo", "lpm.share"),
     ),
 }
 FROZEN_REASONS = {
@@ -155,6 +157,8 @@ GONE = {
     "resize": "images are always shrunk by OpenCV's area method",
     "break_speed": "blocks break as fast as the game has it; an attack is held instead",
     "decoder.cnn_sigmoid": "images always end in a sigmoid, as in the Nature version",
+    "disag_offset": "the ensemble always predicts the next step",
+    "disag_action_cond": "the ensemble always sees the action taken in the state",
     "reset_every": "networks are never reset",
     "weight_decay": "there is none, as in the Nature version",
     "initial": "the first state is always zeros, as in the Nature version",

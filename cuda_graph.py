@@ -18,12 +18,12 @@ class GraphedUpdate:
     """`step` with the same results, launched by the GPU itself from the fourth call on.
 
     `step(data)` returns two dicts of tensors. Its shapes must stay the same, it must not wait for the GPU,
-    and draw from `generator` only. Where it cannot be recorded, it is called as before and the log says why.
+    and draw from `generators` only. Where it cannot be recorded, it is called as before and the log says why.
     Launching, not computing, is what limits a DreamerV3 update on a GPU (pytorch/rl #4216).
     """
 
-    def __init__(self, step: Step, generator: torch.Generator):
-        self.step, self.generator = step, generator
+    def __init__(self, step: Step, *generators: torch.Generator):
+        self.step, self.generators = step, generators
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: Values = {}  # the graph reads and writes the same memory each time
@@ -55,20 +55,22 @@ class GraphedUpdate:
     def _record(self, data: Mapping[str, Tensor]) -> None:
         self.inputs = {key: value.clone() for key, value in data.items()}
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
-        current, random = torch.cuda.current_stream(), self.generator.get_state()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        current, states = torch.cuda.current_stream(), [rng.get_state() for rng in self.generators]
         try:
             # The thread that draws the next batch may copy meanwhile: it must not spoil the recording.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.outputs = self.step(self.inputs)
         except RuntimeError as error:
             log.warning("The update cannot be recorded as a CUDA graph and runs without: %s", error)
-            # torch leaves its own stream set, and the generator in the state of a recording (before 2.13).
+            # torch leaves its own stream set, and generators in the state of a recording (before 2.13).
             torch.cuda.set_stream(current)
-            if self.generator.device.type == "cuda":
-                fresh = torch.Generator(self.generator.device)
-                fresh.set_state(random)
-                self.generator.graphsafe_set_state(fresh.graphsafe_get_state())
+            for generator, state in zip(self.generators, states, strict=True):
+                if generator.device.type == "cuda":
+                    fresh = torch.Generator(generator.device)
+                    fresh.set_state(state)
+                    generator.graphsafe_set_state(fresh.graphsafe_get_state())
             self.inputs = {}
             return
         self.graph = graph

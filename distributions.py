@@ -73,6 +73,10 @@ class OneHot:
         return value + (self.probs - self.probs.detach())
 
     @property
+    def expected(self) -> Tensor:
+        return self.probs
+
+    @property
     def mode(self) -> Tensor:
         return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).to(self.probs.dtype)
 
@@ -101,6 +105,10 @@ class Normal:
     def sample(self, noise: Tensor) -> Tensor:
         """Sample from standard normal noise of the same shape; differentiable."""
         return self.mean + self.std * noise
+
+    @property
+    def expected(self) -> Tensor:
+        return self.mean
 
     @property
     def mode(self) -> Tensor:

@@ -31,7 +31,7 @@ from basics import UserError, numpy_rng
 from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
-from exploration import Random
+from exploration import EXPLORERS, Greedy, Random
 from logger import Logger, Timer, write_mp4, write_wav
 from parallel import VecEnv, make_vec
 from replay import Replay
@@ -70,6 +70,10 @@ class Dreamer:
             torch.manual_seed(tools.derive_seed(config.seed, "weights"))
             self.world_model = models.WorldModel(obs_space, self.actions, config).to(device)
             self.behavior = models.ImagBehavior(self.rssm.feat_size, self.actions, config).to(device)
+            torch.manual_seed(tools.derive_seed(config.seed, "explorer"))
+            self.explorer = EXPLORERS[config.expl_behavior](self.world_model, config).to(device)
+        self.greedy = Greedy(self.world_model, config)  # who explores when nobody does any more
+        self.exploring = True
         self.unseen = networks.unrouted(obs_space, self.world_model.encoder.keys)
         if not any(self.world_model.encoder.keys):
             raise UserError(
@@ -79,7 +83,8 @@ class Dreamer:
         seen = {key for key in obs_space if not key.startswith("log_")}
         self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal"})
         self.rngs = {
-            name: tools.torch_rng(config.seed, name, device=device) for name in ("act", "train", "report")
+            name: tools.torch_rng(config.seed, name, device=device)
+            for name in ("act", "train", "explore", "report")
         }
         self.autocast = functools.partial(
             torch.autocast, device.type, torch.bfloat16, enabled=precision(config, device) == "bfloat16"
@@ -91,8 +96,18 @@ class Dreamer:
             self.copies = torch.cuda.Stream(device)
         if compiles(config, device):
             self._compile()
-            if device.type == "cuda":
-                self.update = cuda_graph.GraphedUpdate(self._update, self.rngs["train"])
+            self._record()
+
+    def _record(self) -> None:
+        """On CUDA, record the update anew as a graph."""
+        if compiles(self.config, self.device) and self.device.type == "cuda":
+            self.update = cuda_graph.GraphedUpdate(self._update, self.rngs["train"], self.rngs["explore"])
+
+    def explore(self, exploring: bool) -> None:
+        """Let the explorer act and learn, or not any more (`expl_until`)."""
+        if exploring != self.exploring:
+            self.exploring = exploring
+            self._record()  # a recorded update goes on as it was
 
     @property
     def rssm(self) -> networks.RSSM:
@@ -105,6 +120,7 @@ class Dreamer:
             (self.world_model, c.model_lr),
             (self.behavior.actor, c.actor_lr),
             (self.behavior.critic, c.critic_lr),
+            *self.explorer.param_groups(),
         )
         return [{"params": list(m.parameters()), "lr": c.opt.lr if lr is None else lr} for m, lr in modules]
 
@@ -131,9 +147,14 @@ class Dreamer:
 
     @torch.no_grad()
     def act(
-        self, obs: Arrays, state: dict[str, Tensor], generator: torch.Generator
+        self, obs: Arrays, state: dict[str, Tensor], generator: torch.Generator, explore: bool = False
     ) -> tuple[Arrays, dict[str, Tensor], Arrays]:
-        """Actions for observations [n, ...]: (action, next state, latents to store with the step)."""
+        """Actions for observations [n, ...]: (action, next state, latents to store with the step).
+
+        They are those of the task's actor; with `explore` of who explores, as long as someone does.
+        """
+        explorer = self.explorer if explore and self.exploring else self.greedy
+        actor = explorer.actor(self.behavior)
         data = {k: torch.from_numpy(obs[k]).to(self.device) for k in self.obs_keys}
         amount, rssm = len(data["is_first"]), self.rssm
         # On a CPU, rounding all weights for so few rows would take longer than it saves.
@@ -143,8 +164,8 @@ class Dreamer:
             noise = rssm.noise(amount, 1, generator=generator)
             post = rssm.observe(state, embed, state["action"][:, None], data["is_first"], noise)
             post = {k: post[k][:, 0] for k in ("deter", "stoch")}
-            policy = self.behavior.actor(rssm.feat(post))
-        action = policy.sample(self.behavior.actor.noise(amount, generator=generator))
+            policy = actor(rssm.feat(post))
+        action = policy.sample(actor.noise(amount, generator=generator))
         deter, stoch = rssm.pack(post)
         latents = {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy()}
         return self.actions.decode(action), {**post, "action": action}, latents
@@ -162,6 +183,7 @@ class Dreamer:
         self.updates += 1
         if self.updates % self.config.slow_target_update == 0:
             self.behavior.update_slow_critic()
+            self.explorer.update_slow_critic()
         return metrics, {k: v.cpu().numpy() for k, v in kept.items()}
 
     def _update(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -172,13 +194,21 @@ class Dreamer:
             post, data = self.world_model.observe(data, generator)
             losses, metrics = self.world_model.loss(post, data)
             model_loss = sum(scales[name] * loss.detach() for name, loss in losses.items())  # [B, T]
-            more, more_metrics = self.behavior.loss(self.world_model, post, data, generator)
+            explorer = self.explorer if self.exploring else self.greedy
+            expl_losses, expl_metrics, data = explorer.loss(
+                self.world_model, post, data, self.rngs["explore"]
+            )
+            more, more_metrics = self.behavior.loss(
+                self.world_model, post, data, generator, explorer.task_reward
+            )
         losses |= more
         total = sum(scales[name] * loss.mean() for name, loss in losses.items())
+        total = total + sum(expl_losses.values())
+        losses |= expl_losses
         self.opt.zero_grad()
         total.backward()
         outcome = self.opt.step()
-        metrics |= more_metrics
+        metrics |= more_metrics | expl_metrics
         metrics |= {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
         metrics |= {"opt/loss": total.detach()} | {f"opt/{name}": value for name, value in outcome.items()}
         deter, stoch = self.rssm.pack({k: post[k].detach() for k in ("deter", "stoch")})
@@ -208,7 +238,8 @@ class Dreamer:
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The learned parameters and the return normaliser, by module."""
-        return {"world_model": self.world_model.state_dict(), "behavior": self.behavior.state_dict()}
+        parts = ("world_model", "behavior", "explorer")
+        return {name: getattr(self, name).state_dict() for name in parts}
 
     def state_dict(self) -> dict:
         return {
@@ -223,13 +254,10 @@ class Dreamer:
 
         Raises UserError where a shape differs.
         """
-        for name, module in (("world_model", self.world_model), ("behavior", self.behavior)):
-            _load_weights(module, state[name], name)
+        for name in self.weights():
+            _load_weights(getattr(self, name), state[name], name)
         self.opt.load_state_dict(state["optimizer"])
-        if isinstance(
-            self.update, cuda_graph.GraphedUpdate
-        ):  # its graph writes the moments that were replaced
-            self.update = cuda_graph.GraphedUpdate(self._update, self.rngs["train"])
+        self._record()  # a recorded update writes the moments that were replaced
         self.updates = state["updates"]
         if rngs:
             for name, rng in self.rngs.items():
@@ -595,12 +623,14 @@ class Run:
 
     def interact(self) -> None:
         """One step in each training env: act, store, count, and see what comes of it."""
-        obs = self.obs
+        obs, until = self.obs, self.config.expl_until
+        self.agent.explore(not until or self.step < until)
         if self.step < self.config.prefill:
             action, latents = self.prefill.act(len(self.envs)), {}
         else:
             with self.timer("policy"):
-                action, self.state, latents = self.agent.act(obs, self.state, self.agent.rngs["act"])
+                rng = self.agent.rngs["act"]
+                action, self.state, latents = self.agent.act(obs, self.state, rng, explore=True)
         with self.timer("replay"):
             self.replay.add({k: v for k, v in {**obs, **action, **latents}.items() if k[:4] != "log_"})
         self._count(obs)

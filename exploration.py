@@ -1,11 +1,30 @@
-"""Explorers: who acts before, or instead of, the task's actor."""
+"""Explorers: who acts while a run explores, and for which reward besides the task's.
+
+An explorer is a class in EXPLORERS. `Greedy` is the one that does nothing, and the base of all. `Curious` is
+the base of those that reward what the world model does not know: they say what the intrinsic reward of real
+transitions is, and what it is expected to be in imagination. They learn from the world model's states and
+send no gradient back.
+Letters: B batch, T time, N rows, A actions, F feat, M ensemble members.
+"""
 
 from collections.abc import Mapping
+from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from networks import action_classes
+import distributions as dists
+import networks
+from basics import UserError
+from models import Data, ImagBehavior, Losses, Metrics, WorldModel, frozen, task_reward
+from networks import State, action_classes
+
+FIFO_BATCHES = 16  # what lpm.fifo auto holds
+ROWS = 1024  # of an ensemble on a CPU at a time: what they need stays in its cache
+SMALLEST_STD = 1e-6  # of ensemble members: its square root still has a gradient, and its logarithm is finite
 
 
 class Random:
@@ -27,3 +46,456 @@ class Random:
                 values = self.rng.uniform(space.low, space.high, (amount, *space.shape))
                 out[key] = values.astype(np.float32)
         return out
+
+
+# --- Parts ---------------------------------------------------------------------------------------------
+
+
+class ErrorPredictor(nn.Module):
+    """g of LPM: an MLP with ELU, x [..., inputs] -> the error that is expected, [...].
+
+    Computed in float32 whatever the precision around it: progress is a small difference of its outputs.
+    """
+
+    def __init__(self, inputs: int, layers: int, units: int):
+        super().__init__()
+        sizes = [inputs, *[units] * (layers - 1), 1]
+        linears = [networks.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+        self.layers = nn.ModuleList(linears)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            for layer in self.layers[:-1]:
+                x = F.elu(layer(x))
+            return self.layers[-1](x).squeeze(-1)
+
+
+class ErrorFifo(nn.Module):
+    """The last `capacity` transitions, oldest out first, with the errors that were made when they came.
+
+    `shapes` gives the shape and dtype of each value of a transition. Its buffers are part of checkpoints.
+    Everything has a fixed shape and nothing waits for a GPU.
+    """
+
+    def __init__(self, capacity: int, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
+        super().__init__()
+        self.capacity, self.names = capacity, list(shapes)
+        for name, (shape, dtype) in shapes.items():
+            self.register_buffer(name, torch.zeros(capacity, *shape, dtype=dtype))
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))  # in all, ever
+
+    @property
+    def size(self) -> Tensor:
+        return self.pushed.clamp(max=self.capacity)
+
+    @property
+    def full(self) -> Tensor:
+        return self.pushed >= self.capacity
+
+    @torch.no_grad()
+    def push(self, values: Mapping[str, Tensor]) -> None:
+        """Add n <= capacity transitions {name: [n, ...]}."""
+        rows = len(values[self.names[0]])
+        places = (self.pushed + torch.arange(rows, device=self.pushed.device)) % self.capacity
+        for name in self.names:
+            buffer = getattr(self, name)
+            buffer.index_copy_(0, places, values[name].to(buffer.dtype))
+        self.pushed += rows
+
+    def sample(self, rows: int, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """{name: [rows, ...]}, uniformly, with repetitions; zeros as long as it is empty."""
+        draws = torch.rand(rows, device=self.pushed.device, generator=generator)
+        places = (draws * self.size).long().clamp(max=self.capacity - 1)  # rounding may reach the size
+        return {name: getattr(self, name)[places] for name in self.names}
+
+
+def learning_progress(
+    predicted: Tensor, error: Tensor, *, eta: float, floor: float, space: str = "log"
+) -> Tensor:
+    """The intrinsic reward of LPM (arXiv 2509.25438): by how much the error fell, [...].
+
+    `predicted` is of log(error + floor), learned from earlier errors. In `log` space progress counts in
+    ratios, in `linear` space (the authors' code) in units of the error.
+    """
+    if space == "log":
+        return eta * (predicted - (error + floor).log())
+    return eta * predicted.exp() - error
+
+
+class Ensemble(nn.Module):
+    """M MLPs with ELU side by side, each initialised apart: x [N, inputs] -> [N, M, outputs].
+
+    One product over all members in each layer. `layers` counts the hidden ones.
+    """
+
+    def __init__(self, inputs: int, outputs: int, members: int, layers: int, units: int):
+        super().__init__()
+        self.members, wide = members, members * units
+        self.first = networks.Linear(inputs, wide)
+        self.rest = nn.ModuleList(
+            networks.BlockLinear(wide, members * size, members, fan_in=units)
+            for size in [units] * (layers - 1) + [outputs]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.rest:
+            x = layer(F.elu(x))
+        return x.unflatten(-1, (self.members, -1))
+
+    def spread(self, x: Tensor) -> Tensor:
+        """`spread` of the members' predictions for x [N, inputs]: [N]."""
+        if torch.is_grad_enabled() or networks.fused_by_torch(x):
+            return spread(self(x))
+        return torch.cat([spread(self(rows)) for rows in x.split(ROWS)])
+
+
+def spread(predictions: Tensor) -> Tensor:
+    """Standard deviation over members [N, M, O], averaged over the outputs: [N]."""
+    predictions = predictions.float()
+    variance = (predictions - predictions.mean(1, keepdim=True)).square().mean(1)
+    return variance.clamp(min=SMALLEST_STD**2).sqrt().mean(-1)
+
+
+class RewardNorm(nn.Module):
+    """Divides by the running standard deviation where it is above 1, so that nothing is ever amplified."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("moments", torch.zeros(2))  # running means of x and x^2
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, square: Tensor) -> None:
+        new = torch.stack([mean, square])
+        self.moments.lerp_(torch.where(new.isfinite().all(), new, self.moments), self.rate)
+
+    @property
+    def scale(self) -> Tensor:
+        mean, square = self.moments
+        return (square - mean.square()).clamp(min=1).sqrt()
+
+
+class Uniform:
+    """Continuous actions [..., A] from all of [-1, 1]."""
+
+    def __init__(self, batch: torch.Size):
+        self.batch = batch
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """From uniform noise [..., A] in [0, 1)."""
+        return (2 * noise - 1).expand(*self.batch, -1)
+
+
+class RandomActor:
+    """The interface of an `Actor` that takes every action alike: what `Random` is beside the agent."""
+
+    def __init__(self, actions: networks.ActionVector):
+        self.parts = []  # the classes of each index, or the negative size of continuous actions
+        for key, size in actions.sizes.items():
+            self.parts += actions.classes[key] or (-size,)
+        self.sizes = [abs(part) for part in self.parts]
+
+    def noise(self, *batch: int, generator: torch.Generator) -> networks.PolicyNoise:
+        return [
+            torch.rand(*batch, 1 if part > 0 else -part, device=generator.device, generator=generator)
+            for part in self.parts
+        ]
+
+    def __call__(self, feat: Tensor) -> networks.Policy:
+        batch = feat.shape[:-1]
+        uniform = [
+            dists.OneHot(feat.new_zeros(*batch, part)) if part > 0 else Uniform(batch) for part in self.parts
+        ]
+        return networks.Policy(uniform, self.sizes)
+
+
+# --- Explorers -----------------------------------------------------------------------------------------
+
+
+class Greedy(nn.Module):
+    """No exploration: the task's actor acts, for the task's reward. The base of all explorers."""
+
+    curious = False  # whether there is an intrinsic reward
+
+    def __init__(self, world_model: WorldModel, config: Mapping):
+        super().__init__()
+
+    def param_groups(self) -> list[tuple[nn.Module, float | None]]:
+        """All that the optimiser is to train of it, each with its learning rate; None is opt.lr."""
+        return []
+
+    def actor(self, task: ImagBehavior) -> Any:
+        """Who acts in training; `task` is the task's actor-critic."""
+        return task.actor
+
+    def task_reward(self, feat: Tensor, action: Tensor, reward: Tensor) -> Tensor:
+        """What the task's actor seeks in imagination: a `models.RewardSum`."""
+        return task_reward(feat, action, reward)
+
+    def loss(
+        self, world_model: WorldModel, post: State, data: Data, generator: torch.Generator
+    ) -> tuple[Losses, Metrics, Data]:
+        """Its losses (scalars), metrics, and `data` with the reward that the task's critic is to learn."""
+        return {}, {}, data
+
+    def update_slow_critic(self) -> None:
+        """Move the slow critic of its own actor-critic, where it has one."""
+
+
+class RandomActions(Greedy):
+    """Uniformly random actions; what is learned from them is the task's actor."""
+
+    def __init__(self, world_model: WorldModel, config: Mapping):
+        super().__init__(world_model, config)
+        self.random_actor = RandomActor(world_model.actions)
+
+    def actor(self, task: ImagBehavior) -> RandomActor:
+        return self.random_actor
+
+
+class Curious(Greedy):
+    """The base of explorers with an intrinsic reward, which is of a state and the action taken in it.
+
+    An heir gives `models` (what it learns), `learn` (their losses, and the intrinsic reward of real
+    transitions) and `expected` (that reward in imagination). The sum
+
+        expl_extr_scale * task reward + expl_intr_scale * intrinsic reward / scale
+
+    is sought by the task's actor-critic (`expl_task_actor: shared`), or by one of its own (`separate`).
+    """
+
+    curious = True
+    normalize = True  # what expl_normalize auto means
+
+    def __init__(self, world_model: WorldModel, config: Mapping):
+        super().__init__(world_model, config)
+        self.config = config
+        rssm = world_model.rssm
+        self.inputs = rssm.feat_size + world_model.actions.size
+        self.normalized = self.normalize if config.expl_normalize == "auto" else config.expl_normalize
+        self.norm = RewardNorm(config.expl_norm_rate)
+        self.shared = config.expl_task_actor == "shared"
+        if not self.shared:
+            self.behavior = ImagBehavior(rssm.feat_size, world_model.actions, config)
+
+    def models(self) -> list[tuple[nn.Module, float | None]]:
+        """What it learns, each with its learning rate; None is opt.lr."""
+        raise NotImplementedError
+
+    def learn(
+        self, world_model: WorldModel, post: State, data: Data, action: Tensor, generator: torch.Generator
+    ) -> tuple[Losses, Metrics, Tensor, Tensor]:
+        """Losses of its models, metrics, the intrinsic reward of real transitions [N] and which count [N].
+
+        post and data [B, T, ...], without a way for gradients; action [B, T-1, A], taken at each step.
+        """
+        raise NotImplementedError
+
+    def expected(self, x: Tensor) -> Tensor:
+        """The intrinsic reward [...] that is expected of `state_action` rows x [..., F + A]."""
+        raise NotImplementedError
+
+    def param_groups(self) -> list[tuple[nn.Module, float | None]]:
+        c = self.config
+        own = [] if self.shared else [(self.behavior.actor, c.actor_lr), (self.behavior.critic, c.critic_lr)]
+        return [*self.models(), *own]
+
+    def actor(self, task: ImagBehavior) -> networks.Actor:
+        return task.actor if self.shared else self.behavior.actor
+
+    def intrinsic(self, feat: Tensor, action: Tensor) -> Tensor:
+        """The intrinsic reward [...], scaled, that is expected of states [..., F] and actions [..., A]."""
+        with frozen(*(module for module, _ in self.models())):
+            reward = self.expected(state_action(feat, action))
+        return reward / self.norm.scale if self.normalized else reward
+
+    def reward_sum(self, feat: Tensor, action: Tensor, reward: Tensor) -> Tensor:
+        """What is sought: a `models.RewardSum`. A reward arrives with the state after its action."""
+        bonus = self.intrinsic(feat[:, :-1], action)
+        return self.config.expl_extr_scale * reward + self.config.expl_intr_scale * F.pad(bonus, (1, 0))
+
+    def task_reward(self, feat: Tensor, action: Tensor, reward: Tensor) -> Tensor:
+        return self.reward_sum(feat, action, reward) if self.shared else reward
+
+    def loss(
+        self, world_model: WorldModel, post: State, data: Data, generator: torch.Generator
+    ) -> tuple[Losses, Metrics, Data]:
+        post = {k: v.detach() for k, v in post.items()}
+        action = world_model.actions.encode(data)[:, :-1]  # [B, T-1, A]
+        losses, metrics, reward, live = self.learn(world_model, post, data, action, generator)
+        mean, square = masked_mean(reward, live), masked_mean(reward.square(), live)
+        metrics |= {"expl/reward_mean": mean, "expl/reward_std": (square - mean.square()).clamp(min=0).sqrt()}
+        if self.normalized:
+            self.norm.update(mean, square)
+            metrics["expl/reward_scale"] = self.norm.scale
+        with torch.no_grad():
+            total = self.reward_sum(world_model.rssm.feat(post), action, data["reward"])
+            extr = self.config.expl_extr_scale * data["reward"]
+            seen = {**data, "reward": torch.where(data["is_first"], extr, total)}
+        if self.shared:
+            return losses, metrics, seen
+        own, own_metrics = self.behavior.loss(world_model, post, seen, generator, self.reward_sum)
+        scales = self.config.loss_scales
+        losses |= {f"expl_{name}": scales[name] * loss.mean() for name, loss in own.items()}
+        metrics |= {f"expl_{name}": value for name, value in own_metrics.items()}
+        return losses, metrics, data
+
+    def update_slow_critic(self) -> None:
+        if not self.shared:
+            self.behavior.update_slow_critic()
+
+
+def state_action(feat: Tensor, action: Tensor) -> Tensor:
+    """feat [..., F] and action [..., A] as one vector; actions are bounded as the RSSM does it."""
+    return torch.cat([feat, (action / action.detach().abs().clamp(min=1)).to(feat.dtype)], -1)
+
+
+def masked_mean(x: Tensor, live: Tensor) -> Tensor:
+    """The mean of x where `live`; 0 where nothing is."""
+    return (x * live).sum() / live.sum().clamp(min=1)
+
+
+class Plan2Explore(Curious):
+    """Rewards what an ensemble of next-state models disagrees about (Plan2Explore, arXiv 2005.05960).
+
+    Its members predict the next `disag_target` from a state and the action taken in it. What is noise to all
+    of them they agree about in the end: each predicts the mean.
+    """
+
+    def __init__(self, world_model: WorldModel, config: Mapping):
+        super().__init__(world_model, config)
+        rssm = world_model.rssm
+        sizes = {"stoch": rssm.stoch_size, "deter": rssm.deter, "embed": world_model.encoder.size}
+        members, layers, units = config.disag_models, config.disag_layers, config.disag_units
+        self.ensemble = Ensemble(self.inputs, sizes[config.disag_target], members, layers, units)
+
+    def models(self) -> list[tuple[nn.Module, float | None]]:
+        return [(self.ensemble, self.config.model_lr)]
+
+    def learn(self, world_model, post, data, action, generator):
+        x = state_action(world_model.rssm.feat(post)[:, :-1], action).flatten(0, 1)  # [N, F + A]
+        target = post[self.config.disag_target][:, 1:].flatten(0, 1).flatten(1)  # [N, O]
+        predictions = self.ensemble(x)  # [N, M, O]
+        live = ~data["is_first"][:, 1:].flatten()
+        error = (predictions.float() - target[:, None]).square().sum(-1).mean(-1)  # [N]
+        losses = {"expl_model": masked_mean(error, live)}
+        return losses, {}, self._reward(spread(predictions.detach())), live
+
+    def expected(self, x: Tensor) -> Tensor:
+        return self._reward(self.ensemble.spread(x.flatten(0, -2)).unflatten(0, x.shape[:-1]))
+
+    def _reward(self, disagreement: Tensor) -> Tensor:
+        return disagreement.log() if self.config.disag_log else disagreement
+
+    def disagreement(self, feat: Tensor, action: Tensor) -> Tensor:
+        """The ensemble's spread [...] about what follows states [..., F] and actions [..., A]."""
+        x = state_action(feat, action)
+        return self.ensemble.spread(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+class Surprise(Curious):
+    """Rewards today's prediction error itself: the foil, which noise catches for ever.
+
+    The error needs the observation that followed, which imagination does not have. So a head learns the
+    reward from state and action.
+    """
+
+    def __init__(self, world_model: WorldModel, config: Mapping):
+        super().__init__(world_model, config)
+        self.head = networks.TwoHotHead(self.inputs, config.reward_head)
+        # Sequences of a batch whose error is measured, and the transitions in them.
+        self.sequences = max(1, round(config.lpm.share * config.batch_size))
+        self.rows = self.sequences * (config.batch_length - 1)
+
+    def models(self) -> list[tuple[nn.Module, float | None]]:
+        return [(self.head, self.config.model_lr)]
+
+    def learn(self, world_model, post, data, action, generator):
+        if self.sequences < len(action):
+            draws = torch.rand(len(action), device=action.device, generator=generator)
+            chosen = draws.topk(self.sequences).indices
+            post, data = ({k: v[chosen] for k, v in values.items()} for values in (post, data))
+            action = action[chosen]
+        error = world_model.prior_error(post, data, self.config.lpm.error)[:, 1:].flatten()  # [N]
+        live = ~data["is_first"][:, 1:].flatten()
+        state = {k: post[k][:, :-1].flatten(0, 1) for k in ("deter", "stoch")}  # [N, ...]
+        action = action.flatten(0, 1)
+        losses, metrics, reward = self.judge(world_model.rssm, state, action, error, live, generator)
+        predicted = self.head(state_action(world_model.rssm.feat(state), action))
+        losses["expl_head"] = masked_mean(predicted.loss(reward), live)
+        metrics["expl/error"] = masked_mean(error, live)
+        metrics["expl/reward_pred"] = masked_mean(predicted.mean.detach(), live)
+        return losses, metrics, reward, live
+
+    def judge(
+        self, rssm: networks.RSSM, state: State, action: Tensor, error: Tensor, live: Tensor,
+        generator: torch.Generator,
+    ) -> tuple[Losses, Metrics, Tensor]:  # fmt: skip
+        """The reward [N] of transitions from `state` [N, ...] by `action` [N, A] that had `error` [N]."""
+        return {}, {}, error
+
+    def expected(self, x: Tensor) -> Tensor:
+        return self.head(x).mean
+
+
+class LPM(Surprise):
+    """Learning Progress Monitoring (Hou, An, Du, arXiv 2509.25438): rewards by how much the error fell.
+
+    `predictor` regresses the log of errors made in earlier updates, from a FIFO, so it speaks for the model
+    as it was. It learns the level of what cannot be learned, noise, as well: there is no progress in it.
+    """
+
+    normalize = False  # progress that has vanished must stay vanished
+
+    def __init__(self, world_model: WorldModel, config: Mapping):
+        super().__init__(world_model, config)
+        c, rssm = config.lpm, world_model.rssm
+        capacity = FIFO_BATCHES * self.rows if c.fifo == "auto" else c.fifo
+        if capacity < self.rows:
+            raise UserError(
+                f"--lpm.fifo {c.fifo} is smaller than the {self.rows} transitions that each batch adds: "
+                f"give at least {self.rows}, or auto for {FIFO_BATCHES} batches"
+            )
+        self.predictor = ErrorPredictor(self.inputs, c.layers, c.units)
+        latents = torch.uint8 if rssm.classes else torch.float16
+        shapes = {"deter": ((rssm.deter,), torch.float16), "stoch": ((rssm.stoch,), latents)}
+        shapes |= {"action": ((world_model.actions.size,), torch.float32)}
+        shapes |= {"error": ((), torch.float32), "live": ((), torch.bool)}  # error: log(error + error_floor)
+        self.fifo = ErrorFifo(capacity, shapes)
+
+    def models(self) -> list[tuple[nn.Module, float | None]]:
+        return [*super().models(), (self.predictor, self.config.lpm.lr)]
+
+    def judge(self, rssm, state, action, error, live, generator):
+        c = self.config.lpm
+        with torch.no_grad():
+            predicted = self._predict(rssm, state, action)
+            progress = learning_progress(
+                predicted, error, eta=c.eta, floor=c.error_floor, space=c.space
+            )  # [N]
+            reward = torch.where(self.fifo.full, progress, 0.0)
+        past = self.fifo.sample(self.rows, generator)
+        expected = self._predict(rssm, rssm.unpack(past["deter"], past["stoch"]), past["action"])
+        losses = {"expl_model": masked_mean((expected - past["error"]).square(), past["live"])}
+        deter, stoch = rssm.pack(state)
+        errors = (error + c.error_floor).log()
+        self.fifo.push({"deter": deter, "stoch": stoch, "action": action, "error": errors, "live": live})
+        metrics = {"expl/error_pred": masked_mean(predicted.exp() - c.error_floor, live)}
+        metrics["expl/fifo_full"] = self.fifo.full.float()
+        return losses, metrics, reward
+
+    def _predict(self, rssm: networks.RSSM, state: State, action: Tensor) -> Tensor:
+        feat = torch.cat([state["deter"], rssm.flat(state["stoch"])], -1)  # not rounded as rssm.feat is
+        return self.predictor(state_action(feat, action))
+
+
+# Adding an explorer is a class and a line here.
+EXPLORERS: dict[str, type[Greedy]] = {
+    "greedy": Greedy,
+    "random": RandomActions,
+    "surprise": Surprise,
+    "plan2explore": Plan2Explore,
+    "lpm": LPM,
+}

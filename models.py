@@ -6,7 +6,8 @@ critic only; the replay value loss the critic, encoder and RSSM.
 Letters: B batch, T time, H horizon, N = B * T imagined starts, A actions, F feat.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -21,6 +22,9 @@ from networks import Policy, State
 
 Data = Mapping[str, Tensor]
 Losses = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+# (feat [N, H+1, F], action [N, H, A], reward [N, H+1]) -> the reward to seek, [N, H+1]
+RewardSum = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 # --- Losses --------------------------------------------------------------------------------------------
@@ -195,7 +199,7 @@ class WorldModel(nn.Module):
         return state, action[:, :-1], {k: v[:, 1:] for k, v in data.items()}
 
     def observe(self, data: Data, generator: torch.Generator | None) -> tuple[State, Data]:
-        """Posterior states [B, T, ...] of a replayed batch, and the batch without its context.
+        """Posterior states and embed [B, T, ...] of a replayed batch, and the batch without its context.
 
         In the batch that is given back, waveforms have become spectra.
         """
@@ -203,27 +207,51 @@ class WorldModel(nn.Module):
         data = self.hearing(data)
         embed = self.encoder(data)  # [B, T, E]
         noise = self.rssm.noise(*data["is_first"].shape, generator=generator)
-        return self.rssm.observe(state, embed, prev_action, data["is_first"], noise), data
+        post = self.rssm.observe(state, embed, prev_action, data["is_first"], noise)
+        return {**post, "embed": embed}, data
 
-    def loss(self, post: State, data: Data) -> tuple[Losses, dict[str, Tensor]]:
+    def loss(self, post: State, data: Data) -> tuple[Losses, Metrics]:
         """The losses [B, T] of posterior states along data, and metrics."""
         rssm = self.rssm
         post_dist, prior_dist = rssm.dist(post["logit"]), rssm.dist(rssm.prior(post["deter"]))
         losses = kl_losses(post_dist, prior_dist, self.free_nats)
-        deter, stoch = self._head_input(post, "decoder")
-        recons = self.decoder(deter, rssm.flat(stoch))
-        routed = self.decoder.keys
-        for name, keys in (("image", routed.images), ("vector", routed.vectors), ("audio", routed.audio)):
-            for key in keys:
-                target = data[key].float() / 255 if name == "image" else data[key].float()
-                target = target if name == "image" else target.reshape(*data["is_first"].shape, -1)
-                losses[name] = losses.get(name, 0.0) + recons[key].loss(target)
+        for name, _, loss in self._recon_losses(*self._head_input(post, "decoder"), data):
+            losses[name] = losses.get(name, 0.0) + loss
         losses["reward"] = self.reward(post).loss(data["reward"])
         cont = self.disc * (~data["is_terminal"]).float()
         losses["cont"] = self.cont(post).loss(cont)
         metrics = {"latent/post_entropy": post_dist.entropy().mean()}
         metrics["latent/prior_entropy"] = prior_dist.entropy().mean()
         return losses, {k: v.detach() for k, v in metrics.items()}
+
+    def _recon_losses(self, deter: Tensor, stoch: Tensor, data: Data) -> Iterator[tuple[str, int, Tensor]]:
+        """For each reconstructed key its kind, its size, and the sum [B, T] of its squared errors."""
+        recons, routed = self.decoder(deter, self.rssm.flat(stoch)), self.decoder.keys
+        for name, keys in (("image", routed.images), ("vector", routed.vectors), ("audio", routed.audio)):
+            for key, shape in keys.items():
+                target = data[key].float() / 255 if name == "image" else data[key].float()
+                target = target if name == "image" else target.reshape(*data["is_first"].shape, -1)
+                yield name, math.prod(shape), recons[key].loss(target)
+
+    @torch.no_grad()
+    def prior_error(self, post: State, data: Data, kind: str) -> Tensor:
+        """How wrong the prior's prediction of each step from the step before was, [B, T].
+
+        kind `image`: the squared error per dimension of the decoded observation, in the units in which it is
+        reconstructed, averaged over its keys. `latent`: that of the latents' expected values, against the
+        posterior. `kl`: KL(posterior, prior). Instead of a sample of the prior its mode is decoded: the error
+        is to tell of the model and not of the draw.
+        """
+        rssm = self.rssm
+        prior = rssm.dist(rssm.prior(post["deter"]))
+        if kind == "image":
+            losses = self._recon_losses(post["deter"], prior.mode, data)
+            errors = [loss / size for _, size, loss in losses]
+            return sum(errors) / len(errors)
+        post_dist = rssm.dist(post["logit"])
+        if kind == "kl":
+            return post_dist.kl(prior)
+        return (post_dist.expected - prior.expected).square().flatten(2).mean(-1)
 
     def _head_input(self, post: State, head: str) -> tuple[Tensor, Tensor]:
         """deter and stoch, without a way for gradients where `grad_heads` leaves the head out."""
@@ -278,6 +306,11 @@ class WorldModel(nn.Module):
 # --- Behaviour -----------------------------------------------------------------------------------------
 
 
+def task_reward(feat: Tensor, action: Tensor, reward: Tensor) -> Tensor:
+    """The RewardSum of an actor that seeks nothing but the task's reward."""
+    return reward
+
+
 class ImagBehavior(nn.Module):
     """Actor and critic, learned in imagination from every replayed state."""
 
@@ -307,11 +340,17 @@ class ImagBehavior(nn.Module):
         return torch.stack(feats, 1), torch.stack(actions, 1)
 
     def loss(
-        self, world_model: WorldModel, post: State, data: Data, generator: torch.Generator | None
-    ) -> tuple[Losses, dict[str, Tensor]]:
+        self,
+        world_model: WorldModel,
+        post: State,
+        data: Data,
+        generator: torch.Generator | None,
+        reward_sum: RewardSum = task_reward,
+    ) -> tuple[Losses, Metrics]:
         """Policy and value losses [N, H], the replay value loss [B, K-1], and metrics.
 
-        Imagination starts from the last K states of each sequence (`imag_last`, or all T).
+        Imagination starts from the last K states of each sequence (`imag_last`, or all T). `reward_sum` is
+        what is sought there; data["reward"] must be the same of the replayed steps.
         """
         c = self.config
         last = c.imag_last or post["deter"].shape[1]
@@ -320,7 +359,7 @@ class ImagBehavior(nn.Module):
         dynamics = c.imag_gradient != "reinforce"
         with torch.set_grad_enabled(dynamics), frozen(world_model, self.critic):
             feat, action = self.imagine(world_model.rssm, start, generator)
-            reward = world_model.reward_head(feat).mean  # [N, H+1]
+            reward = reward_sum(feat, action, world_model.reward_head(feat).mean)  # [N, H+1]
             cont = world_model.cont_head(feat).prob
             target = self.critic(feat).mean if dynamics else None
         feat = feat.detach()

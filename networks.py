@@ -49,11 +49,11 @@ class Linear(nn.Linear):
 class BlockLinear(nn.Module):
     """G linear layers side by side: block g of the input leads to block g of the output."""
 
-    def __init__(self, inputs: int, units: int, blocks: int):
+    def __init__(self, inputs: int, units: int, blocks: int, fan_in: int | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, units // blocks))
         self.bias = nn.Parameter(torch.zeros(units))
-        init_(self.weight, inputs)  # the reference counts the inputs of all blocks as fan-in
+        init_(self.weight, fan_in or inputs)  # the reference counts the inputs of all blocks as fan-in
 
     def forward(self, x: Tensor) -> Tensor:
         return block_matmul(x, self.weight) + self.bias

@@ -19,7 +19,7 @@ from basics import UserError, atomic_write, derive_seed, sync_folder, temp_besid
 
 CHECKPOINTS = "checkpoints"  # folder in the logdir
 LATEST = "latest.pt"
-CHECKPOINT_FORMAT = 1  # goes up when the program can no longer read what it wrote before
+CHECKPOINT_FORMAT = 2  # goes up when the program can no longer read what it wrote before
 
 
 def torch_rng(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:

@@ -105,7 +105,9 @@ def test_only_real_steps_are_counted(tmp_path):
 def test_prefill_owes_no_updates_and_acts_at_random(tmp_path, monkeypatch):
     acted = []
     act = dreamer.Dreamer.act
-    monkeypatch.setattr(dreamer.Dreamer, "act", lambda *args: acted.append(1) or act(*args))
+    monkeypatch.setattr(
+        dreamer.Dreamer, "act", lambda *args, **kwargs: acted.append(1) or act(*args, **kwargs)
+    )
     assert train(tmp_path, "--prefill", "100", "--steps", "124", "--eval_every", "0") == 0
     assert len(acted) == 12
     assert tools.load_checkpoint(tmp_path)[0]["agent"]["updates"] == int(24 * 3 / 8)
