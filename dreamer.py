@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
 from exploration import EXPLORERS, Greedy, Random
-from logger import Logger, Timer, write_mp4, write_wav
+from logger import Logger, Timer, add_heat_strip, write_mp4, write_wav
 from parallel import VecEnv, make_vec
 from replay import Replay
 from stats import EpisodeStats, SuccessRates
@@ -169,6 +169,17 @@ class Dreamer:
         deter, stoch = rssm.pack(post)
         latents = {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy()}
         return self.actions.decode(action), {**post, "action": action}, latents
+
+    @torch.no_grad()
+    def curiosity(self, state: dict[str, Tensor]) -> Arrays:
+        """The reward `intrinsic` [n] that the explorer expects of a state and the action taken in it.
+
+        `state` is one that `act` returned. Empty where nobody is curious.
+        """
+        if not self.explorer.curious:
+            return {}
+        reward = self.explorer.intrinsic(self.rssm.feat(state), state["action"])
+        return {"intrinsic": reward.float().cpu().numpy()}
 
     def train(self, batch: Mapping[str, np.ndarray | Tensor]) -> tuple[dict[str, Tensor], Arrays | None]:
         """One update from sequences [B, context + T, ...], as arrays or as `upload` gives them.
@@ -737,7 +748,8 @@ class Run:
         first = self.evaluations * share  # each evaluation counts other episodes, with seeds of their own
         done: list[EvalEpisode] = []
         with self.timer("eval"):
-            for episode in play_episodes(self.agent, self.eval_envs, share, rng, first):
+            curiosity = self.agent.curiosity
+            for episode in play_episodes(self.agent, self.eval_envs, share, rng, first, curiosity):
                 if stop:
                     return False
                 done.append(episode)
@@ -755,7 +767,7 @@ class Run:
         with contextlib.closing(EpisodeWriter(folder, spaces, 1)) as writer:
             for episode in done:
                 for t in range(episode.length + 1):
-                    writer.add({key: value[t : t + 1] for key, value in episode.steps.items()})
+                    writer.add({key: episode.steps[key][t : t + 1] for key in spaces})
 
     def _write_eval_videos(self, done: "list[EvalEpisode]") -> None:
         config = self.config
@@ -763,7 +775,7 @@ class Run:
         for index, episode in enumerate(done):
             write_video(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", episode, config, heard)
         if done[0].frames is not None:
-            frames = newest(done[0].frames, config.frame_stack)
+            frames = shown(done[0], config.frame_stack)
             self.logger.video("eval_policy", frames[: config.video_frames], self.step)
         if config.video_pred_log and self.last_batch is not None:
             for key, frames in self.agent.report(self.last_batch).items():
@@ -809,6 +821,14 @@ def newest(frames: np.ndarray, stack: int) -> np.ndarray:
     return frames[..., -(frames.shape[-1] // stack) :]
 
 
+def shown(episode: EvalEpisode, stack: int) -> np.ndarray:
+    """The newest of `stack` images of each step, over a strip of intrinsic rewards where there are any."""
+    frames = newest(episode.frames, stack)
+    if "intrinsic" in episode.steps:
+        frames = add_heat_strip(frames, episode.steps["intrinsic"])
+    return frames
+
+
 def write_video(path: Path, episode: EvalEpisode, config: Config, heard: Sequence[str]) -> list[Path]:
     """Write what an episode looked like to `path`, an mp4, and what it sounded like to the .wav beside it.
 
@@ -825,17 +845,23 @@ def write_video(path: Path, episode: EvalEpisode, config: Config, heard: Sequenc
         write_wav(files[-1], sound, rate)
     if frames is not None:
         files.append(path)
-        write_mp4(path, newest(frames, config.frame_stack), fps, sound, rate)
+        write_mp4(path, shown(episode, config.frame_stack), fps, sound, rate)
     return files
 
 
 def play_episodes(
-    agent: Dreamer, envs: VecEnv, share: int, generator: torch.Generator, first: int = 0
+    agent: Dreamer,
+    envs: VecEnv,
+    share: int,
+    generator: torch.Generator,
+    first: int = 0,
+    curiosity: Callable[[dict[str, Tensor]], Arrays] = lambda state: {},
 ) -> Iterator[EvalEpisode]:
     """Play `share` full episodes in each env, from episode number `first` on; yields them as they finish.
 
     Each env counts the same number, so that envs whose episodes are short do not weigh more. `agent` is
-    anything with the agent's `initial_state` and `act`.
+    anything with the agent's `initial_state` and `act`. What `curiosity` tells of the state [n, ...] that
+    `act` returns is kept with the steps.
     """
     amount = len(envs)
     obs, state = envs.reset(first), agent.initial_state(amount)
@@ -843,12 +869,13 @@ def play_episodes(
     left = [share] * amount
     while any(left):
         action, state, _ = agent.act(obs, state, generator)
+        heat = curiosity(state)
         for index, steps in enumerate(running):
             if not left[index]:
                 continue
             if obs["is_first"][index]:
                 steps.clear()  # the env's worker was restarted: the episode that it broke off does not count
-            steps.append({key: value[index] for key, value in {**obs, **action}.items()})
+            steps.append({key: value[index] for key, value in {**obs, **action, **heat}.items()})
             if obs["is_last"][index]:
                 left[index] -= 1
                 yield EvalEpisode({k: np.stack([s[k] for s in steps]) for k in steps[0]})

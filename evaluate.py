@@ -46,6 +46,9 @@ class RandomAgent:
     def act(self, obs: Arrays, state: dict, generator: torch.Generator) -> tuple[Arrays, dict, Arrays]:
         return self._random.act(len(obs["is_first"])), state, {}
 
+    def curiosity(self, state: dict) -> Arrays:
+        return {}
+
 
 def evaluate(
     checkpoint: str | Path,
@@ -100,7 +103,8 @@ def evaluate(
         label = "random" if random else payload["step"]
         generator = tools.torch_rng(seed, SEEDS, device=chosen)
         done, videos = [], []
-        for index, episode in enumerate(play_episodes(agent, vec, episodes // envs, generator)):
+        played = play_episodes(agent, vec, episodes // envs, generator, curiosity=agent.curiosity)
+        for index, episode in enumerate(played):
             done.append(outcome(episode, config.action_repeat))
             print(f"episode {index + 1}/{episodes}: return {episode.score:.4g}", file=sys.stderr, flush=True)
             if video_folder:

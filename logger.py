@@ -35,6 +35,7 @@ from basics import DISK_FULL, UserError, atomic_write
 log = logging.getLogger("lore")
 
 REFRESH_SECONDS = 0.25  # of the live line
+HEAT_SHARE = 16  # the heat strip under a video is so many times lower than the frame
 MIN_VIDEO_PIXELS = 256  # shorter side of an mp4
 CONSOLE_METRICS = {  # what the console shows, and how it is called there
     "env/episode_return": "return",
@@ -308,6 +309,24 @@ def write_mp4(
             reason = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
             raise UserError(f"Cannot write {path}: ffmpeg says: {reason}")
         atomic_write(path, lambda file: file.write(temp.read_bytes()))
+
+
+def add_heat_strip(frames: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Frames [T, H, W, C] with a strip below, [T, H + h, W, 3]: the values [T] of the last W steps as heat.
+
+    The newest is at the right. From the smallest value of all to the largest it goes from black over red and
+    yellow to white.
+    """
+    frames = _to_rgb(frames)
+    steps, height, width = frames.shape[:3]
+    values = np.asarray(values, np.float64)
+    heat = (values - values.min()) / (np.ptp(values) or 1)
+    colors = np.clip(3 * heat[:, None] - np.arange(3), 0, 1)  # [T, 3]
+    padded = np.concatenate([np.zeros((width - 1, 3)), colors])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width, axis=0)  # [T, 3, W]
+    strip = (255 * windows).astype(np.uint8).transpose(0, 2, 1)[:, None]  # [T, 1, W, 3]
+    rows = max(1, height // HEAT_SHARE)
+    return np.concatenate([frames, np.broadcast_to(strip, (steps, rows, width, 3))], 1)
 
 
 def _to_rgb(frames: np.ndarray) -> np.ndarray:
