@@ -260,21 +260,30 @@ class Dreamer:
             "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
         }
 
-    def load_state_dict(self, state: dict, *, rngs: bool = True) -> None:
-        """Take weights and optimiser from a checkpoint; random states too, unless `rngs` is False.
+    def load_state_dict(self, state: dict, *, resume: bool = True) -> list[str]:
+        """Take weights, optimiser and random states from a checkpoint; lines for the log about what was not.
 
-        Raises UserError where a shape differs.
+        Without `resume` random states stay as they are, and so does an explorer that is not the
+        checkpoint's. Raises UserError where a shape differs.
         """
-        for name in self.weights():
+        notes, parts, groups = [], list(self.weights()), None
+        if not resume and _shapes(self.explorer.state_dict()) != _shapes(state["explorer"]):
+            notes = [
+                f"The checkpoint has another explorer than {self.config.expl_behavior}, which starts anew"
+            ]
+            parts.remove("explorer")
+            groups = len(self.opt.param_groups) - len(self.explorer.param_groups())
+        for name in parts:
             _load_weights(getattr(self, name), state[name], name)
-        self.opt.load_state_dict(state["optimizer"])
+        self.opt.load_state_dict(state["optimizer"], groups)
         self._record()  # a recorded update writes the moments that were replaced
         self.updates = state["updates"]
-        if rngs:
+        if resume:
             for name, rng in self.rngs.items():
                 # A run may go on with another kind of device, whose generators have other states.
                 if state["rngs"][name].shape == rng.get_state().shape:
                     rng.set_state(state["rngs"][name])
+        return notes
 
 
 def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:
@@ -292,6 +301,10 @@ def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> 
             raise UserError(
                 f"--actor_dist {actor_dist} does not fit action {key!r} ({space}): use {dist} or auto."
             )
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
 
 
 def _load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
@@ -434,7 +447,7 @@ class Run:
         obs_space, act_space = self.envs.obs_space, self.envs.act_space
         self.agent = Dreamer(obs_space, act_space, config, self.device)
         if checkpoint:
-            self.agent.load_state_dict(checkpoint["agent"], rngs=resume)
+            notes = [*notes, *self.agent.load_state_dict(checkpoint["agent"], resume=resume)]
         plan = self._plan_replay(obs_space | act_space, saved)
         self.prefill = Random(act_space, numpy_rng(config.seed, "prefill"))
         self.stats = EpisodeStats(config.envs.amount, config.action_repeat)

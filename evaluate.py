@@ -99,7 +99,7 @@ def evaluate(
             agent = RandomAgent(vec.act_space, seed)
         else:
             agent = Dreamer(vec.obs_space, vec.act_space, config, chosen)
-            agent.load_state_dict(payload["agent"], rngs=False)
+            agent.load_state_dict(payload["agent"], resume=False)
         label = "random" if random else payload["step"]
         generator = tools.torch_rng(seed, SEEDS, device=chosen)
         done, videos = [], []

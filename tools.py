@@ -354,13 +354,19 @@ class LaProp(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         return {**super().state_dict(), "updates": int(self.updates)}
 
-    def load_state_dict(self, state_dict: dict) -> None:
+    def load_state_dict(self, state_dict: dict, groups: int | None = None) -> None:
         """Take moments and counter from `state_dict`, but keep this optimizer's own options.
 
-        So an option that was changed on resume (a learning rate) has its effect.
+        So an option that was changed on resume (a learning rate) has its effect. With `groups`, only the
+        moments of the first so many groups are taken: what comes behind them may be something else.
         """
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        here, moments = super().state_dict(), state_dict["state"]
+        if groups is not None:
+            count = sum(len(group["params"]) for group in here["param_groups"][:groups])
+            moments = here["state"] | {index: moments[index] for index in range(count)}
+        saved = here["param_groups"] if groups is not None else state_dict["param_groups"]
+        super().load_state_dict({"state": moments, "param_groups": saved})
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         self.updates.fill_(state_dict["updates"])

@@ -59,6 +59,10 @@ CASES = {
     "curious sampling in a ring that wraps": "--sampler curious --capacity 44 --online False",
     "a ring on the disk that wraps": "--replay.capacity 44 --replay.backend memmap",
     "action repeat and two evaluation envs": "--action_repeat 2 --envs.eval_amount 2 --eval_episodes 2",
+    "lpm": "--expl_behavior lpm --lpm.fifo 13 --lpm.share 0.5",
+    "plan2explore, separate, for a while": "--expl_behavior plan2explore --expl_task_actor separate "
+    "--expl_until 90",
+    "random": "--expl_behavior random --expl_until 60",
 }
 
 

@@ -1,0 +1,546 @@
+"""The explorers: each formula against hand-made cases, who learns from what, and that greedy is nothing."""
+
+import math
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from run_helpers import TINY, main, metrics, train
+from test_models import CONTINUOUS, OBS, make_agent, make_batch, unsettle
+
+import config as configs
+import dreamer
+import exploration
+import tools
+from basics import UserError
+from exploration import (
+    Ensemble,
+    ErrorFifo,
+    ErrorPredictor,
+    RandomActor,
+    RewardNorm,
+    learning_progress,
+    masked_mean,
+    spread,
+)
+
+CURIOUS = ("surprise", "plan2explore", "lpm")
+
+
+def explorer_agent(name: str, *options: str, **kwargs) -> dreamer.Dreamer:
+    agent = make_agent("--expl_behavior", name, *options, **kwargs)
+    unsettle(agent)
+    return agent
+
+
+def explore(agent: dreamer.Dreamer, batch: dict) -> tuple:
+    """(losses, metrics, data, the batch's own data) of the explorer on a batch."""
+    post, data = agent.world_model.observe(agent.upload(batch), agent.rngs["train"])
+    return *agent.explorer.loss(agent.world_model, post, data, agent.rngs["explore"]), data
+
+
+# --- Formulas ------------------------------------------------------------------------------------------
+
+
+def test_learning_progress_by_hand():
+    predicted, error = torch.tensor([math.log(0.5), math.log(0.5)]), torch.tensor([0.24, 0.99])
+    log = learning_progress(predicted, error, eta=2.0, floor=0.01)
+    assert log.tolist() == pytest.approx([2 * math.log(2), -2 * math.log(2)])
+    linear = learning_progress(predicted, error, eta=2.0, floor=0.01, space="linear")
+    assert linear.tolist() == pytest.approx([1 - 0.24, 1 - 0.99])
+
+
+def test_error_predictor_is_linear_layers_with_elu_in_float32():
+    predictor = ErrorPredictor(3, 4, 5)
+    assert [tuple(layer.weight.shape) for layer in predictor.layers] == [(5, 3), (5, 5), (5, 5), (1, 5)]
+    x = torch.randn(2, 7, 3)
+    expected = x
+    for layer in predictor.layers[:-1]:
+        expected = F.elu(expected @ layer.weight.T + layer.bias)
+    expected = (expected @ predictor.layers[-1].weight.T + predictor.layers[-1].bias)[..., 0]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = predictor(x)
+    assert out.dtype == torch.float32 and out.shape == (2, 7)
+    torch.testing.assert_close(out, expected)
+
+
+def test_fifo_forgets_the_oldest_first_and_draws_only_what_was_pushed():
+    fifo, rng = ErrorFifo(5, {"x": ((2,), torch.float16), "error": ((), torch.float32)}), torch.Generator()
+
+    def push(*errors: float) -> None:
+        fifo.push({"x": torch.tensor([[e, -e] for e in errors]), "error": torch.tensor(errors)})
+
+    def drawn() -> set[float]:
+        sample = fifo.sample(500, rng)
+        assert torch.equal(sample["x"].float(), torch.stack([sample["error"], -sample["error"]], 1))
+        return set(sample["error"].tolist())
+
+    assert not fifo.full and drawn() == {0.0}  # nothing is there yet
+    push(1, 2, 3)
+    assert not fifo.full and fifo.size == 3 and drawn() == {1, 2, 3}
+    push(4, 5, 6)
+    assert fifo.full and fifo.size == 5 and drawn() == {2, 3, 4, 5, 6}
+    copy = ErrorFifo(5, {"x": ((2,), torch.float16), "error": ((), torch.float32)})
+    copy.load_state_dict(fifo.state_dict())
+    fifo = copy
+    push(7)
+    assert drawn() == {3, 4, 5, 6, 7}
+
+
+def test_ensemble_equals_its_members_one_by_one_and_they_start_apart():
+    torch.manual_seed(0)
+    ensemble, x = Ensemble(6, 3, members=4, layers=2, units=5), torch.randn(7, 6)
+    with torch.no_grad():
+        together = ensemble(x)
+    assert together.shape == (7, 4, 3)
+    ensemble.requires_grad_(False)
+    for m in range(4):
+        part = slice(5 * m, 5 * m + 5)
+        hidden = x @ ensemble.first.weight[part].T + ensemble.first.bias[part]
+        hidden = F.elu(hidden) @ ensemble.rest[0].weight[m] + ensemble.rest[0].bias[part]
+        out = F.elu(hidden) @ ensemble.rest[1].weight[m] + ensemble.rest[1].bias[3 * m : 3 * m + 3]
+        torch.testing.assert_close(together[:, m], out)
+    first, second = ensemble.rest[0].weight[:2]
+    assert not torch.allclose(first, second, atol=0.1)
+    assert ensemble.rest[0].weight.std() == pytest.approx(5**-0.5, rel=0.2)  # of a layer with 5 inputs
+
+
+def test_spread_is_the_standard_deviation_over_members_averaged_over_outputs():
+    predictions = torch.tensor([[[0.0, 1.0], [2.0, 1.0]], [[3.0, 3.0], [3.0, -3.0]]])  # [N, M, O]
+    assert spread(predictions).tolist() == pytest.approx([0.5, 1.5], abs=1e-5)
+    same = torch.zeros(1, 8, 2, requires_grad=True)
+    spread(same).sum().backward()
+    assert same.grad.isfinite().all()  # members that agree do not break the dynamics gradient
+
+
+def test_spread_of_many_rows_is_that_of_each(monkeypatch):
+    ensemble, x = Ensemble(6, 3, members=4, layers=1, units=5), torch.randn(10, 6)
+    monkeypatch.setattr(exploration, "ROWS", 3)
+    with torch.no_grad():
+        torch.testing.assert_close(ensemble.spread(x), spread(ensemble(x)))
+
+
+def test_rewards_are_divided_by_their_deviation_but_never_amplified():
+    norm = RewardNorm(rate=1.0)
+    assert norm.scale == 1
+    norm.update(torch.tensor(10.0), torch.tensor(100.0 + 9.0))
+    assert norm.scale == pytest.approx(3.0)
+    norm.update(torch.tensor(10.0), torch.tensor(float("nan")))
+    assert norm.scale == pytest.approx(3.0)
+    norm.update(torch.tensor(10.0), torch.tensor(100.0 + 1e-4))
+    assert norm.scale == 1
+
+
+def test_masked_mean():
+    x = torch.tensor([1.0, 2.0, 300.0])
+    assert masked_mean(x, torch.tensor([True, True, False])) == 1.5
+    assert masked_mean(x, torch.zeros(3, dtype=torch.bool)) == 0
+
+
+# --- The error -----------------------------------------------------------------------------------------
+
+
+def test_prior_error_is_the_decoded_modes_squared_error_per_dimension():
+    agent = explorer_agent("surprise")
+    model, batch = agent.world_model, make_batch(agent)
+    post, data = model.observe(agent.upload(batch), agent.rngs["train"])
+    prior = model.rssm.dist(model.rssm.prior(post["deter"]))
+    recons = model.decoder(post["deter"], prior.mode.flatten(-2))
+    image = (recons["image"].mean - data["image"].float() / 255).square().mean((-3, -2, -1))
+    squashed = {k: torch.sign(data[k]) * torch.log1p(data[k].abs()) for k in ("vector", "audio")}
+    vectors = [(recons[k].raw - value).square().mean(-1) for k, value in squashed.items()]
+    error = model.prior_error(post, data, "image")
+    torch.testing.assert_close(error, (image + sum(vectors)) / 3)
+    assert not error.requires_grad
+    probs = model.rssm.dist(post["logit"]).probs
+    latent = model.prior_error(post, data, "latent")
+    torch.testing.assert_close(latent, (probs - prior.probs).square().mean((-2, -1)))
+    kl = (probs * (probs.log() - prior.probs.log())).sum((-2, -1))
+    torch.testing.assert_close(model.prior_error(post, data, "kl"), kl)
+
+
+# --- Alignment and masks -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["stoch", "deter", "embed"])
+def test_plan2explore_predicts_the_next_step_from_the_state_and_the_action_taken_in_it(target, monkeypatch):
+    agent = explorer_agent("plan2explore", "--disag_target", target)
+    seen = []
+    forward = agent.explorer.ensemble.forward
+    monkeypatch.setattr(agent.explorer.ensemble, "forward", lambda x: seen.append(x) or forward(x))
+    batch = make_batch(agent)
+    rng = agent.rngs["train"].get_state()
+    losses, _, _, data = explore(agent, batch)
+    agent.rngs["train"].set_state(rng)
+    post, _ = agent.world_model.observe(agent.upload(batch), agent.rngs["train"])
+    x, action = seen[0], F.one_hot(data["action"].long(), 5).float()
+    expected = torch.cat([agent.rssm.feat(post)[:, :-1], action[:, :-1]], -1).flatten(0, 1)
+    torch.testing.assert_close(x, expected)
+    goal = post[target].flatten(2)[:, 1:].flatten(0, 1)
+    error = (forward(x) - goal[:, None]).square().sum(-1).mean(-1)
+    live = ~data["is_first"][:, 1:].flatten()
+    torch.testing.assert_close(losses["expl_model"], error[live].mean())
+    # Imagination asks with the action taken in the state as well.
+    seen.clear()
+    agent.explorer.intrinsic(agent.rssm.feat(post)[:, :-1], action[:, :-1])
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_reward_arrives_with_the_state_after_its_action(monkeypatch):
+    agent = explorer_agent("surprise", "--expl_extr_scale", "2", "--expl_intr_scale", "10")
+    monkeypatch.setattr(agent.explorer, "expected", lambda x: x[..., 0] + x[..., -1])
+    feat, action = torch.randn(3, 4, 7), torch.rand(3, 3, 2)
+    reward = torch.randn(3, 4)
+    total = agent.explorer.reward_sum(feat, action, reward)
+    torch.testing.assert_close(total[:, 0], 2 * reward[:, 0])
+    torch.testing.assert_close(total[:, 1:], 2 * reward[:, 1:] + 10 * (feat[:, :-1, 0] + action[..., -1]))
+
+
+def test_scale_divides_what_is_sought_and_is_off_for_lpm():
+    for name, scale in (("surprise", 4.0), ("lpm", 1.0)):
+        agent = explorer_agent(name)
+        torch.nn.init.normal_(agent.explorer.head.out.weight)
+        feat, action = torch.randn(5, agent.rssm.feat_size), torch.zeros(5, 5)
+        before = agent.explorer.intrinsic(feat, action)
+        agent.explorer.norm.moments.copy_(torch.tensor([0.0, 16.0]))
+        torch.testing.assert_close(agent.explorer.intrinsic(feat, action) * scale, before)
+
+
+@pytest.mark.parametrize("name", CURIOUS)
+def test_transitions_into_a_first_step_count_nowhere(name):
+    agent = explorer_agent(name, "--lpm.fifo", "8")
+    batch = make_batch(agent)
+    batch["is_first"][:] = False
+    batch["is_first"][:, 3] = True  # context is step 0, so the third of five steps
+    if name == "lpm":
+        for _ in range(2):
+            explore(agent, batch)
+    results = []
+    for shift in (0, 100):
+        copy = {k: v.copy() for k, v in batch.items()}
+        if shift:  # what was done before it, and the reward that it brought, are of another episode
+            copy["reward"][:, 3] += shift
+            copy["action"][:, 2] = (copy["action"][:, 2] + 1) % 5
+        for rng in agent.rngs.values():
+            rng.manual_seed(0)
+        state = {k: v.clone() for k, v in agent.explorer.state_dict().items()}
+        losses, found, seen, _ = explore(agent, copy)
+        agent.explorer.load_state_dict(state)
+        if shift:
+            # The reset itself has no intrinsic reward: what is left is the task's.
+            assert torch.equal(seen["reward"][:, 2], torch.as_tensor(copy["reward"][:, 3]))
+        results.append({**losses, **found})
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, msg=key)
+
+
+# --- Who learns from what ------------------------------------------------------------------------------
+
+
+def trained(agent: dreamer.Dreamer, loss: torch.Tensor) -> set[str]:
+    """The modules of the agent and its explorer that a loss reaches."""
+    agent.opt.zero_grad()
+    if loss.requires_grad:
+        loss.backward(retain_graph=True)
+    parts = {"world_model": agent.world_model, "task": agent.behavior}
+    parts |= dict(agent.explorer.named_children())
+    return {
+        name
+        for name, module in parts.items()
+        if any(p.grad is not None and p.grad.any() for p in module.parameters())
+    }
+
+
+@pytest.mark.parametrize("name", CURIOUS)
+@pytest.mark.parametrize("actor", ["shared", "separate"])
+@pytest.mark.parametrize("gradient", ["reinforce", "dynamics"])
+def test_explorers_send_no_gradient_into_the_world_model_nor_get_one_from_actors(name, actor, gradient):
+    options = ("--expl_task_actor", actor, "--imag_gradient", gradient, "--lpm.fifo", "8")
+    agent = explorer_agent(name, *options, act_space=CONTINUOUS)
+    if actor == "separate":
+        for head in (agent.explorer.behavior.critic, agent.explorer.behavior.slow_critic):
+            torch.nn.init.normal_(head.out.weight, std=0.1)
+    batch = make_batch(agent)
+    explore(agent, batch)
+    post, data = agent.world_model.observe(agent.upload(batch), agent.rngs["train"])
+    losses, _, seen = agent.explorer.loss(agent.world_model, post, data, agent.rngs["explore"])
+    owners = {
+        "expl_model": {"lpm": "predictor", "plan2explore": "ensemble"}.get(name),
+        "expl_head": "head",
+        **dict.fromkeys(("expl_policy", "expl_value", "expl_repval"), "behavior"),
+    }
+    assert losses.keys() <= owners.keys()
+    for key, loss in losses.items():
+        assert trained(agent, loss) == {owners[key]}, key
+    more, _ = agent.behavior.loss(
+        agent.world_model, post, seen, agent.rngs["train"], agent.explorer.task_reward
+    )
+    assert trained(agent, more["policy"].mean()) == {"task"}
+    assert trained(agent, more["value"].mean()) == {"task"}
+    assert trained(agent, more["repval"].mean()) == {"task", "world_model"}
+
+
+@pytest.mark.parametrize("actor", ["shared", "separate"])
+def test_task_actor_seeks_the_sum_or_the_task_alone(actor):
+    agent = explorer_agent("plan2explore", "--expl_task_actor", actor)
+    _, _, seen, data = explore(agent, make_batch(agent))
+    live = ~data["is_first"]
+    live[:, 0] = False  # no transition leads to the first step of a sequence
+    same = seen["reward"] == data["reward"]
+    assert same[~live].all() and (same[live].all() if actor == "separate" else not same[live].any())
+    feat, action = torch.randn(2, 3, agent.rssm.feat_size), torch.zeros(2, 2, 5)
+    total = agent.explorer.task_reward(feat, action, torch.zeros(2, 3))
+    assert bool(total.any()) == (actor == "shared")
+    acting = agent.explorer.actor(agent.behavior)
+    assert (acting is agent.behavior.actor) == (actor == "shared")
+
+
+@pytest.mark.parametrize("name", CURIOUS)
+@pytest.mark.parametrize("actor", ["shared", "separate"])
+def test_an_update_changes_all_weights(name, actor):
+    agent = explorer_agent(name, "--expl_task_actor", actor, "--lpm.fifo", "8", "--opt.warmup", "0")
+    if actor == "separate":
+        torch.nn.init.normal_(agent.explorer.behavior.critic.out.weight, std=0.1)
+    batch = make_batch(agent)
+    batch["is_first"][:] = False
+    before = {n: p.detach().clone() for n, p in agent.explorer.named_parameters() if p.requires_grad}
+    for _ in range(3):
+        found, _ = agent.train(batch)
+    assert not found["opt/skipped"] and all(value.isfinite().all() for value in found.values())
+    assert before
+    for key, param in agent.explorer.named_parameters():
+        if param.requires_grad:
+            assert not torch.equal(param, before[key]), key
+
+
+# --- LPM -----------------------------------------------------------------------------------------------
+
+
+def test_lpm_rewards_nothing_until_its_fifo_is_full():
+    agent = explorer_agent("lpm", "--lpm.fifo", "20")  # 2 sequences of 4 transitions: the third fills it
+    batch = make_batch(agent)
+    means = []
+    for _ in range(4):
+        _, found, _, _ = explore(agent, batch)
+        means.append((float(found["expl/reward_mean"]), float(found["expl/reward_std"])))
+    assert means[:3] == [(0.0, 0.0)] * 3 and means[3][0] != 0 and means[3][1] > 0
+
+
+def test_lpm_compares_with_a_predictor_that_has_not_seen_the_batch(monkeypatch):
+    agent = explorer_agent("lpm", "--lpm.fifo", "8", "--opt.warmup", "0")
+    calls = []
+    push, sample = agent.explorer.fifo.push, agent.explorer.fifo.sample
+    monkeypatch.setattr(agent.explorer.fifo, "push", lambda values: calls.append("push") or push(values))
+    monkeypatch.setattr(agent.explorer.fifo, "sample", lambda *args: calls.append("sample") or sample(*args))
+    explore(agent, make_batch(agent))
+    assert calls == ["sample", "push"]
+
+
+class Source:
+    """Errors of a stand-in for a world model, and LPM's judgement of them."""
+
+    def __init__(self, *options: str):
+        sizes = ("--batch_size", "16", "--lpm.fifo", "256", "--lpm.units", "32")  # 64 transitions a batch
+        self.agent = explorer_agent("lpm", *sizes, *options)
+        rssm, self.lpm = self.agent.rssm, self.agent.explorer
+        torch.manual_seed(0)
+        classes = torch.randint(rssm.classes, (64, rssm.stoch))
+        self.state = {"deter": torch.rand(64, rssm.deter), "stoch": F.one_hot(classes, rssm.classes).float()}
+        self.action, self.live = torch.zeros(64, 5), torch.ones(64, dtype=torch.bool)
+        self.opt = torch.optim.Adam(self.lpm.predictor.parameters(), lr=3e-3)
+        self.rng = torch.Generator().manual_seed(0)
+
+    def reward(self, error: torch.Tensor) -> float:
+        losses, _, reward = self.lpm.judge(
+            self.agent.rssm, self.state, self.action, error, self.live, self.rng
+        )
+        self.opt.zero_grad()
+        losses["expl_model"].backward()
+        self.opt.step()
+        return float(reward.mean())
+
+
+def test_lpm_rewards_a_source_while_it_is_learned_and_then_no_more():
+    source = Source()
+    learned = [source.reward(torch.full((64,), 0.001 + 0.2 * 0.97**t)) for t in range(400)]
+    # The log of the error falls by 0.03 an update, and the FIFO holds the last four.
+    assert 0.05 < np.mean(learned[30:130]) < 0.15
+    assert abs(np.mean(learned[350:])) < 0.02
+
+
+def test_lpm_rewards_noise_with_nothing_and_a_model_that_forgets_with_less():
+    source = Source()
+    noise = torch.Generator().manual_seed(1)
+    rewards = [source.reward(0.05 + 0.1 * torch.rand(64, generator=noise)) for _ in range(300)]
+    assert abs(np.mean(rewards[200:])) < 0.03
+    assert source.reward(torch.full((64,), 0.5)) < -1  # much worse than expected
+    assert source.reward(torch.full((64,), 0.01)) > 1
+
+
+def test_lpm_may_measure_a_share_of_the_batch():
+    agent = explorer_agent("lpm", "--lpm.share", "0.5", "--lpm.fifo", "4")
+    assert agent.explorer.sequences == 1 and agent.explorer.rows == 4
+    explore(agent, make_batch(agent))
+    assert agent.explorer.fifo.pushed == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lpm.fifo", "7"), "--lpm.fifo 7 is smaller than the 8 transitions that each batch adds"),
+        (("--lpm.eta", "-1"), "--lpm.eta -1: must be in [0, inf]; the nearest is 0"),
+        (("--expl_behavior", "lmp"), "the nearest is lpm"),
+    ],
+)
+def test_bad_options_are_refused_at_the_start(options, message):
+    with pytest.raises(UserError) as error:
+        explorer_agent("lpm", *options)
+    assert message in str(error.value)
+
+
+# --- The run -------------------------------------------------------------------------------------------
+
+
+def test_greedy_is_plain_dreamer_to_the_last_bit():
+    """The update as it was before there were explorers, beside the agent's own."""
+    agent, plain = make_agent(), make_agent()
+    assert agent.explorer.state_dict() == {} and agent.explorer.param_groups() == []
+    batch = make_batch(agent)
+    for _ in range(2):
+        agent.train(batch)
+        with plain.autocast():
+            post, data = plain.world_model.observe(plain.upload(batch), plain.rngs["train"])
+            losses, _ = plain.world_model.loss(post, data)
+            more, _ = plain.behavior.loss(plain.world_model, post, data, plain.rngs["train"])
+        plain.opt.zero_grad()
+        scales = plain.config.loss_scales
+        sum(scales[name] * loss.mean() for name, loss in (losses | more).items()).backward()
+        plain.opt.step()
+        plain.behavior.update_slow_critic()
+    for part in ("world_model", "behavior"):
+        ours, theirs = getattr(agent, part).state_dict(), getattr(plain, part).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    fresh = make_agent()
+    assert torch.equal(agent.rngs["explore"].get_state(), fresh.rngs["explore"].get_state())
+
+
+def test_with_greedy_no_option_of_exploration_changes_a_bit(tmp_path):
+    train(tmp_path / "plain", "--steps", "60")
+    train(
+        tmp_path / "options", "--steps", "60", "--expl_intr_scale", "9", "--expl_extr_scale", "0",
+        "--expl_until", "50", "--lpm.eta", "3", "--disag_models", "2", "--expl_task_actor", "separate",
+    )  # fmt: skip
+    assert metrics(tmp_path / "plain") == metrics(tmp_path / "options")
+
+
+def test_after_expl_until_the_run_is_greedy(tmp_path):
+    options = ("--expl_behavior", "plan2explore", "--expl_task_actor", "separate", "--expl_until", "60")
+    assert train(tmp_path, *options) == 0
+    lines = metrics(tmp_path)
+    told = {line["step"]: "expl/reward_mean" in line for line in lines if "loss/policy" in line}
+    assert told[40] and told[60] and not told[100] and not told[120]
+
+
+def test_random_actors_actions_are_uniform():
+    space = {
+        "action": gymnasium.spaces.MultiDiscrete([3, 2]),
+        "force": gymnasium.spaces.Box(-1, 1, (2,), np.float32),
+    }
+    actions = dreamer.networks.ActionVector(space)
+    actor, rng = RandomActor(actions), torch.Generator().manual_seed(0)
+    policy = actor(torch.zeros(4000, 9))
+    sample = policy.sample(actor.noise(4000, generator=rng))
+    assert sample.shape == (4000, actions.size)
+    decoded = actions.decode(sample)
+    for column, classes in ((0, 3), (1, 2)):
+        share = np.bincount(decoded["action"][:, column], minlength=classes) / 4000
+        assert share == pytest.approx(np.full(classes, 1 / classes), abs=0.03)
+    force = decoded["force"]
+    assert force.min() >= -1 and force.max() <= 1
+    assert np.histogram(force, 4, (-1, 1))[0] / 8000 == pytest.approx(np.full(4, 0.25), abs=0.03)
+
+
+def test_random_explores_at_random_while_the_task_actor_is_evaluated():
+    agent = make_agent("--expl_behavior", "random")
+    torch.nn.init.normal_(agent.behavior.actor.outs[0].bias, std=100.0)  # very sure of something
+    obs = {k: np.zeros((300, *OBS[k].shape), OBS[k].dtype) for k in agent.obs_keys}
+    rng = torch.Generator().manual_seed(0)
+
+    def largest_share(explore: bool) -> float:
+        action, _, _ = agent.act(obs, agent.initial_state(300), rng, explore=explore)
+        return np.bincount(action["action"], minlength=5).max() / 300
+
+    assert largest_share(True) < 0.35 and largest_share(False) > 0.9
+    agent.explore(False)
+    assert largest_share(True) > 0.9
+
+
+def test_config_and_code_name_the_same_explorers():
+    assert list(configs.read().options["expl_behavior"].words) == list(exploration.EXPLORERS)
+
+
+def test_a_run_starts_from_a_checkpoint_with_another_explorer(tmp_path):
+    """Explore first, then learn the task: world model, actor and their moments come along."""
+    options = ("--expl_behavior", "plan2explore", "--expl_extr_scale", "0")
+    assert train(tmp_path / "first", *options) == 0
+    source = str(tmp_path / "first" / "latest.pt")
+    for name in ("greedy", "lpm"):
+        folder = tmp_path / name
+        options = ("--from_checkpoint", source, "--expl_behavior", name, "--lpm.fifo", "6")
+        assert train(folder, *options, "--steps", "30") == 0  # still in the prefill: nothing is learned
+        assert f"another explorer than {name}, which starts anew" in (folder / "train.log").read_text()
+        one, other = (tools.load_checkpoint(place)[0]["agent"] for place in (tmp_path / "first", folder))
+        for part in ("world_model", "behavior"):
+            assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
+        own = len(one["optimizer"]["param_groups"][0]["params"])
+        for index in range(own):
+            assert torch.equal(
+                one["optimizer"]["state"][index]["momentum"], other["optimizer"]["state"][index]["momentum"]
+            )
+        assert train(folder, *options[2:], "--steps", "60") == 0
+
+
+def test_checkpoint_of_another_explorer_cannot_be_resumed(tmp_path, capfd):
+    assert train(tmp_path, "--steps", "40") == 0
+    assert train(tmp_path, "--steps", "60", "--expl_behavior", "lpm") == 2
+    assert "expl_behavior" in capfd.readouterr().err
+
+
+def test_curiosity_is_told_with_each_step_of_an_evaluation_and_shown_under_the_video(tmp_path):
+    assert train(tmp_path, "--expl_behavior", "lpm", "--steps", "50", "--eval_every", "50") == 0
+    agent = explorer_agent("plan2explore")
+    state = {**agent.rssm.initial(3), "action": torch.zeros(3, 5)}
+    assert agent.curiosity(state)["intrinsic"].shape == (3,)
+    assert make_agent().curiosity(state) == {}
+    episode = dreamer.EvalEpisode(
+        {
+            "image": np.zeros((3, 32, 16, 3), np.uint8),
+            "reward": np.zeros(3, np.float32),
+            "intrinsic": np.array([-1.0, 0.0, 1.0], np.float32),
+        }
+    )
+    frames = dreamer.shown(episode, 1)
+    assert frames.shape == (3, 34, 16, 3) and not frames[:, :32].any()
+    assert frames[2, 33, -3:].tolist() == [[0, 0, 0], [255, 127, 0], [255, 255, 255]]
+    assert not frames[0, 32:].any() and frames[1, 32, -1].tolist() == [255, 127, 0]
+
+
+def test_every_explorer_acts_and_trains_from_continuous_actions(tmp_path):
+    for name in exploration.EXPLORERS:
+        options = ("--configs", "debug", "--task", "dummy_continuous", "--expl_behavior", name)
+        folder = str(tmp_path / name)
+        run = (
+            "--device",
+            "cpu",
+            "--steps",
+            "110",
+            "--prefill",
+            "90",
+            "--logdir",
+            folder,
+            "--eval_every",
+            "0",
+        )
+        assert main(*options, *run, "--envs.amount", "2") == 0, name
