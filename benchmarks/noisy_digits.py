@@ -76,9 +76,9 @@ LINES = (  # of the upper and the lower row of the figure: curve -> label and st
     },
     {
         "error": ("plain error", {"color": ORANGE, "lw": 2.5}),
-        "lpm_log": ("LPM, log space", {"color": BLUE, "ls": "--", "lw": 2}),
-        "lpm_linear": ("LPM, linear space", {"color": GREEN, "ls": "-.", "lw": 2}),
-        "progress": ("true progress, log space", {"color": "black", "ls": ":", "lw": 1.5}),
+        "lpm_log": ("LPM, log", {"color": BLUE, "ls": "--", "lw": 2}),
+        "lpm_linear": ("LPM, linear", {"color": GREEN, "ls": "-.", "lw": 2}),
+        "progress": ("true progress, log", {"color": "black", "ls": ":", "lw": 1.5}),
     },
 )
 Curves = dict[str, dict[str, dict[str, list[float]]]]  # of one seed: [pictures][kind][curve][update]
@@ -253,8 +253,8 @@ def draw(results: Mapping[int, Curves], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with plt.rc_context({"font.size": 14, "axes.titlesize": 15, "axes.grid": True, "grid.alpha": 0.3}):
-        figure, axes = plt.subplots(2, 2, figsize=(9, 8.5), sharex=True, sharey="row", layout="constrained")
+    with plt.rc_context({"font.size": 16, "axes.titlesize": 17, "axes.grid": True, "grid.alpha": 0.3}):
+        figure, axes = plt.subplots(2, 2, figsize=(9, 9.5), sharex=True, sharey="row", layout="constrained")
         for kind, column in zip(KINDS, axes.T, strict=True):
             for axis, lines in zip(column, LINES, strict=True):
                 for name, (label, style) in lines.items():
@@ -269,8 +269,8 @@ def draw(results: Mapping[int, Curves], path: Path) -> None:
             column[0].set(title=TITLES[kind], yscale="log")
             column[1].axhline(0, color="black", lw=0.8)
             column[1].set(xlabel="updates")
-        axes[0, 0].set(ylabel="prediction error\n(mean squared intensity, 0 to 1)")
-        axes[1, 0].set(ylabel="intrinsic reward\n(squared intensity; log space: nats)")
+        axes[0, 0].set(ylabel="prediction error\n(squared intensity)")
+        axes[1, 0].set(ylabel="intrinsic reward\n(squared intensity,\nin log space nats)")
         axes[0, 1].legend()
         axes[1, 1].legend()
         ending = path.suffix.removeprefix(".")
