@@ -120,7 +120,7 @@ def learning_progress(
     """
     if space == "log":
         return eta * (predicted - (error + floor).log())
-    return eta * predicted.exp() - error
+    return eta * (predicted.exp() - floor) - error  # so that what is as expected brings nothing
 
 
 class Ensemble(nn.Module):

@@ -49,7 +49,7 @@ def test_learning_progress_by_hand():
     log = learning_progress(predicted, error, eta=2.0, floor=0.01)
     assert log.tolist() == pytest.approx([2 * math.log(2), -2 * math.log(2)])
     linear = learning_progress(predicted, error, eta=2.0, floor=0.01, space="linear")
-    assert linear.tolist() == pytest.approx([1 - 0.24, 1 - 0.99])
+    assert linear.tolist() == pytest.approx([2 * 0.49 - 0.24, 2 * 0.49 - 0.99])
 
 
 def test_error_predictor_is_linear_layers_with_elu_in_float32():
