@@ -35,7 +35,7 @@ from exploration import EXPLORERS, Greedy, Random
 from logger import Logger, Timer, add_heat_strip, write_mp4, write_wav
 from parallel import VecEnv, make_vec
 from replay import Replay
-from stats import EpisodeStats, SuccessRates
+from stats import ACHIEVEMENT, EpisodeStats, SuccessRates
 
 OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
 OPEN_LOOP_ROWS = 6  # sequences shown in it
@@ -759,6 +759,7 @@ class Run:
         for episode in done:
             length = episode.length * config.action_repeat
             self.logger.add({"eval/episode_return": episode.score, "eval/episode_length": length})
+            self.logger.add({f"eval/{key[4:]}": share for key, share in episode.shares.items()})
         return True
 
     def _write_eval_episodes(self, done: "list[EvalEpisode]") -> None:
@@ -806,6 +807,12 @@ class EvalEpisode:
     def length(self) -> int:
         """Policy steps."""
         return len(self.steps["reward"]) - 1
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """As `log_*_share`: the share of the steps at which a `log_*` scalar was above 0 (no achievement)."""
+        logged = {k: v for k, v in self.steps.items() if k.startswith("log_") and v.ndim == 1}
+        return {f"{k}_share": float((v[1:] > 0).mean()) for k, v in logged.items() if ACHIEVEMENT not in k}
 
     @property
     def frames(self) -> np.ndarray | None:

@@ -3,6 +3,7 @@
 import functools
 import gzip
 import io
+import json
 import os
 import pickle
 import struct
@@ -12,12 +13,14 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
+from run_helpers import metrics, train
 
 import config as configs
 import envs
+import evaluate
 from basics import UserError
 from envs import tv_pictures, wrappers
-from envs.dummy import Dummy
+from envs.dummy import COLORS, Dummy
 from envs.wrappers import NoisyTV
 
 dummy = functools.partial(Dummy, size=(20, 40), vectors=("vector",))
@@ -202,6 +205,42 @@ def test_old_names_are_understood():
     for name in ("noisy-tv", "noisy_tv"):
         with pytest.raises(UserError, match=r"--noisy_tv\.enabled"):
             configs.load([f"--{name}", "True"])
+
+
+# Its share of the steps
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run with the television on: three of seven actions switch it on."""
+    logdir = tmp_path_factory.mktemp("run")
+    options = [*TV, "--noisy_tv.actions", "3", "--obs", "pixels", "--eval_episodes", "2"]
+    assert train(logdir, *options) == 0
+    return logdir
+
+
+def test_training_and_evaluation_tell_the_share_and_the_video_shows_it(run):
+    lines = metrics(run)
+    shares = [line["env/tv_share"] for line in lines if "env/tv_share" in line]
+    assert shares and all(0.1 < share < 0.8 for share in shares)
+    assert all(share * 32 == round(share * 32) for share in shares)  # of two episodes of 16 steps each
+    episodes = sorted((run / "eval_eps").glob("*.npz"))[:2]
+    on = [np.load(path)["action"][:-1] >= 4 for path in episodes]
+    told = next(line["eval/tv_share"] for line in lines if "eval/tv_share" in line)
+    assert told == np.mean(on) > 0
+    images = np.load(episodes[0])["image"]
+    shown = (images.reshape(len(images), -1, 3)[:, :, None] == COLORS).all(-1).any(-1).sum(-1)
+    assert (shown[1:][on[0]] == 0).all() and (shown[1:][~on[0]] == 64).all()
+    assert len(list((run / "videos").glob("eval_*_0.mp4"))) == 2
+
+
+def test_evaluate_tells_the_share(run, capsys):
+    options = ["--logdir", str(run), "--episodes", "2", "--random"]
+    assert evaluate.main([*options, "--json"]) == 0
+    share = json.loads(capsys.readouterr().out)["shares"]["tv"]
+    assert 0 < share < 1
+    assert evaluate.main(options) == 0
+    assert f"tv          {share:.1%} of the steps" in capsys.readouterr().out
 
 
 # Generated pictures
