@@ -32,7 +32,7 @@ from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
 from exploration import EXPLORERS, Greedy, Random
-from logger import Logger, Timer, add_heat_strip, write_mp4, write_wav
+from logger import Logger, Timer, WandbRun, add_heat_strip, write_mp4, write_wav
 from parallel import VecEnv, make_vec
 from replay import Replay
 from stats import ACHIEVEMENT, EpisodeStats, SuccessRates
@@ -443,11 +443,16 @@ class Run:
         self.every = {name: tools.Every(steps) for name, steps in every.items()}
         self.ratio = tools.Ratio(config.train_ratio / (config.batch_size * config.batch_length))
 
+        wandb = None
+        if config.wandb.enabled:
+            run_id = saved["logger"].get("wandb") if saved else None
+            wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), run_id)
         self.logger = Logger(
             self.logdir,
             total_steps=config.steps,
             fps=config.video_fps,
             resume_step=saved["every"]["log"]["last"] if saved else None,  # what came later is told again
+            wandb=wandb,
         )
         self._parts.callback(self.logger.close)
         self.print = self.logger.print
