@@ -34,6 +34,7 @@ CPU_PRESET = "cpu"
 CPU_PRESET_TASKS = (
     "crafter",
     "audio",
+    "lpm_noisytv",
 )  # task presets that take CPU_PRESET on a CPU when no scale preset is named
 QUICK_ON_CPU = ("cpu", "debug")
 RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is

@@ -445,7 +445,7 @@ class Run:
 
         wandb = None
         if config.wandb.enabled:
-            run_id = saved["logger"].get("wandb") if saved else None
+            run_id = saved["logger"]["wandb"] if saved else None
             wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), run_id)
         self.logger = Logger(
             self.logdir,

@@ -72,8 +72,7 @@ class EpisodeStats:
         self._return = np.array(state["return"], np.float64)
         self._steps = np.array(state["steps"], np.int64)
         self._max = {key: np.array(value, np.float64) for key, value in state["max"].items()}
-        above = state.get("above", {})  # older checkpoints have none
-        self._above = {key: np.array(value, np.int64) for key, value in above.items()}
+        self._above = {key: np.array(value, np.int64) for key, value in state["above"].items()}
 
 
 class SuccessRates:
