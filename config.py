@@ -34,13 +34,17 @@ CPU_PRESET = "cpu"
 CPU_PRESET_TASKS = (
     "crafter",
     "audio",
+    "lpm_noisytv",
 )  # task presets that take CPU_PRESET on a CPU when no scale preset is named
 QUICK_ON_CPU = ("cpu", "debug")
 RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
 
 # What a resumed run cannot change, and why.
 FROZEN = {
-    "task": ("task", "action_repeat", "clip_reward", "obs", "dmc.*", "atari.*", "minigrid.*"),
+    "task": (
+        *("task", "action_repeat", "clip_reward", "obs", "dmc.*", "atari.*", "minigrid.*"),
+        *("noisy_tv.enabled", "noisy_tv.actions", "noisy_tv.threshold", "noisy_tv.no*"),
+    ),
     "network": (
         *("grayscale", "frame_stack", "audio_dim"),
         *("size", "actor_dist", "rssm.deter", "rssm.hidden", "rssm.stoch", "rssm.classes", "rssm.blocks"),
@@ -133,6 +137,7 @@ RENAMED = {
     "agent.retnorm.perclo": "retnorm.low",
     "agent.retnorm.perchi": "retnorm.high",
     "pmin": "opt.agc_floor",
+    "noisy-tv": "noisy_tv.enabled",
     "stickey": "atari.sticky",
     "env.atari.repeat": "action_repeat",
     "env.dmc.repeat": "action_repeat",
@@ -402,7 +407,7 @@ class Schema:
     def unknown(self, name: str, where: str) -> UserError:
         """The error for an option that does not exist."""
         dashes = "--" if where.startswith("--") else ""
-        name = name.replace("-", "_")
+        name = name if name in RENAMED else name.replace("-", "_")
         if name in RENAMED:
             return UserError(f"{where} is not an option: its successor is {dashes}{RENAMED[name]}")
         if name in GONE:

@@ -32,10 +32,10 @@ from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
 from exploration import EXPLORERS, Greedy, Random
-from logger import Logger, Timer, add_heat_strip, write_mp4, write_wav
+from logger import Logger, Timer, WandbRun, add_heat_strip, write_mp4, write_wav
 from parallel import VecEnv, make_vec
 from replay import Replay
-from stats import EpisodeStats, SuccessRates
+from stats import ACHIEVEMENT, EpisodeStats, SuccessRates
 
 OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
 OPEN_LOOP_ROWS = 6  # sequences shown in it
@@ -456,11 +456,16 @@ class Run:
         self.every = {name: tools.Every(steps) for name, steps in every.items()}
         self.ratio = tools.Ratio(config.train_ratio / (config.batch_size * config.batch_length))
 
+        wandb = None
+        if config.wandb.enabled:
+            run_id = saved["logger"]["wandb"] if saved else None
+            wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), run_id)
         self.logger = Logger(
             self.logdir,
             total_steps=config.steps,
             fps=config.video_fps,
             resume_step=saved["every"]["log"]["last"] if saved else None,  # what came later is told again
+            wandb=wandb,
         )
         self._parts.callback(self.logger.close)
         self.print = self.logger.print
@@ -772,6 +777,7 @@ class Run:
         for episode in done:
             length = episode.length * config.action_repeat
             self.logger.add({"eval/episode_return": episode.score, "eval/episode_length": length})
+            self.logger.add({f"eval/{key[4:]}": share for key, share in episode.shares.items()})
         return True
 
     def _write_eval_episodes(self, done: "list[EvalEpisode]") -> None:
@@ -819,6 +825,12 @@ class EvalEpisode:
     def length(self) -> int:
         """Policy steps."""
         return len(self.steps["reward"]) - 1
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """As `log_*_share`: the share of the steps at which a `log_*` scalar was above 0 (no achievement)."""
+        logged = {k: v for k, v in self.steps.items() if k.startswith("log_") and v.ndim == 1}
+        return {f"{k}_share": float((v[1:] > 0).mean()) for k, v in logged.items() if ACHIEVEMENT not in k}
 
     @property
     def frames(self) -> np.ndarray | None:

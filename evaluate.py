@@ -122,17 +122,18 @@ def has_images(envs: VecEnv) -> bool:
 
 
 def outcome(episode: EvalEpisode, action_repeat: int) -> dict[str, float]:
-    """Return, length in env steps, and the highest value of each `log_*` key of one episode."""
+    """Return, length in env steps, and of each `log_*` key the highest value, and the share above 0."""
     steps = episode.steps.items()
     logged = {key: float(value.max()) for key, value in steps if key.startswith("log_") and value.ndim == 1}
-    return {"return": episode.score, "length": episode.length * action_repeat, **logged}
+    return {"return": episode.score, "length": episode.length * action_repeat, **logged, **episode.shares}
 
 
 def summarize(episodes: list[dict[str, float]], task: str) -> dict:
-    """Sums up finished episodes, each with `return`, `length` and its `log_achievement_*` values.
+    """Sums up finished episodes, each with `return`, `length` and its `log_achievement_*` and `log_*_share`.
 
     `return_interval` [low, high] is the bootstrap interval of the mean, None for a single episode.
-    `success_rates` by achievement and `score` are in percent; {} and None where the env has none.
+    `success_rates` by achievement and `score` are in percent; {} and None where the env has none. `shares`
+    are means over the episodes, for example of the steps at which the noisy TV was on (`tv`).
     """
     returns, lengths = ([episode[name] for episode in episodes] for name in ("return", "length"))
     interval = bootstrap_interval(returns, CONFIDENCE)
@@ -142,6 +143,7 @@ def summarize(episodes: list[dict[str, float]], task: str) -> dict:
         success.add(episode)
     metrics = success.metrics()
     prefix = f"{suite}/success_rate/"
+    shares = [key for key in episodes[0] if key.startswith("log_") and key.endswith("_share")]
     return {
         "return_mean": float(np.mean(returns)),
         "return_interval": None if math.isnan(interval[0]) else list(interval),
@@ -149,6 +151,7 @@ def summarize(episodes: list[dict[str, float]], task: str) -> dict:
         "length_mean": float(np.mean(lengths)),
         "score": metrics.get(f"{suite}/score"),
         "success_rates": {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix)},
+        "shares": {key[4:-6]: float(np.mean([episode[key] for episode in episodes])) for key in shares},
         "returns": returns,
         "lengths": lengths,
     }
@@ -171,6 +174,7 @@ def report(result: Mapping) -> str:
         lines.append(f"score       {result['score']:.2f} %")
         rates = sorted(result["success_rates"].items(), key=lambda item: (-item[1], item[0]))
         lines += [f"  {rate:5.1f} %  {name}" for name, rate in rates]
+    lines += [f"{name:<11} {share:.1%} of the steps" for name, share in result["shares"].items()]
     if result["videos"]:
         lines += [f"video       {video}" for video in result["videos"]]
     return "\n".join(lines)

@@ -58,6 +58,7 @@ class Logger:
         resume_step: Env step from which the run goes on; what was logged for later steps is dropped. None
             starts from nothing and drops all.
         console: False is silent; a rich Console takes the place of the standard output.
+        wandb: Is told the same scalars and videos.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Logger:
         fps: float,
         resume_step: int | None,
         console: bool | Console = True,
+        wandb: "WandbRun | None" = None,
     ):
         logdir = Path(logdir)
+        self._wandb = wandb
         self._total_steps = total_steps
         self._fps = fps
         self._sums: dict[str, float | torch.Tensor] = {}
@@ -130,6 +133,8 @@ class Logger:
             self._metrics.write(json.dumps({"step": int(step), **metrics}).encode() + b"\n")
             self._metrics.flush()
         self._events.add(step, [Summary.Value(tag=name, simple_value=v) for name, v in metrics.items()])
+        if self._wandb:
+            self._wandb.log(step, metrics)
         self._shown |= {name: metrics[name] for name in CONSOLE_METRICS if name in metrics}
         log.info(self._line(step), extra={"progress": True})
 
@@ -153,17 +158,19 @@ class Logger:
         log.info("%s", text)
 
     def video(self, name: str, frames: np.ndarray, step: int) -> None:
-        """Show frames, uint8 [T, H, W, C], in TensorBoard as an animated GIF."""
+        """Show frames, uint8 [T, H, W, C], in TensorBoard and Weights & Biases as an animated GIF."""
         frames = _to_rgb(frames)
         height, width = frames.shape[1:3]
-        image = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=encode_gif(frames, self._fps)
-        )
+        gif = encode_gif(frames, self._fps)
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
         self._events.add(step, [Summary.Value(tag=name, image=image)])
+        if self._wandb:
+            self._wandb.video(step, name, gif)
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """What was added since the last write, as plain numbers."""
+    def state_dict(self) -> dict[str, dict[str, float] | str | None]:
+        """What was added since the last write, as plain numbers, and the id of the run at W&B."""
         return {
+            "wandb": self._wandb and self._wandb.id,
             "sums": {name: float(total) for name, total in self._sums.items()},
             "counts": dict(self._counts),
             "values": dict(self._values),
@@ -184,6 +191,8 @@ class Logger:
                 self._metrics.close()
         finally:
             self._events.close()
+            if self._wandb:
+                self._wandb.close()
 
 
 class EventFile:
@@ -216,6 +225,78 @@ class EventFile:
         """Close the file."""
         with _writing(self._path):
             self._file.close()
+
+
+class WandbRun:
+    """A run at Weights & Biases, whose files go to {logdir}/wandb.
+
+    Whether and as whom it uploads is up to wandb's own settings: `wandb login`, WANDB_MODE=offline.
+
+    Args:
+        logdir: Folder of the run; made if missing.
+        project: Of W&B.
+        config: All options, as plain values.
+        run_id: Of the run that is gone on with, None for a new one. What was told of later steps stays there.
+
+    Raises UserError where the package is missing, and where it cannot start or go on.
+    """
+
+    def __init__(self, logdir: str | Path, project: str, config: dict, run_id: str | None = None):
+        try:
+            import wandb  # here, for it is large and seldom asked for
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "--wandb.enabled True needs the Python package wandb, which is not installed: "
+                "pip install -r requirements/wandb.txt"
+            ) from error
+        self._video = wandb.Video
+        self._errors = (wandb.Error, OSError)  # OSError: its process, to which all is sent, is gone
+        logdir = Path(logdir).absolute()
+        with _writing(logdir):
+            logdir.mkdir(parents=True, exist_ok=True)
+        with self._working():
+            self._run = wandb.init(
+                project=project,
+                name=logdir.name,
+                dir=logdir,
+                config=config,
+                id=run_id,
+                resume="allow" if run_id else None,
+                settings=wandb.Settings(console="off"),  # the standard output stays ours
+            )
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")  # the x-axis
+
+    @property
+    def id(self) -> str:
+        return self._run.id
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Tell scalars of an env step."""
+        # Not log(step=...): W&B drops what comes for an earlier step, as it does after a crash.
+        with self._working():
+            self._run.log({"step": step, **metrics})
+
+    def video(self, step: int, name: str, gif: bytes) -> None:
+        """Tell an animated GIF of an env step."""
+        with self._working():
+            self._run.log({"step": step, name: self._video(io.BytesIO(gif), format="gif")})
+
+    def close(self) -> None:
+        """Wait until everything is told."""
+        with self._working():
+            self._run.finish()
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+            raise UserError(
+                f"Weights & Biases: {reason}. WANDB_MODE=offline keeps all on this "
+                "machine, and --wandb.enabled False goes on without."
+            ) from error
 
 
 class Timer:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 BOOTSTRAP_RESAMPLES = 10_000
+ACHIEVEMENT = "log_achievement_"  # what the keys of achievements begin with
 
 
 class EpisodeStats:
@@ -20,6 +21,7 @@ class EpisodeStats:
         self._return = np.zeros(n_envs)
         self._steps = np.zeros(n_envs, np.int64)
         self._max: dict[str, np.ndarray] = {}  # by log key, [n]
+        self._above: dict[str, np.ndarray] = {}  # by log key, the steps at which it was above 0, [n]
 
     def add(self, step: dict[str, np.ndarray]) -> list[dict[str, float]]:
         """Take one step of all envs and return the episodes that it finished, in the envs' order.
@@ -29,7 +31,8 @@ class EpisodeStats:
 
         Returns:
             A dict for each finished episode: `return`, `length` in env steps (action repeat included;
-            the reset is none), and the highest value of each `log_*` key.
+            the reset is none), the highest value of each `log_*` key, and as `log_*_share` the share of the
+            steps at which it was above 0, achievements aside.
         """
         first = np.asarray(step["is_first"], bool)
         self._started |= first
@@ -39,6 +42,8 @@ class EpisodeStats:
             if key.startswith("log_"):
                 value = np.asarray(value, np.float64)
                 self._max[key] = np.where(first, value, np.maximum(self._max.get(key, value), value))
+                if not key.startswith(ACHIEVEMENT):
+                    self._above[key] = np.where(first, 0, self._above.get(key, 0) + (value > 0))
         return [self._episode(index) for index in np.flatnonzero(self._started & step["is_last"])]
 
     def _episode(self, index: int) -> dict[str, float]:
@@ -46,6 +51,7 @@ class EpisodeStats:
             "return": float(self._return[index]),
             "length": float(self._steps[index] * self._action_repeat),
             **{key: float(value[index]) for key, value in self._max.items()},
+            **{f"{key}_share": float(n[index] / self._steps[index]) for key, n in self._above.items()},
         }
 
     def state_dict(self) -> dict:
@@ -55,6 +61,7 @@ class EpisodeStats:
             "return": self._return.tolist(),
             "steps": self._steps.tolist(),
             "max": {key: value.tolist() for key, value in self._max.items()},
+            "above": {key: value.tolist() for key, value in self._above.items()},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -65,6 +72,7 @@ class EpisodeStats:
         self._return = np.array(state["return"], np.float64)
         self._steps = np.array(state["steps"], np.int64)
         self._max = {key: np.array(value, np.float64) for key, value in state["max"].items()}
+        self._above = {key: np.array(value, np.int64) for key, value in state["above"].items()}
 
 
 class SuccessRates:
@@ -73,8 +81,6 @@ class SuccessRates:
     `add` takes the episodes that `EpisodeStats` hands out. An achievement counts once for each episode in
     which it reached 1.
     """
-
-    PREFIX = "log_achievement_"
 
     def __init__(self, suite: str):
         self._suite = suite
@@ -85,8 +91,8 @@ class SuccessRates:
         """Count one finished episode."""
         self._episodes += 1
         for key, value in episode.items():
-            if key.startswith(self.PREFIX):
-                name = key.removeprefix(self.PREFIX)
+            if key.startswith(ACHIEVEMENT):
+                name = key.removeprefix(ACHIEVEMENT)
                 self._successes[name] = self._successes.get(name, 0) + int(value >= 1)
 
     def metrics(self) -> dict[str, float]:

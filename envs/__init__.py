@@ -11,7 +11,9 @@ An environment is any class with
 - `obs` is a dict of arrays with the keys, shapes and dtypes of `obs_space`. Images are uint8 [H, W, C].
 - `is_first`, `is_last` and `is_terminal` are filled in from reset, terminated and truncated.
 - `terminated` says that the task itself is over; a time limit is `truncated`, and nothing else.
-- `log_*` keys are float32 scalars. They are logged and never learned from.
+- `log_*` keys are float32 scalars. They are logged and never learned from: of each episode the highest value
+  as `env/*`, and the share of the steps at which it was above 0 as `env/*_share` (of evaluations
+  `eval/*_share`). `log_achievement_*` become success rates instead.
 - The same seed and the same actions give the same observations, so that a run can be resumed.
 - Actions are Discrete, MultiDiscrete, Box, or a dict of these. The range of a Box is the environment's own:
   `make_env` clips and scales to it.
@@ -87,6 +89,13 @@ def make_env(config: Any, mode: str, index: int, video: bool = False) -> wrapper
     if sizes - {tuple(config.size)}:
         env.note(f"{config.task}: images of {_listed(sizes)} pixels are resized to {_listed([config.size])}.")
         env = wrappers.Resize(env, config.size)
+    if config.noisy_tv.enabled:  # here, so that pictures are of the final size, and stacked as other frames
+        if not sizes:
+            raise UserError(
+                f"--noisy_tv.enabled True needs images, which {config.task} does not show. "
+                "Tasks of gym and dmc do so by --obs pixels."
+            )
+        env = wrappers.NoisyTV(env, **{k: v for k, v in config.noisy_tv.items() if k != "enabled"})
     if config.grayscale:
         env = wrappers.GrayScale(env)
     if config.frame_stack > 1:

@@ -12,8 +12,11 @@ import numpy as np
 from gymnasium import spaces
 
 from basics import UserError, numpy_rng
+from envs import tv_pictures
 
 Obs = dict[str, np.ndarray]
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # shares of red, green, blue in gray: ITU-R BT.601
 
 # Every observation carries these, beside the environment's own keys.
 EPISODE_SPACES = {
@@ -214,17 +217,17 @@ class Resize(ObservationWrapper):
 class GrayScale(ObservationWrapper):
     """Turns colour images [H, W, 3] to shades of gray [H, W, 1]; those of one channel stay as they are."""
 
-    _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
+    CHANNELS = (1, 3)
     needs = "images of one or three channels (uint8 [H, W, C])"
 
     def _chosen(self, key: str | None, space: spaces.Space) -> bool:
-        return is_image(space) and space.shape[2] in (1, 3)
+        return is_image(space) and space.shape[2] in self.CHANNELS
 
     def _new_space(self, space: spaces.Box) -> spaces.Box:
         return spaces.Box(0, 255, (*space.shape[:2], 1), np.uint8)
 
     def _new(self, key: str | None, value: np.ndarray) -> np.ndarray:
-        return value if value.shape[2] == 1 else (value @ self._LUMA + 0.5).astype(np.uint8)[..., None]
+        return value if value.shape[2] == 1 else gray(value)
 
 
 class FrameStack(ObservationWrapper):
@@ -289,47 +292,89 @@ class NormalizeObservation(ObservationWrapper):
         return np.asarray((value - mean) / std, np.float32)
 
 
-class NoisyTV(ObservationWrapper):
-    """A television that shows noise in the place of the images, to tempt the curious.
+class NoisyTV(Wrapper):
+    """A television that shows a random picture in the place of the images, to tempt the curious.
 
-    With `probability` None there is one more discrete action: it switches the television on for one step,
-    in which the environment does action 0. Else each step shows noise with that probability.
+    With discrete actions there are `actions` more; each switches it on for one step. With continuous ones,
+    from -1 to 1, it is on in the steps whose action has a component larger than `threshold` in size (the
+    maximum norm), so that an agent can keep away from it and still solve the task. Either way the environment
+    then does nothing: action number `noop`, or zeros, which is the middle of the range. The observation
+    `log_tv` is 1 where it is on. A gymnasium env's observation without keys becomes the key `observation`.
+
+    Args:
+        noise: False is the control: the same actions do nothing, and no picture is shown.
+        data: where CIFAR-10 is, the pictures to show; None generates some (`tv_pictures.pictures`). They are
+            tiled over the frame, or cut off where it is smaller, in gray where it is gray.
     """
 
-    def __init__(self, env: Any, probability: float | None = None):
-        super().__init__(env)
-        self._probability = probability
-        self._on = False
-        self._random = np.random.default_rng()
-        if probability is None:
-            name, space = _action_space(env)
-            if not isinstance(space, spaces.Discrete) or space.start:
-                raise UserError(
-                    f"NoisyTV adds an action to one Discrete action; the environment has {space}. "
-                    "NoisyTV(env, probability=0.1) needs none."
-                )
-            self._switch = int(space.n)
-            setattr(self, name, spaces.Discrete(self._switch + 1))
+    KEY = "log_tv"
 
-    def reset(self, *, seed: int | None = None, **kwargs) -> tuple[Any, dict]:
+    def __init__(
+        self,
+        env: Any,
+        actions: int = 1,
+        threshold: float = 0.9,
+        noise: bool = True,
+        noop: int = 0,
+        data: str | None = None,
+    ):
+        super().__init__(env)
+        self._threshold = threshold
+        self._random = np.random.default_rng()
+        name, space = _observation_space(env)
+        entries = dict(_keyed(space))
+        self._images = [key for key, entry in entries.items() if is_image(entry)]
+        if not self._images or any(entries[key].shape[2] not in GrayScale.CHANNELS for key in self._images):
+            raise UserError(f"NoisyTV needs {GrayScale.needs}; the environment has {', '.join(entries)}.")
+        entries[self.KEY] = spaces.Box(0, 1, (), np.float32)
+        setattr(self, name, entries if name == "obs_space" else spaces.Dict(entries))
+
+        name, space = _action_space(env)
+        self._first_switch = None
+        if isinstance(space, spaces.Discrete):
+            if noop >= space.n:
+                raise UserError(f"NoisyTV: there is no action {noop} to do nothing by; there are {space.n}.")
+            self._noop = int(space.start) + noop
+            self._first_switch = int(space.start + space.n)
+            setattr(self, name, spaces.Discrete(int(space.n) + actions, start=int(space.start)))
+        elif isinstance(space, spaces.Box) and (space.low == -1).all() and (space.high == 1).all():
+            self._noop = np.zeros(space.shape, space.dtype)
+        else:
+            raise UserError(
+                "NoisyTV needs one Discrete action, or one Box from -1 to 1 (NormalizeActions makes it so); "
+                f"the environment has {space}."
+            )
+        self._pictures = tv_pictures.pictures(data) if noise else None  # [N, 32, 32, 3]
+
+    def reset(self, *, seed: int | None = None, **kwargs) -> tuple[Obs, dict]:
         if seed is not None:
             self._random = numpy_rng(seed, "noisy_tv")
-        self._on = False
-        return super().reset(seed=seed, **kwargs)
+        obs, info = self.env.reset(seed=seed, **kwargs)
+        return self._watch(obs, on=False), info
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        if self._probability is None:
-            self._on = bool(action == self._switch)
-            action = 0 if self._on else action
+    def step(self, action: Any) -> tuple[Obs, float, bool, bool, dict]:
+        if self._first_switch is None:
+            on = bool(np.abs(action).max() > self._threshold)
         else:
-            self._on = self._random.random() < self._probability
-        return super().step(action)
+            on = bool(action >= self._first_switch)
+        obs, *rest = self.env.step(self._noop if on else action)
+        return self._watch(obs, on), *rest
 
-    def _new_space(self, space: spaces.Box) -> spaces.Box:
-        return space
+    def _watch(self, obs: Any, on: bool) -> Obs:
+        obs = {**_keyed(obs), self.KEY: np.asarray(on, np.float32)}
+        if on and self._pictures is not None:
+            picture = self._pictures[self._random.integers(len(self._pictures))]
+            obs |= {key: _tiled(picture, obs[key].shape) for key in self._images}
+        return obs
 
-    def _new(self, key: str | None, value: np.ndarray) -> np.ndarray:
-        return self._random.integers(0, 256, value.shape, np.uint8) if self._on else value
+
+def _tiled(picture: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """A picture [h, w, 3] repeated over a frame of `shape` [H, W, 1 or 3], from its upper left corner on."""
+    height, width, channels = shape
+    if channels == 1:
+        picture = gray(picture)
+    times = (-(-height // picture.shape[0]), -(-width // picture.shape[1]), 1)
+    return np.tile(picture, times)[:height, :width]
 
 
 class AudioInject(Wrapper):
@@ -344,7 +389,7 @@ class AudioInject(Wrapper):
         self._dim, self._std = audio_dim, noise_std
         self._random = np.random.default_rng()
         name, space = _observation_space(env)
-        entries = dict(space) if isinstance(space, Mapping) else {"observation": space}
+        entries = dict(_keyed(space))
         if "audio" in entries:
             raise UserError(f"AudioInject: the environment has audio of its own, {entries['audio']}.")
         entries["audio"] = spaces.Box(-np.inf, np.inf, (audio_dim,), np.float32)
@@ -361,9 +406,8 @@ class AudioInject(Wrapper):
         return self._with_audio(obs), *rest
 
     def _with_audio(self, obs: Any) -> dict:
-        obs = obs if isinstance(obs, Mapping) else {"observation": obs}
         noise = self._std * self._random.standard_normal(self._dim, np.float32)
-        return {**obs, "audio": np.asarray(noise, np.float32)}
+        return {**_keyed(obs), "audio": np.asarray(noise, np.float32)}
 
 
 class RenderVideo(Wrapper):
@@ -398,6 +442,16 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return image
     resized = cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA)
     return resized.reshape(*size, image.shape[2])  # a single channel gets lost in between
+
+
+def gray(image: np.ndarray) -> np.ndarray:
+    """The shades of gray [H, W, 1] of a colour image [H, W, 3]."""
+    return (image @ LUMA + 0.5).astype(np.uint8)[..., None]
+
+
+def _keyed(obs: Any) -> Mapping:
+    """An observation, or a space, by key, also where a gymnasium environment has none."""
+    return obs if isinstance(obs, Mapping) else {"observation": obs}
 
 
 def _observation_space(env: Any) -> tuple[str, Any]:

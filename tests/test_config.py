@@ -542,6 +542,18 @@ def test_crafter_without_gpu_takes_the_cpu_preset_and_says_so():
     assert len(result.notes) == 1 and "Preset cpu added" in result.notes[0]
 
 
+def test_lpm_noisytv_is_small_on_a_cpu_and_sizes_win():
+    small = load("--configs lpm_noisytv", has_cuda=False)
+    assert small.presets == ["lpm_noisytv", "cpu"] and small.rssm.deter == 512
+    assert (small.task, small.obs, small.size) == ("gym_Pendulum-v1", "pixels", [64, 64])
+    assert small.noisy_tv.enabled and small.expl_behavior == "lpm"
+    for size in ("debug", "size1m"):
+        sized = load(f"--configs {size} lpm_noisytv --noisy_tv.enabled False", has_cuda=False)
+        assert sized.presets == ["lpm_noisytv", size] and sized.expl_behavior == "lpm"
+        assert dict(sized.actor) == dict(load(f"--configs {size}").actor)
+        assert not sized.noisy_tv.enabled
+
+
 def test_options_win_over_the_added_preset():
     assert load("--configs crafter --batch_size 5", has_cuda=False).batch_size == 5
 

@@ -227,7 +227,8 @@ def test_docs_logs_explains_each_metric_and_no_other(workdir):
     metrics = metrics_of(workdir / "logdir" / "debug")
     for name in metrics:
         assert any(fnmatchcase(name, pattern) for pattern in patterns), f"{name} is not explained"
-    for absent in ("loss/vector", "loss/audio"):  # Crafter has none
+    absents = ("loss/vector", "loss/audio", "env/tv", "env/tv_share", "eval/tv_share")
+    for absent in absents:  # Crafter has none
         patterns.remove(absent)
     for pattern in patterns:
         assert any(fnmatchcase(name, pattern) for name in metrics), f"{pattern} is not logged"
@@ -267,7 +268,10 @@ def test_every_suite_is_listed_with_tasks_that_exist(readme):
             envs.make_env(config.load(["--task", task]), "train", 0)
 
 
-@pytest.mark.parametrize("page", [*READMES, *(f"docs/{name}.md" for name in ("logs", "workers", "audio"))])
+PAGES = ("logs", "workers", "audio", "exploration")
+
+
+@pytest.mark.parametrize("page", [*READMES, *(f"docs/{name}.md" for name in PAGES)])
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target

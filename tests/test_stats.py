@@ -37,6 +37,23 @@ def test_length_counts_env_steps_with_action_repeat():
     assert _feed(EpisodeStats(1, action_repeat=4), EPISODE)[0]["length"] == 8.0
 
 
+def test_share_of_the_steps_at_which_a_log_key_was_above_0():
+    def steps(*values):
+        for index, value in enumerate(values):
+            flags = {"is_first": np.array([index == 0]), "is_last": np.array([index == len(values) - 1])}
+            yield {"reward": np.zeros(1), "log_tv": np.array([value], np.float32), **flags}
+
+    stats = EpisodeStats(1, action_repeat=2)
+    first, second = _feed(stats, [*steps(1, 0, 0.5, 0, 0), *steps(0, 1, 1)])  # the reset is no step
+    assert (first["log_tv"], first["log_tv_share"]) == (1.0, 0.25)
+    assert (second["log_tv"], second["log_tv_share"]) == (1.0, 1.0)
+    open_episode = list(steps(0, 1, 0, 1))
+    _feed(stats, open_episode[:2])
+    resumed = EpisodeStats(1, action_repeat=2)
+    resumed.load_state_dict(stats.state_dict())
+    assert _feed(resumed, open_episode[2:])[0]["log_tv_share"] == pytest.approx(2 / 3)
+
+
 def test_nothing_leaks_from_an_episode_into_the_next():
     second = list(_steps((0, True, False, 0), (0.25, False, True, 0)))
     episodes = _feed(EpisodeStats(1), EPISODE + second)

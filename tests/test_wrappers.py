@@ -51,7 +51,6 @@ IMAGE_WRAPPERS = [
     (lambda env: wrappers.Resize(env, (64, 64)), (64, 64, 3)),
     (lambda env: wrappers.GrayScale(env), (20, 24, 1)),
     (lambda env: wrappers.FrameStack(env, 4), (20, 24, 12)),
-    (lambda env: wrappers.NoisyTV(env, probability=0.5), (20, 24, 3)),
     (lambda env: wrappers.FrameStack(wrappers.GrayScale(wrappers.Resize(env, (8, 8))), 2), (8, 8, 2)),
 ]
 
@@ -117,16 +116,6 @@ def test_one_hot_action_is_the_action_that_it_names_and_the_agent_chooses_among_
     assert adapted.act_space == spaces.Discrete(3)
     adapted.step(2)
     assert bare.taken == [2, 3]
-
-
-def test_noisy_tv_has_one_more_action_which_shows_noise_and_does_action_0():
-    env, bare = wrappers.NoisyTV(dummy()), dummy()
-    assert env.act_space == spaces.Discrete(5)
-    noisy, plain = play(env, [1, 4, 2]), play(bare, [1, 0, 2])
-    same = [np.array_equal(a["image"], b["image"]) for a, b in zip(noisy, plain, strict=True)]
-    assert same == [True, True, False, True]
-    assert all(np.array_equal(a["vector"], b["vector"]) for a, b in zip(noisy, plain, strict=True))
-    assert len(np.unique(noisy[2]["image"])) > 200
 
 
 def test_audio_inject_adds_zeros_plus_noise():
