@@ -33,7 +33,7 @@ LENGTH = 100  # steps of an episode
 SIDE = 4  # pixels of a picture, each way
 PICTURES = np.random.default_rng(0).choice(np.float32([-1, 1]), (1000, SIDE * SIDE))  # black and white
 
-WALL, FLOOR, AGENT, GLASS = ((90, 90, 100), (235, 230, 220), (40, 90, 220), (60, 20, 20))
+WALL, FLOOR, ALCOVE, AGENT = ((90, 90, 100), (235, 230, 220), (240, 190, 120), (40, 90, 220))
 
 
 def make(name: str) -> "TVRoom":
@@ -80,16 +80,15 @@ class TVRoom:
         return self._obs(), 0.0, False, self._step >= LENGTH, {}
 
     def render(self) -> np.ndarray:
-        """The flat from above, and what the television shows in the alcove: uint8 [H, W, 3]."""
+        """The flat from above, and what the television shows, below the alcove: uint8 [H, W, 3]."""
         tile = 2 * SIDE  # pixels of a cell, each way
         image = np.array([[WALL if cell == "#" else FLOOR for cell in cells] for cells in PLAN], np.uint8)
-        image[FREE[TV]] = GLASS
+        image[FREE[TV]] = ALCOVE
         image[FREE[self._cell]] = AGENT
         image = image.repeat(tile, 0).repeat(tile, 1)
-        if self._cell == TV:
-            row, column = (tile * i for i in FREE[TV])
-            picture = np.uint8(255 * (self._screen > 0)).reshape(SIDE, SIDE)
-            image[row + tile : row + tile + SIDE, column : column + SIDE] = picture[..., None]
+        row, column = (tile * place for place in FREE[TV])
+        picture = np.uint8(255 * (self._screen > 0)).reshape(SIDE, SIDE).repeat(2, 0).repeat(2, 1)
+        image[row + tile : row + 2 * tile, column : column + tile] = picture[..., None]
         return image
 
     def _obs(self) -> dict[str, np.ndarray]:

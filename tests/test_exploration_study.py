@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -95,9 +96,13 @@ def test_an_episode_ends_by_truncation_and_is_drawn():
     plain = bare.render()
     for action in TO_TV:
         bare.step(action)
-    assert plain.dtype == np.uint8 and plain.shape == bare.render().shape
-    changed = (plain != bare.render()).any(-1).any(1).nonzero()[0]
-    assert changed.size, "the agent has moved"
+    drawn = bare.render()
+    assert plain.dtype == np.uint8 and plain.shape == drawn.shape
+    tile = drawn.shape[0] // len(tv_room.PLAN)
+    row, column = (tile * place for place in tv_room.FREE[tv_room.TV])
+    assert (drawn[row : row + tile, column : column + tile] == tv_room.AGENT).all()
+    set_below = (slice(row + tile, row + 2 * tile), slice(column, column + tile))
+    assert (plain[set_below] == 0).all() and {0, 255} == set(drawn[set_below].ravel().tolist())
 
 
 def test_unknown_room_names_the_nearest():
@@ -176,6 +181,32 @@ def test_the_bars_of_the_room():
 
 
 # Runs
+
+
+def documented() -> list[list[str]]:
+    text = (ROOT / "docs" / "exploration.md").read_text(encoding="utf-8")
+    return [shlex.split(line) for line in re.findall(r"^    python3 (.+)$", text, re.MULTILINE)]
+
+
+def test_each_study_has_a_command_in_the_docs_that_is_understood():
+    studies = []
+    for script, *options in documented():
+        if script == "dreamer.py":
+            config.load(options)
+            continue
+        assert script == "benchmarks/exploration.py"
+        args, more = study.parse(options)
+        assert not more
+        studies.append(args.study)
+    assert set(studies) == {"digits", *study.STUDIES}
+
+
+def test_every_option_and_task_that_the_page_names_exists():
+    text = (ROOT / "docs" / "exploration.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:--)?((?:expl|disag|lpm|noisy_tv)[_.]\w+)`", text)
+    assert named and set(named) <= set(config.read().options) | {"lpm_noisytv"}
+    for task in re.findall(r"`(tvroom_\w+)`", text):
+        room(task)
 
 
 @pytest.mark.parametrize("name", study.STUDIES)

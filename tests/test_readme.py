@@ -267,7 +267,9 @@ def test_every_suite_is_listed_with_tasks_that_exist(readme):
             envs.make_env(config.load(["--task", task]), "train", 0)
 
 
-@pytest.mark.parametrize("page", [*READMES, *(f"docs/{name}.md" for name in ("logs", "workers", "audio"))])
+@pytest.mark.parametrize(
+    "page", [*READMES, *(f"docs/{name}.md" for name in ("logs", "workers", "audio", "exploration"))]
+)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
         assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
