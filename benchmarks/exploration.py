@@ -49,7 +49,7 @@ EXPLORERS = {
 }
 ROOM = (
     "--device cpu --precision float32 --threads 1 --steps 4000 --prefill 200 --train_ratio 64 --eval_every 0 "
-    "--log_every 100 --save_every 1000 --replay.capacity 5000 --expl_extr_scale 0 "
+    "--log_every 100 --save_every 1000 --replay.capacity 10000 --expl_extr_scale 0 "
     # A tiny model, and short sequences: the agent's cell is all that there is to know.
     "--batch_size 32 --batch_length 8 --imag_last 2 --imag_horizon 8 "
     "--rssm.deter 128 --rssm.hidden 64 --rssm.stoch 8 --rssm.classes 8 --rssm.blocks 4 --decoder.bspace 4 "
@@ -471,7 +471,8 @@ def run_all(commands: Mapping[Path, Sequence[str]], jobs: int) -> Iterable[Path]
                 if process.poll() is not None:
                     del running[place]
                     if process.returncode:
-                        raise UserError(f"The run in {place} failed; see {_log(place)}")
+                        last = _log(place).read_text(encoding="utf-8").splitlines()[-1:]
+                        raise UserError(f"The run in {place} failed: {' '.join(last)} (see {_log(place)})")
                     yield place
             time.sleep(POLL)
     finally:
@@ -497,7 +498,7 @@ def _log(place: Path) -> Path:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    atomic_write(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    atomic_write(path, lambda file: file.write((json.dumps(value) + "\n").encode()))
 
 
 def _read_json(path: Path) -> dict:

@@ -256,9 +256,8 @@ TINY = (
 
 def test_a_run_that_fails_names_its_log(tmp_path):
     words = ["python3", "dreamer.py", "--task", "tvroom_nose", "--logdir", str(tmp_path / "run")]
-    with pytest.raises(UserError, match=r"run failed; see .*run\.log"):
+    with pytest.raises(UserError, match=r"run failed: .*Did you mean tvroom_noise.*run\.log"):
         list(study.run_all({tmp_path / "run": words}, 2))
-    assert "Did you mean tvroom_noise" in (tmp_path / "run.log").read_text()
 
 
 @pytest.mark.slow
