@@ -121,14 +121,14 @@ def test_room_measures_of_a_run_that_was_done_by_hand():
     start, tv = tv_room.START, tv_room.TV
     other, far = 0, 1
     assert len({start, tv, other, far}) == 4
-    # Eight steps in two episodes; the prefill is the first two. A reset at the start is no step.
-    measured = study.room_measures(positions([start, tv, other, other, tv], [start, start, far, tv, tv]), 2)
-    assert measured["tv_share"] == pytest.approx(100 * 3 / 6)
+    # Eight steps in two episodes; the prefill is the first. The reset is no step.
+    measured = study.room_measures(positions([start, tv, other, tv, tv], [start, far, start, tv, tv]), 1)
+    assert measured["tv_share"] == pytest.approx(100 * 4 / 7)
     assert measured["tv_share_late"] == pytest.approx(100 * 2 / 4)
     assert (measured["cells_halfway"], measured["cells"]) == (3, 4)
-    assert measured["curves"] == {"steps": [4, 8], "cells": [3, 4], "tv_share": [50, 50]}
+    assert measured["curves"] == {"steps": [4, 8], "cells": [3, 4], "tv_share": [75, 50]}
     visits = measured["visits"]
-    assert [visits[cell] for cell in (start, tv, other, far)] == [1, 4, 2, 1] and sum(visits) == 8
+    assert [visits[cell] for cell in (start, tv, other, far)] == [1, 5, 1, 1] and sum(visits) == 8
 
 
 def test_pendulum_measures_are_of_the_last_quarter():
