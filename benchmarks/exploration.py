@@ -56,9 +56,9 @@ ROOM = (
     "--encoder.mlp_layers 1 --encoder.mlp_units 64 --decoder.mlp_layers 1 --decoder.mlp_units 64 "
     "--reward_head.units 64 --cont_head.units 64 "
     "--actor.layers 2 --actor.units 64 --critic.layers 2 --critic.units 64 "
-    # Only 1 of 121 numbers tells the cell: with less weight it is not worth the nats that it costs.
+    # Only 1 of 101 numbers tells the cell: with less weight it is not worth the nats that it costs.
     "--loss_scales.vector 100 --rssm.free_nats 0.1 "
-    "--opt.lr 1e-3 --model_lr 3e-3 --opt.warmup 50"
+    "--opt.lr 1e-3 --model_lr 3e-3 --opt.warmup 50 --actor.entropy 1e-2"
 )
 TELEVISION = {"noise": "--task tvroom_noise", "still": "--task tvroom_still"}
 PENDULUM = (
