@@ -59,6 +59,7 @@ REGISTRY: dict[str, str | Callable[..., Any]] = {
     "minecraft": "envs.minecraft:make",
     "minigrid": "envs.minigrid:make",
     "soundsearch": "envs.sound_search:make",
+    "tvroom": "envs.tv_room:make",
 }
 
 NOT_FOR_3_13 = ("dm_control", "labmaze", "memory_maze")
