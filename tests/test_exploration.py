@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from run_helpers import TINY, main, metrics, train
+from run_helpers import main, metrics, train
 from test_models import CONTINUOUS, OBS, make_agent, make_batch, unsettle
 
 import config as configs
