@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_benchmarks import commands
 
 import config
 import envs
@@ -183,14 +184,9 @@ def test_the_bars_of_the_room():
 # Runs
 
 
-def documented() -> list[list[str]]:
-    text = (ROOT / "docs" / "exploration.md").read_text(encoding="utf-8")
-    return [shlex.split(line) for line in re.findall(r"^    python3 (.+)$", text, re.MULTILINE)]
-
-
 def test_each_study_has_a_command_in_the_docs_that_is_understood():
     studies = []
-    for script, *options in documented():
+    for script, *options in commands("exploration.md"):
         if script == "dreamer.py":
             config.load(options)
             continue
