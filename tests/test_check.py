@@ -361,7 +361,7 @@ def test_the_watch_ends_and_costs_nothing_after_the_first_steps(monkeypatch):
     env.reset(seed=1)
 
 
-@pytest.mark.parametrize("task", ["custom_task_name", "dummy_mixed", "dummy_continuous"])
+@pytest.mark.parametrize("task", ["custom_task_name", "dummy_mixed", "dummy_continuous", "tvroom_noise"])
 def test_environments_of_ours_have_no_errors(task):
     assert checks.check(configs.load(["--task", task])).errors == 0
 

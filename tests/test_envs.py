@@ -62,7 +62,10 @@ def differ(lhs: list[dict], rhs: list[dict], key: str) -> bool:
 # The contract
 
 
-@pytest.mark.parametrize("task", [*DUMMY_TASKS, "crafter_reward", "soundsearch_room", "soundsearch_shuffled"])
+OTHER_TASKS = ["crafter_reward", "soundsearch_room", "soundsearch_shuffled", "tvroom_noise", "tvroom_still"]
+
+
+@pytest.mark.parametrize("task", [*DUMMY_TASKS, *OTHER_TASKS])
 def test_observations_match_the_spaces_and_flags_match_the_episode(task):
     env = make(task, size=[48, 40], time_limit=10)
     assert set(env.act_space) == {"action"}
