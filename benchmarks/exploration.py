@@ -58,7 +58,7 @@ ROOM = (
     "--actor.layers 2 --actor.units 64 --critic.layers 2 --critic.units 64 "
     # Only 1 of 101 numbers tells the cell: with less weight it is not worth the nats that it costs.
     "--loss_scales.vector 100 --rssm.free_nats 0.1 "
-    "--opt.lr 1e-3 --model_lr 3e-3 --opt.warmup 50 --actor.entropy 1e-2"
+    "--opt.lr 1e-3 --model_lr 3e-3 --opt.warmup 50 --actor.entropy 3e-2"
 )
 TELEVISION = {"noise": "--task tvroom_noise", "still": "--task tvroom_still"}
 PENDULUM = (
