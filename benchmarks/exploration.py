@@ -330,6 +330,7 @@ def draw_crafter(result: dict, out: Path) -> None:
     right.invert_yaxis()
     right.set(title="success rate", xlabel="percent of all training episodes")
     left.set(title="achievements unlocked so far", xlabel="env steps", ylabel="of 22")
+    left.yaxis.get_major_locator().set_params(integer=True)
     left.legend()
     figure.savefig(out, dpi=80)
 
