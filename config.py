@@ -50,15 +50,21 @@ FROZEN = {
         *("size", "actor_dist", "rssm.deter", "rssm.hidden", "rssm.stoch", "rssm.classes", "rssm.blocks"),
         *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*coder.audio_*", "audio.*"),
         *("*.strided", "*.bspace"),
-        *("*.layers", "*.units", "*.bins", "reward_head.dist", "critic.dist"),
+        *("*head.layers", "*head.units", "actor.layers", "actor.units", "critic.layers", "critic.units"),
+        *("*.bins", "reward_head.dist", "critic.dist"),
+    ),
+    "explorer": (
         *("expl_behavior", "expl_task_actor", "disag_models", "disag_target", "disag_layers", "disag_units"),
-        *("lpm.fifo", "lpm.share"),
+        *("lpm.layers", "lpm.units", "lpm.error", "lpm.error_floor"),
     ),
 }
 FROZEN_REASONS = {
     "task": "the replay and the step count belong to the old task",
     "network": "the checkpoint's networks have the old shape",
+    "explorer": "the checkpoint's explorer is the old one",
 }
+# Frozen options that only count for some explorers.
+ONLY_FOR = {"disag_*": ("plan2explore",), "lpm.*": ("lpm",)}
 
 # Names known from dreamerv3-torch, dreamerv3, r2dreamer and the older LoRe. A note may follow in brackets.
 RENAMED = {
@@ -795,8 +801,13 @@ def resume_changes(saved: Config, config: Config) -> list[str]:
         for name in new
         if name not in RUN_PATHS and old[name] != new[name]
     }
+    idle = [p for p, explorers in ONLY_FOR.items() if config.expl_behavior not in explorers]
     for reason, patterns in FROZEN.items():
-        refused = [text for name, text in changed.items() if any(fnmatchcase(name, p) for p in patterns)]
+        refused = [
+            text
+            for name, text in changed.items()
+            if any(fnmatchcase(name, p) for p in patterns) and not any(fnmatchcase(name, p) for p in idle)
+        ]
         if refused:
             more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
             raise UserError(

@@ -31,7 +31,7 @@ from basics import UserError, numpy_rng
 from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
-from exploration import EXPLORERS, Greedy, Random
+from exploration import EXPLORERS, Greedy, Random, param_group
 from logger import Logger, Timer, WandbRun, add_heat_strip, write_mp4, write_wav
 from parallel import VecEnv, make_vec
 from replay import Replay
@@ -116,23 +116,23 @@ class Dreamer:
     def _param_groups(self) -> list[dict]:
         """One optimiser over all, with learning rates of their own where the config gives them."""
         c = self.config
-        modules = (
-            (self.world_model, c.model_lr),
-            (self.behavior.actor, c.actor_lr),
-            (self.behavior.critic, c.critic_lr),
+        return [
+            param_group(self.world_model, c.model_lr),
+            param_group(self.behavior.actor, c.actor_lr),
+            param_group(self.behavior.critic, c.critic_lr),
             *self.explorer.param_groups(),
-        )
-        return [{"params": list(m.parameters()), "lr": c.opt.lr if lr is None else lr} for m, lr in modules]
+        ]
 
     def _compile(self) -> None:
         """Compile the functions that training calls, in place: so checkpoints keep their names."""
+        parts = (self.behavior, *self.explorer.children())
+        behaviors = [part for part in parts if isinstance(part, models.ImagBehavior)]
         compiled = (
             (self.world_model.encoder, "forward"),
             (self.world_model.decoder, "forward"),
             (self.rssm, "observe_step"),
             (self.rssm, "imagine"),
-            (self.behavior.actor, "forward"),
-            (self.behavior.critic, "forward"),
+            *((part, "forward") for own in behaviors for part in (own.actor, own.critic)),
         )
         for module, name in compiled:
             setattr(module, name, torch.compile(getattr(module, name)))
@@ -171,15 +171,15 @@ class Dreamer:
         return self.actions.decode(action), {**post, "action": action}, latents
 
     @torch.no_grad()
-    def curiosity(self, state: dict[str, Tensor]) -> Arrays:
-        """The reward `intrinsic` [n] that the explorer expects of a state and the action taken in it.
+    def curiosity(self, state: dict[str, Tensor]) -> np.ndarray | None:
+        """The intrinsic reward [n] that is expected of a state and the action taken in it.
 
-        `state` is one that `act` returned. Empty where nobody is curious.
+        `state` is one that `act` returned. None where nobody is curious, or not any more.
         """
-        if not self.explorer.curious:
-            return {}
+        if not (self.explorer.curious and self.exploring):
+            return None
         reward = self.explorer.intrinsic(self.rssm.feat(state), state["action"])
-        return {"intrinsic": reward.float().cpu().numpy()}
+        return reward.float().cpu().numpy()
 
     def train(self, batch: Mapping[str, np.ndarray | Tensor]) -> tuple[dict[str, Tensor], Arrays | None]:
         """One update from sequences [B, context + T, ...], as arrays or as `upload` gives them.
@@ -266,15 +266,17 @@ class Dreamer:
         Without `resume` random states stay as they are, and so does an explorer that is not the
         checkpoint's. Raises UserError where a shape differs.
         """
-        notes, parts, groups = [], list(self.weights()), None
-        if not resume and _shapes(self.explorer.state_dict()) != _shapes(state["explorer"]):
+        notes, groups = [], None
+        weights = {name: state[name] for name in self.weights()}
+        weights["explorer"] = self.explorer.adopt(state["explorer"], resume)
+        if not resume and _shapes(self.explorer.state_dict()) != _shapes(weights["explorer"]):
             notes = [
                 f"The checkpoint has another explorer than {self.config.expl_behavior}, which starts anew"
             ]
-            parts.remove("explorer")
+            del weights["explorer"]
             groups = len(self.opt.param_groups) - len(self.explorer.param_groups())
-        for name in parts:
-            _load_weights(getattr(self, name), state[name], name)
+        for name, value in weights.items():
+            _load_weights(getattr(self, name), value, name)
         self.opt.load_state_dict(state["optimizer"], groups)
         self._record()  # a recorded update writes the moments that were replaced
         self.updates = state["updates"]
@@ -812,9 +814,13 @@ class Run:
 
 @dataclass
 class EvalEpisode:
-    """One finished episode as arrays [L, ...] by key, actions included, from the reset on."""
+    """One finished episode as arrays [L, ...] by key, actions included, from the reset on.
+
+    `intrinsic` [L] is the reward that a curious agent expected at each step.
+    """
 
     steps: Arrays
+    intrinsic: np.ndarray | None = None
 
     @property
     def score(self) -> float:
@@ -849,8 +855,8 @@ def newest(frames: np.ndarray, stack: int) -> np.ndarray:
 def shown(episode: EvalEpisode, stack: int) -> np.ndarray:
     """The newest of `stack` images of each step, over a strip of intrinsic rewards where there are any."""
     frames = newest(episode.frames, stack)
-    if "intrinsic" in episode.steps:
-        frames = add_heat_strip(frames, episode.steps["intrinsic"])
+    if episode.intrinsic is not None:
+        frames = add_heat_strip(frames, episode.intrinsic)
     return frames
 
 
@@ -880,31 +886,37 @@ def play_episodes(
     share: int,
     generator: torch.Generator,
     first: int = 0,
-    curiosity: Callable[[dict[str, Tensor]], Arrays] = lambda state: {},
+    curiosity: Callable[[dict[str, Tensor]], np.ndarray | None] = lambda state: None,
 ) -> Iterator[EvalEpisode]:
     """Play `share` full episodes in each env, from episode number `first` on; yields them as they finish.
 
     Each env counts the same number, so that envs whose episodes are short do not weigh more. `agent` is
-    anything with the agent's `initial_state` and `act`. What `curiosity` tells of the state [n, ...] that
-    `act` returns is kept with the steps.
+    anything with the agent's `initial_state` and `act`. `curiosity` tells the intrinsic rewards [n] of the
+    state that `act` returns.
     """
     amount = len(envs)
     obs, state = envs.reset(first), agent.initial_state(amount)
     running: list[list[Arrays]] = [[] for _ in range(amount)]
+    rewards: list[list[float]] = [[] for _ in range(amount)]  # intrinsic ones
     left = [share] * amount
     while any(left):
         action, state, _ = agent.act(obs, state, generator)
-        heat = curiosity(state)
+        intrinsic = curiosity(state)
         for index, steps in enumerate(running):
             if not left[index]:
                 continue
             if obs["is_first"][index]:
                 steps.clear()  # the env's worker was restarted: the episode that it broke off does not count
-            steps.append({key: value[index] for key, value in {**obs, **action, **heat}.items()})
+                rewards[index].clear()
+            steps.append({key: value[index] for key, value in {**obs, **action}.items()})
+            if intrinsic is not None:
+                rewards[index].append(intrinsic[index])
             if obs["is_last"][index]:
                 left[index] -= 1
-                yield EvalEpisode({k: np.stack([s[k] for s in steps]) for k in steps[0]})
+                arrays = {k: np.stack([s[k] for s in steps]) for k in steps[0]}
+                yield EvalEpisode(arrays, np.array(rewards[index]) if rewards[index] else None)
                 steps.clear()
+                rewards[index].clear()
         if any(left):
             obs = envs.step(action)
 

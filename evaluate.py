@@ -46,8 +46,8 @@ class RandomAgent:
     def act(self, obs: Arrays, state: dict, generator: torch.Generator) -> tuple[Arrays, dict, Arrays]:
         return self._random.act(len(obs["is_first"])), state, {}
 
-    def curiosity(self, state: dict) -> Arrays:
-        return {}
+    def curiosity(self, state: dict) -> None:
+        """There is none."""
 
 
 def evaluate(

@@ -23,7 +23,7 @@ from models import Data, ImagBehavior, Losses, Metrics, WorldModel, frozen, task
 from networks import State, action_classes
 
 FIFO_BATCHES = 16  # what lpm.fifo auto holds
-ROWS = 1024  # of an ensemble on a CPU at a time: what they need stays in its cache
+ROWS = 1024  # of an ensemble at a time: what it predicts for all imagined states would take gigabytes
 SMALLEST_STD = 1e-6  # of ensemble members: its square root still has a gradient, and its logarithm is finite
 
 
@@ -146,7 +146,7 @@ class Ensemble(nn.Module):
 
     def spread(self, x: Tensor) -> Tensor:
         """`spread` of the members' predictions for x [N, inputs]: [N]."""
-        if torch.is_grad_enabled() or networks.fused_by_torch(x):
+        if torch.is_grad_enabled():
             return spread(self(x))
         return torch.cat([spread(self(rows)) for rows in x.split(ROWS)])
 
@@ -164,16 +164,18 @@ class RewardNorm(nn.Module):
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
-        self.register_buffer("moments", torch.zeros(2))  # running means of x and x^2
+        # Running means of 1, x and x^2: the first one says how much of the zeros is still in the others.
+        self.register_buffer("moments", torch.zeros(3))
 
     @torch.no_grad()
     def update(self, mean: Tensor, square: Tensor) -> None:
-        new = torch.stack([mean, square])
+        """Move towards the mean of x and of x^2."""
+        new = torch.stack([torch.ones_like(mean), mean, square])
         self.moments.lerp_(torch.where(new.isfinite().all(), new, self.moments), self.rate)
 
     @property
     def scale(self) -> Tensor:
-        mean, square = self.moments
+        mean, square = self.moments[1:] / self.moments[0].clamp(min=1e-30)
         return (square - mean.square()).clamp(min=1).sqrt()
 
 
@@ -222,8 +224,8 @@ class Greedy(nn.Module):
     def __init__(self, world_model: WorldModel, config: Mapping):
         super().__init__()
 
-    def param_groups(self) -> list[tuple[nn.Module, float | None]]:
-        """All that the optimiser is to train of it, each with its learning rate; None is opt.lr."""
+    def param_groups(self) -> list[dict[str, Any]]:
+        """All that the optimiser is to train of it, as `param_group` makes it."""
         return []
 
     def actor(self, task: ImagBehavior) -> Any:
@@ -243,6 +245,13 @@ class Greedy(nn.Module):
     def update_slow_critic(self) -> None:
         """Move the slow critic of its own actor-critic, where it has one."""
 
+    def adopt(self, weights: Mapping[str, Tensor], resume: bool) -> dict[str, Tensor]:
+        """Those `weights` of a checkpoint's explorer that this one goes on with.
+
+        Without `resume` it begins a new run, perhaps of another task.
+        """
+        return dict(weights)
+
 
 class RandomActions(Greedy):
     """Uniformly random actions; what is learned from them is the task's actor."""
@@ -258,7 +267,7 @@ class RandomActions(Greedy):
 class Curious(Greedy):
     """The base of explorers with an intrinsic reward, which is of a state and the action taken in it.
 
-    An heir gives `models` (what it learns), `learn` (their losses, and the intrinsic reward of real
+    An heir gives `models` (what it learns), `learn` (its losses, and the intrinsic reward of real
     transitions) and `expected` (that reward in imagination). The sum
 
         expl_extr_scale * task reward + expl_intr_scale * intrinsic reward / scale
@@ -280,8 +289,8 @@ class Curious(Greedy):
         if not self.shared:
             self.behavior = ImagBehavior(rssm.feat_size, world_model.actions, config)
 
-    def models(self) -> list[tuple[nn.Module, float | None]]:
-        """What it learns, each with its learning rate; None is opt.lr."""
+    def models(self) -> list[nn.Module]:
+        """Its networks but for actor and critic."""
         raise NotImplementedError
 
     def learn(
@@ -297,17 +306,20 @@ class Curious(Greedy):
         """The intrinsic reward [...] that is expected of `state_action` rows x [..., F + A]."""
         raise NotImplementedError
 
-    def param_groups(self) -> list[tuple[nn.Module, float | None]]:
+    def param_groups(self) -> list[dict[str, Any]]:
         c = self.config
-        own = [] if self.shared else [(self.behavior.actor, c.actor_lr), (self.behavior.critic, c.critic_lr)]
-        return [*self.models(), *own]
+        groups = [param_group(module, c.model_lr) for module in self.models()]
+        if not self.shared:
+            own = self.behavior
+            groups += [param_group(own.actor, c.actor_lr), param_group(own.critic, c.critic_lr)]
+        return groups
 
     def actor(self, task: ImagBehavior) -> networks.Actor:
         return task.actor if self.shared else self.behavior.actor
 
     def intrinsic(self, feat: Tensor, action: Tensor) -> Tensor:
         """The intrinsic reward [...], scaled, that is expected of states [..., F] and actions [..., A]."""
-        with frozen(*(module for module, _ in self.models())):
+        with frozen(*self.models()):
             reward = self.expected(state_action(feat, action))
         return reward / self.norm.scale if self.normalized else reward
 
@@ -347,6 +359,11 @@ class Curious(Greedy):
             self.behavior.update_slow_critic()
 
 
+def param_group(module: nn.Module, lr: float | None) -> dict[str, Any]:
+    """A group of parameters for the optimiser; without `lr`, its own."""
+    return {"params": list(module.parameters())} | ({} if lr is None else {"lr": lr})
+
+
 def state_action(feat: Tensor, action: Tensor) -> Tensor:
     """feat [..., F] and action [..., A] as one vector; actions are bounded as the RSSM does it."""
     return torch.cat([feat, (action / action.detach().abs().clamp(min=1)).to(feat.dtype)], -1)
@@ -354,7 +371,7 @@ def state_action(feat: Tensor, action: Tensor) -> Tensor:
 
 def masked_mean(x: Tensor, live: Tensor) -> Tensor:
     """The mean of x where `live`; 0 where nothing is."""
-    return (x * live).sum() / live.sum().clamp(min=1)
+    return torch.where(live, x, 0.0).sum() / live.sum().clamp(min=1)
 
 
 class Plan2Explore(Curious):
@@ -371,8 +388,8 @@ class Plan2Explore(Curious):
         members, layers, units = config.disag_models, config.disag_layers, config.disag_units
         self.ensemble = Ensemble(self.inputs, sizes[config.disag_target], members, layers, units)
 
-    def models(self) -> list[tuple[nn.Module, float | None]]:
-        return [(self.ensemble, self.config.model_lr)]
+    def models(self) -> list[nn.Module]:
+        return [self.ensemble]
 
     def learn(self, world_model, post, data, action, generator):
         x = state_action(world_model.rssm.feat(post)[:, :-1], action).flatten(0, 1)  # [N, F + A]
@@ -404,13 +421,18 @@ class Surprise(Curious):
 
     def __init__(self, world_model: WorldModel, config: Mapping):
         super().__init__(world_model, config)
+        if config.lpm.error == "image" and not any(world_model.decoder.keys):
+            raise UserError(
+                "--lpm.error image measures reconstructed observations, and no pattern of --decoder.*_keys "
+                "fits any: use --lpm.error latent or kl"
+            )
         self.head = networks.TwoHotHead(self.inputs, config.reward_head)
         # Sequences of a batch whose error is measured, and the transitions in them.
         self.sequences = max(1, round(config.lpm.share * config.batch_size))
         self.rows = self.sequences * (config.batch_length - 1)
 
-    def models(self) -> list[tuple[nn.Module, float | None]]:
-        return [(self.head, self.config.model_lr)]
+    def models(self) -> list[nn.Module]:
+        return [self.head]
 
     def learn(self, world_model, post, data, action, generator):
         if self.sequences < len(action):
@@ -465,8 +487,22 @@ class LPM(Surprise):
         shapes |= {"error": ((), torch.float32), "live": ((), torch.bool)}  # error: log(error + error_floor)
         self.fifo = ErrorFifo(capacity, shapes)
 
-    def models(self) -> list[tuple[nn.Module, float | None]]:
-        return [*super().models(), (self.predictor, self.config.lpm.lr)]
+    def models(self) -> list[nn.Module]:
+        return [*super().models(), self.predictor]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        groups = super().param_groups()
+        # No warm-up: as long as the predictor has not learned the errors' level, that level would look like
+        # progress.
+        index = self.models().index(self.predictor)
+        groups[index] |= {"lr": self.config.lpm.lr, "warmup": 0}
+        return groups
+
+    def adopt(self, weights: Mapping[str, Tensor], resume: bool) -> dict[str, Tensor]:
+        own = {f"fifo.{name}": value for name, value in self.fifo.state_dict().items()}
+        # Errors of another run, or as many as other batches have, are no past of this one.
+        keep = resume and all(key in weights and weights[key].shape == own[key].shape for key in own)
+        return dict(weights) if keep else {**weights, **own}
 
     def judge(self, rssm, state, action, error, live, generator):
         c = self.config.lpm
@@ -481,7 +517,9 @@ class LPM(Surprise):
         losses = {"expl_model": masked_mean((expected - past["error"]).square(), past["live"])}
         deter, stoch = rssm.pack(state)
         errors = (error + c.error_floor).log()
-        self.fifo.push({"deter": deter, "stoch": stoch, "action": action, "error": errors, "live": live})
+        # What is not finite skips this update, and must not come back in those that draw it.
+        known = {"error": errors.nan_to_num(0, 0, 0), "live": live & errors.isfinite()}
+        self.fifo.push({"deter": deter.nan_to_num(), "stoch": stoch, "action": action.nan_to_num(), **known})
         metrics = {"expl/error_pred": masked_mean(predicted.exp() - c.error_floor, live)}
         metrics["expl/fifo_full"] = self.fifo.full.float()
         return losses, metrics, reward

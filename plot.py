@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from basics import UserError
 
@@ -35,15 +36,21 @@ def curve(lines: list[dict], name: str, width: int = 1) -> tuple[list[int], list
     return steps, [sum(window) / len(window) for window in recent]
 
 
-def draw(logdirs: list[Path], out: Path) -> None:
-    """Write the figure of all runs to `out`."""
+def pyplot() -> ModuleType:
+    """matplotlib.pyplot for figures in files. Raises UserError where matplotlib is missing."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise UserError("plot.py needs matplotlib: pip install -r requirements/plot.txt") from error
+        raise UserError("Figures need matplotlib: pip install -r requirements/plot.txt") from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw(logdirs: list[Path], out: Path) -> None:
+    """Write the figure of all runs to `out`."""
+    plt = pyplot()
     runs = {logdir.name: read_metrics(logdir) for logdir in logdirs}
     rates = sorted({key for lines in runs.values() for line in lines for key in line if RATES in key})
     columns = len(CURVES) + bool(rates)

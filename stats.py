@@ -51,7 +51,9 @@ class EpisodeStats:
             "return": float(self._return[index]),
             "length": float(self._steps[index] * self._action_repeat),
             **{key: float(value[index]) for key, value in self._max.items()},
-            **{f"{key}_share": float(n[index] / self._steps[index]) for key, n in self._above.items()},
+            **{
+                f"{key}_share": float(n[index] / max(1, self._steps[index])) for key, n in self._above.items()
+            },
         }
 
     def state_dict(self) -> dict:
@@ -131,8 +133,30 @@ def bootstrap_interval(
         raise ValueError(f"An interval needs a list of values, got shape {values.shape}.")
     if len(values) == 1:
         return math.nan, math.nan
+    means = _resampled_means(values, np.random.default_rng(seed))
+    return _quantiles(means, confidence)
+
+
+def ratio_interval(
+    over: Sequence[float], under: Sequence[float], confidence: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (low, high) of mean(over) / mean(under), of independent samples.
+
+    A sample of a single value says nothing about the spread, and zeros in `under` may be all that a resample
+    has: these give (nan, nan).
+    """
+    if min(len(over), len(under)) < 2 or not np.all(under):
+        return math.nan, math.nan
     rng = np.random.default_rng(seed)
-    means = [rng.choice(values, len(values)).mean() for _ in range(BOOTSTRAP_RESAMPLES)]
+    over, under = (_resampled_means(np.asarray(values, np.float64), rng) for values in (over, under))
+    return _quantiles(over / under, confidence)
+
+
+def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.array([rng.choice(values, len(values)).mean() for _ in range(BOOTSTRAP_RESAMPLES)])
+
+
+def _quantiles(samples: np.ndarray, confidence: float) -> tuple[float, float]:
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(samples, [tail, 1 - tail])
     return float(low), float(high)

@@ -273,7 +273,7 @@ class LaProp(torch.optim.Optimizer):
     counts as one with a zero gradient. Nothing here waits for the GPU.
 
     Args:
-        params: parameters, or groups of them that may have a `lr` of their own.
+        params: parameters, or groups of them that may have options of their own, as a `lr`.
         lr: learning rate after `warmup` updates.
         agc: largest ratio of a gradient's norm to its tensor's norm, which counts as at least
             `agc_floor`; 0 is off.
@@ -295,7 +295,8 @@ class LaProp(torch.optim.Optimizer):
         options = dict(warmup=warmup, agc=agc, agc_floor=agc_floor, beta1=beta1, beta2=beta2, eps=eps)
         super().__init__(params, dict(lr=lr, **options))
         device = self.param_groups[0]["params"][0].device
-        self.updates = torch.zeros((), dtype=torch.float64, device=device)  # float64: exact powers of beta2
+        # Of each group; float64 for exact powers of beta2.
+        self.updates = torch.zeros(len(self.param_groups), dtype=torch.float64, device=device)
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -319,12 +320,18 @@ class LaProp(torch.optim.Optimizer):
         finite = grad_norm.isfinite()
         before = self.updates.clone()
         self.updates += finite
-        for group, group_grads, group_norms in zip(self.param_groups, grads, norms, strict=True):
-            self._update_group(group, group_grads, group_norms, finite, before)
+        counts = zip(before.unbind(), self.updates.unbind(), strict=True)
+        for group, group_grads, group_norms, count in zip(
+            self.param_groups, grads, norms, counts, strict=True
+        ):
+            self._update_group(group, group_grads, group_norms, finite, *count)
         return {"grad_norm": grad_norm, "skipped": ~finite}
 
-    def _update_group(self, group, grads, grad_norms, finite, before) -> None:
-        """Update one group; where not `finite`, everything is multiplied by 1 or added to by 0."""
+    def _update_group(self, group, grads, grad_norms, finite, before, updates) -> None:
+        """Update one group; where not `finite`, everything is multiplied by 1 or added to by 0.
+
+        before and updates: how many updates it has had, without this one and with it.
+        """
         params = group["params"]
         squares = [self.state[param]["square"] for param in params]
         momenta = [self.state[param]["momentum"] for param in params]
@@ -335,7 +342,7 @@ class LaProp(torch.optim.Optimizer):
             grads = torch._foreach_mul(grads, list(scales.unbind()))
         grads = [torch.where(finite, grad, 0.0) for grad in grads]
 
-        updates = self.updates.clamp(min=1)  # 0 only if the very first gradient is skipped
+        updates = updates.clamp(min=1)  # 0 only if the very first gradient is skipped
         square_correction = (1 - beta2**updates).float()
         momentum_correction = 1 - beta1**updates
         warm = (before / group["warmup"]).clamp(max=1) if group["warmup"] else torch.ones_like(before)
@@ -352,16 +359,17 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_add_(params, torch._foreach_mul(momenta, rate))
 
     def state_dict(self) -> dict:
-        return {**super().state_dict(), "updates": int(self.updates)}
+        return {**super().state_dict(), "updates": self.updates.tolist()}
 
     def load_state_dict(self, state_dict: dict, groups: int | None = None) -> None:
-        """Take moments and counter from `state_dict`, but keep this optimizer's own options.
+        """Take moments and counters from `state_dict`, but keep this optimizer's own options.
 
         So an option that was changed on resume (a learning rate) has its effect. With `groups`, only the
-        moments of the first so many groups are taken: what comes behind them may be something else.
+        first so many groups are taken: what comes behind them may be something else, and starts anew.
         """
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         here, moments = super().state_dict(), state_dict["state"]
+        counts = self.updates.new_tensor(state_dict["updates"])[:groups]
         if groups is not None:
             count = sum(len(group["params"]) for group in here["param_groups"][:groups])
             moments = here["state"] | {index: moments[index] for index in range(count)}
@@ -369,4 +377,4 @@ class LaProp(torch.optim.Optimizer):
         super().load_state_dict({"state": moments, "param_groups": saved})
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
-        self.updates.fill_(state_dict["updates"])
+        self.updates[: len(counts)] = counts

@@ -35,7 +35,7 @@ from basics import UserError, atomic_write
 from config import Config
 from envs import tv_room
 from episodes import list_episodes
-from stats import bootstrap_interval
+from stats import bootstrap_interval, ratio_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,16 +62,17 @@ ROOM = (
 )
 TELEVISION = {"noise": "--task tvroom_noise", "still": "--task tvroom_still"}
 PENDULUM = (
-    "--configs lpm_noisytv cpu --device cpu --threads 1 --steps 10000 --train_ratio 128 --prefill 1000 "
-    "--eval_every 2000 --eval_episodes 5 --log_every 400 --save_every 2000 --video_pred_log False "
+    "--configs lpm_noisytv cpu --device cpu --precision bfloat16 --threads 1 --steps 10000 "
+    "--train_ratio 128 --prefill 1000 --eval_every 2000 --eval_episodes 5 --log_every 400 "
+    "--save_every 2000 --video_pred_log False "
     # Smaller than the cpu preset in what costs most time.
     "--size 32 32 --encoder.cnn_mults 2 3 4 --decoder.cnn_mults 2 3 4 "
     "--rssm.deter 256 --batch_size 16 --batch_length 16 --imag_last 8 "
     "--opt.lr 1e-3 --model_lr 1e-3 --actor_lr 3e-4"
 )
 CRAFTER = (
-    "--configs crafter cpu --threads 1 --steps 20000 --prefill 1000 --train_ratio 32 --eval_every 0 "
-    "--log_every 500 --save_every 2000 --expl_extr_scale 0"
+    "--configs crafter cpu --device cpu --precision bfloat16 --threads 1 --steps 20000 --prefill 1000 "
+    "--train_ratio 32 --eval_every 0 --log_every 500 --save_every 2000 --expl_extr_scale 0"
 )
 # Nothing is learned in these seconds; only that all of it runs is tested.
 QUICK = (
@@ -96,7 +97,7 @@ class Study(NamedTuple):
     measure: Callable[[Path], Measures]  # of the folder of a run that has finished
     columns: Mapping[str, str]  # measure -> its title in the table
     draw: Callable[[dict, Path], None]
-    bars: Callable[[dict], dict[str, float]]  # what was to be shown -> by how much it was, in percent
+    bars: Callable[[dict], dict[str, list]]  # what was to be shown -> percent, and its interval's ends
 
 
 # --- Measures ------------------------------------------------------------------------------------------
@@ -120,10 +121,8 @@ def room_measures(positions: Sequence[np.ndarray], prefill: int) -> Measures:
         prefill: steps at the start whose actions were random.
     """
     cells = np.concatenate([episode[1:].argmax(-1) for episode in positions])  # [steps]
-    first = np.unique([tv_room.START, *cells], return_index=True)[
-        1
-    ]  # step in which a cell is new, sorted below
-    visited = np.searchsorted(np.sort(first), np.arange(1, len(cells) + 1), side="right")  # [steps]
+    new = np.unique([tv_room.START, *cells], return_index=True)[1]  # the steps in which a cell is new
+    visited = np.searchsorted(np.sort(new), np.arange(1, len(cells) + 1), side="right")  # [steps]
     ends = np.cumsum([len(episode) - 1 for episode in positions])
     watched = 100.0 * (cells == tv_room.TV)  # [steps]
     return {
@@ -201,17 +200,24 @@ def summarise(runs: Mapping[str, Mapping[int, Measures]]) -> dict[str, dict[str,
     return summary
 
 
-def room_bars(summary: dict) -> dict[str, float]:
+def room_bars(summary: dict) -> dict[str, list[float]]:
     """The two bars of the issue: LPM before the television, and its cells with noise against without."""
-    share = {name: summary[f"{name} noise"]["tv_share"]["mean"] for name in ("lpm", "surprise")}
-    cells = {tv: summary[f"lpm {tv}"]["cells"]["mean"] for tv in TELEVISION}
+    share = {name: summary[f"{name} noise"]["tv_share"]["values"] for name in ("lpm", "surprise")}
+    cells = {tv: summary[f"lpm {tv}"]["cells"]["values"] for tv in TELEVISION}
     return {
-        "LPM's share of steps before the noisy TV, in percent of surprise's (bar: at most 50)": 100
-        * share["lpm"]
-        / max(share["surprise"], 1e-9),
-        "cells that LPM loses by the noise, in percent (bar: less than 10)": 100
-        * (1 - cells["noise"] / cells["still"]),
+        "LPM's share of steps before the noisy TV, in percent of surprise's (bar: at most 50)": percentages(
+            share["lpm"], share["surprise"]
+        ),
+        "LPM's cells with the noise, in percent of those without (bar: more than 90)": percentages(
+            cells["noise"], cells["still"]
+        ),
     }
+
+
+def percentages(over: Sequence[float], under: Sequence[float]) -> list[float | None]:
+    """mean(over) / mean(under) and the ends of its interval, in percent; None where it cannot be told."""
+    ratio = float(np.mean(over)) / float(np.mean(under)) if np.any(under) else math.inf
+    return [100 * x if math.isfinite(x) else None for x in (ratio, *ratio_interval(over, under))]
 
 
 def table(summary: dict, columns: Mapping[str, str]) -> list[str]:
@@ -221,6 +227,11 @@ def table(summary: dict, columns: Mapping[str, str]) -> list[str]:
         cells = [_cell(measures.get(name)) for name in columns]
         rows.append(f"| {condition} | " + " | ".join(cells) + " |")
     return rows
+
+
+def _bar(value: float | None, low: float | None, high: float | None) -> str:
+    told = "-" if value is None else f"{value:.1f}"
+    return told if low is None or high is None else f"{told} ({low:.1f} to {high:.1f})"
 
 
 def _cell(measure: dict | None, digits: int = 1) -> str:
@@ -241,17 +252,6 @@ COLORS = {
 }
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise UserError("The figure needs matplotlib: pip install -r requirements/plot.txt") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _lines(axis: Any, seeds: Mapping[int, Measures], curve: Callable[[dict], tuple], style: dict) -> None:
     """A thin line a seed, and a thick one for their mean, up to where all have come."""
     each = [curve(measures["curves"]) for measures in seeds.values()]
@@ -267,8 +267,7 @@ def _pair(curves: Mapping, name: str) -> tuple[list, list]:
 
 def draw_room(result: dict, out: Path) -> None:
     """Who watches, how many cells are visited, and where each explorer was while the television was noisy."""
-    pyplot = _pyplot()
-    figure = pyplot.figure(figsize=(13, 6), layout="constrained")
+    figure = plot.pyplot().figure(figsize=(13, 6), layout="constrained")
     grid = figure.add_gridspec(2, 12, height_ratios=(3, 2))
     watch, cells, bars = (figure.add_subplot(grid[0, 4 * i : 4 * i + 4]) for i in range(3))
     for index, name in enumerate(EXPLORERS):
@@ -300,7 +299,7 @@ def draw_room(result: dict, out: Path) -> None:
 
 def draw_pendulum(result: dict, out: Path) -> None:
     """Returns while training and in evaluations, and how long the television was on."""
-    figure, axes = _pyplot().subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, axes = plot.pyplot().subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     titles = {"return": "training return", "eval_return": "evaluation return", "tv_share": "television on"}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for condition, seeds in result["runs"].items():
@@ -318,7 +317,7 @@ def draw_pendulum(result: dict, out: Path) -> None:
 
 def draw_crafter(result: dict, out: Path) -> None:
     """Achievements unlocked while the run goes on, and success rates over all its episodes."""
-    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (left, right) = plot.pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     height = 0.8 / len(result["runs"])
     for index, (name, seeds) in enumerate(result["runs"].items()):
         style = {"color": COLORS[name], "label": name}
@@ -525,7 +524,7 @@ def digits_table(result: dict) -> list[str]:
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The command line, and the options in it that are for dreamer.py."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("study", choices=["digits", *STUDIES])
@@ -546,6 +545,7 @@ def main(argv: list[str] | None = None) -> int:
     args, more = parse(argv)
     out = args.out / "quick" if args.quick else args.out
     try:
+        plot.pyplot()  # that it is missing is to be said before the runs
         if args.study == "digits":
             import noisy_digits
 
@@ -556,7 +556,7 @@ def main(argv: list[str] | None = None) -> int:
             study = STUDIES[args.study]
             seeds = args.seeds or (QUICK_SEEDS if args.quick else study.seeds)
             result = run_study(args.study, out, seeds, args.jobs, args.quick, more)
-            bars = [f"{what}: {value:.1f}" for what, value in result["bars"].items()]
+            bars = [f"{what}: {_bar(*values)}" for what, values in result["bars"].items()]
             lines = [*table(result["summary"], study.columns), *bars]
             del result["runs"]
     except UserError as error:

@@ -8,6 +8,7 @@ beyond the sizes of the original, and no pickle is executed.
 import functools
 import gzip
 import io
+import itertools
 import pickletools
 import tarfile
 import zlib
@@ -23,6 +24,7 @@ BATCH = "data_batch_1"  # of the python version; that of the binary version is c
 BINARY_RECORD = 1 + 3 * SIDE**2  # bytes of a picture in the binary version: its label, then its pixels
 MAX_BATCH = 32 * 2**20  # bytes of a batch's file; the python version, with labels and file names, has 31.0e6
 MAX_ARCHIVE = 256 * 2**20  # bytes of all that an archive holds; CIFAR-10 has 186e6
+MAX_MEMBERS = 100  # files and folders that are looked at in an archive; CIFAR-10 has 9
 
 GENERATED_AMOUNT = 4096  # pictures that are generated
 CHUNK = 256  # of them at once, to take little memory
@@ -111,7 +113,7 @@ def read_cifar10(data: str) -> np.ndarray:
             f"--noisy_tv.data {data}: there is no such file or folder. Give cifar-10-binary.tar.gz, or leave "
             "it out for generated pictures."
         ) from error
-    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError) as error:
         raise UserError(
             f"--noisy_tv.data {data} is not CIFAR-10's original archive or its folder: {error}. Get "
             "cifar-10-binary.tar.gz anew, or leave the option out for generated pictures."
@@ -134,7 +136,10 @@ def _from_archive(path: Path) -> tuple[str, bytes]:
     with gzip.open(path) as file:
         content = _bounded(file.read(MAX_ARCHIVE + 1), MAX_ARCHIVE, "the archive")
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-        for member in archive:
+        # A member of negative size would lead tarfile back to where it was, again and again.
+        for member in itertools.islice(archive, MAX_MEMBERS):
+            if member.size < 0:
+                raise ValueError(f"the size of {member.name!r} in it is negative")
             name = member.name.rpartition("/")[2]
             if name in (BATCH, f"{BATCH}.bin") and member.isreg():
                 return name, _bounded(archive.extractfile(member).read(MAX_BATCH + 1), MAX_BATCH, name)

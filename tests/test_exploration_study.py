@@ -72,6 +72,7 @@ def test_the_television_is_seen_from_the_alcove_only(task):
     env, obs = room(task)
     steps = walk(env, [*TO_TV, *[STAY] * 20, UP, STAY])
     assert [float(step["log_tv"]) for step in steps] == [0] * 3 + [1] * 21 + [0] * 2
+    assert obs["log_tv"] == 0
     for step in [obs, *steps]:
         assert (np.abs(step["screen"]) == step["log_tv"]).all()
         assert step["reward"] == 0
@@ -122,8 +123,9 @@ def test_room_measures_of_a_run_that_was_done_by_hand():
     start, tv = tv_room.START, tv_room.TV
     other, far = 0, 1
     assert len({start, tv, other, far}) == 4
-    # Eight steps in two episodes; the prefill is the first. The reset is no step.
-    measured = study.room_measures(positions([start, tv, other, tv, tv], [start, far, start, tv, tv]), 1)
+    # Eight steps in two episodes; the prefill is the first. The reset is no step. The last step of each
+    # episode finds a new cell.
+    measured = study.room_measures(positions([start, tv, tv, tv, other], [start, tv, start, tv, far]), 1)
     assert measured["tv_share"] == pytest.approx(100 * 4 / 7)
     assert measured["tv_share_late"] == pytest.approx(100 * 2 / 4)
     assert (measured["cells_halfway"], measured["cells"]) == (3, 4)
@@ -176,9 +178,21 @@ def test_the_bars_of_the_room():
         "surprise noise": (80, 30),
         "surprise still": (0, 60),
     }
-    runs = {name: {0: {"tv_share": tv, "cells": cells}} for name, (tv, cells) in means.items()}
-    share, loss = study.room_bars(study.summarise(runs)).values()
-    assert share == pytest.approx(5) and loss == pytest.approx(10)
+    for spread, seeds in ((0, 1), (0, 3), (2, 2)):
+        runs = {
+            name: {seed: {"tv_share": tv, "cells": cells + spread * (2 * seed - 1)} for seed in range(seeds)}
+            for name, (tv, cells) in means.items()
+        }
+        share, kept = study.room_bars(study.summarise(runs)).values()
+        assert share[0] == pytest.approx(5) and kept[0] == pytest.approx(90)
+        if seeds == 1:
+            assert share[1:] == kept[1:] == [None, None]
+        elif spread:
+            assert kept[1] == pytest.approx(100 * 88 / 102) and kept[2] == pytest.approx(100 * 92 / 98)
+        else:
+            assert kept[1:] == pytest.approx([90, 90])
+    assert study._bar(*kept) == "90.0 (86.3 to 93.9)" and study._bar(5.0, None, None) == "5.0"
+    assert study.percentages([1.0, 2.0], [0.0, 0.0]) == [None, None, None]
 
 
 # Runs

@@ -43,6 +43,12 @@ def test_reward_in_log_space_follows_the_true_progress(curves):
         assert abs(reward[END].mean() - truth[END].mean()) < 0.1
 
 
+def test_the_predicted_error_ends_at_the_error(curves):
+    for kind in KINDS:
+        error, predicted = (curves[kind][name][END].mean() for name in ("error", "predicted"))
+        assert predicted == pytest.approx(error, rel=0.15), kind
+
+
 def test_there_is_no_reward_until_the_fifo_is_full(curves):
     for kind in KINDS:
         for space in ("lpm_log", "lpm_linear"):

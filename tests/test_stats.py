@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stats import EpisodeStats, SuccessRates, achievement_score, bootstrap_interval
+from stats import EpisodeStats, SuccessRates, achievement_score, bootstrap_interval, ratio_interval
 
 
 def _steps(*rows):
@@ -146,6 +146,16 @@ def test_interval_is_the_same_for_the_same_seed():
     values = [0.0, 1.0, 5.0, 2.0]
     assert bootstrap_interval(values, confidence=0.9, seed=3) == bootstrap_interval(values, 0.9, 3)
     assert bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_interval_of_a_ratio():
+    # The means of two resamples of [1, 3] and of [2, 2]: 1, 2, 2 or 3 over 2.
+    assert ratio_interval([1, 3], [2, 2]) == (0.5, 1.5)
+    rng = np.random.default_rng(1)
+    low, high = ratio_interval(rng.normal(3, 1, 400), rng.normal(6, 1, 400))
+    half = 1.96 * math.hypot(1 / 6, 3 / 36) / 20  # by the delta method
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.02) and high - low < 3 * half
+    assert np.isnan(ratio_interval([1, 3], [2])).all() and np.isnan(ratio_interval([1, 3], [0, 2])).all()
 
 
 def test_one_value_has_no_interval_and_none_is_an_error():
