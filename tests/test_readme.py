@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from run_helpers import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import config
@@ -222,9 +223,13 @@ def test_the_metrics_that_are_listed_exist(readme, workdir):
         assert any(fnmatchcase(name, pattern) for name in known), pattern
 
 
-def test_docs_logs_explains_each_metric_and_no_other(workdir):
+def test_docs_logs_explains_each_metric_and_no_other(workdir, tmp_path):
     patterns = first_column("docs/logs.md", 0)
     metrics = metrics_of(workdir / "logdir" / "debug")
+    for name, actor in (("lpm", "separate"), ("plan2explore", "shared")):
+        run = ("--expl_behavior", name, "--expl_task_actor", actor, "--steps", "60", "--eval_every", "0")
+        assert train(tmp_path / name, *run) == 0
+        metrics |= metrics_of(tmp_path / name)
     for name in metrics:
         assert any(fnmatchcase(name, pattern) for pattern in patterns), f"{name} is not explained"
     absents = ("loss/vector", "loss/audio", "env/tv", "env/tv_share", "eval/tv_share")
