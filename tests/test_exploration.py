@@ -207,6 +207,7 @@ def test_error_of_the_next_step_belongs_to_the_state_and_the_action_taken_in_it(
 
     monkeypatch.setattr(agent.explorer, "judge", judge)
     batch = make_batch(agent)
+    batch["is_first"][:, 3] = True
     post, data = model.observe(agent.upload(batch), agent.rngs["train"])
     losses, found, _ = agent.explorer.loss(model, post, data, agent.rngs["explore"])
     error = model.prior_error(post, data, "image")
@@ -380,11 +381,15 @@ def test_a_separate_actor_critic_seeks_the_sum_with_the_losses_scales(monkeypatc
         return found
 
     monkeypatch.setattr(own, "loss", remember)
-    losses, _, _, data = explore(agent, make_batch(agent))
+    batch = make_batch(agent)
+    batch["is_first"][:] = False
+    batch["is_first"][:, 3] = True
+    losses, _, _, data = explore(agent, batch)
     ((seen, reward_sum, raw),) = calls
     assert reward_sum == agent.explorer.reward_sum
-    first = data["is_first"][:, 1:]
-    assert ((seen["reward"] == 0.5 * data["reward"])[:, 1:] == first).all()
+    # The first step of a sequence and one that is_first have the task's reward alone.
+    plain = seen["reward"] == 0.5 * data["reward"]
+    assert plain[0].tolist() == [True, False, True, False, False]
     for name, scale in (("policy", 1.0), ("value", 1.0), ("repval", 0.3)):
         torch.testing.assert_close(losses[f"expl_{name}"], scale * raw[name].mean())
 
