@@ -7,32 +7,24 @@ medians in seconds; `ratio` is the median over the rounds of an explorer's time 
 round. Options of the program follow after `--`, for all but greedy: `-- --lpm.share 0.25`.
 """
 
-import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
 from turns import Program, take_turns
+from update_speed import make_parser
 
 EXPLORERS = ("surprise", "plan2explore", "lpm")
 WARMUP = 18  # rounds that do not count: a FIFO of LPM is full after 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", default="size12m", help="a scale preset: size1m … size400m, cpu, debug")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser = make_parser(__doc__)
     parser.add_argument("--explorers", nargs="+", default=EXPLORERS, choices=EXPLORERS)
     parser.add_argument("--actors", nargs="+", default=("shared", "separate"))
     parser.add_argument("--warmup", type=int, default=WARMUP, help="rounds that do not count")
     parser.add_argument("--repeats", type=int, default=10, help="rounds that are timed")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-    parser.add_argument("override", nargs="*", help="options of the program, after --")
     args = parser.parse_args()
     script = str(Path(__file__).resolve().parent / "update_speed.py")
     serve = [sys.executable, script, "--serve", "--size", args.size, "--device", args.device]

@@ -6,7 +6,6 @@ The parts are timed as they are called forward; all gradients together are `back
 operations with the most time of their own follows. `--trace FILE` writes a timeline for Perfetto.
 """
 
-import argparse
 import functools
 import json
 import sys
@@ -18,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from update_speed import make_agent, make_batch
+from update_speed import make_agent, make_batch, make_parser
 
 import dreamer
 
@@ -72,17 +71,9 @@ def profiled(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", default="size12m", help="a scale preset: size1m … size400m, cpu, debug")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    parser = make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=2, help="updates that are profiled")
-    parser.add_argument("--json", action="store_true", help="the seconds of each part as one JSON object")
     parser.add_argument("--trace", help="file for the timeline")
-    parser.add_argument("override", nargs="*", help="options of the program, after --: -- --batch_size 8")
     args = parser.parse_args()
     agent, config, device = make_agent(args)
     batch = make_batch(config)

@@ -198,21 +198,27 @@ def compare(args: argparse.Namespace) -> dict:
     return {**figures, "times ours, the better precision of each": ratios}
 
 
-def main() -> None:
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks of an update share."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", default="size12m", help="a scale preset: size1m … size400m, cpu, debug")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--envs", type=int, default=1, help="envs that the policy acts for at once")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    parser.add_argument("--repeats", type=int, default=10, help="updates that are timed")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+    parser.add_argument("override", nargs="*", help="options of the program, after --: -- --batch_size 8")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--envs", type=int, default=1, help="envs that the policy acts for at once")
+    parser.add_argument("--repeats", type=int, default=10, help="updates that are timed")
     parser.add_argument("--compare", metavar="DIR", help="a checkout of r2dreamer to compare with")
     parser.add_argument("--python", default=sys.executable, help="the interpreter for r2dreamer")
     parser.add_argument("--serve", action="store_true", help="one update for each line of the input")
-    parser.add_argument("override", nargs="*", help="options of the program, after --: -- --batch_size 8")
     args = parser.parse_args()
     if args.serve:
         serve_updates(args)
