@@ -145,10 +145,10 @@ class Ensemble(nn.Module):
         return x.unflatten(-1, (self.members, -1))
 
     def spread(self, x: Tensor) -> Tensor:
-        """`spread` of the members' predictions for x [N, inputs]: [N]."""
-        if torch.is_grad_enabled():
-            return spread(self(x))
-        return torch.cat([spread(self(rows)) for rows in x.split(ROWS)])
+        """`spread` of the members' predictions for x [..., inputs]: [...]."""
+        rows = x.flatten(0, -2)
+        parts = [rows] if torch.is_grad_enabled() else rows.split(ROWS)
+        return torch.cat([spread(self(part)) for part in parts]).unflatten(0, x.shape[:-1])
 
 
 def spread(predictions: Tensor) -> Tensor:
@@ -401,15 +401,14 @@ class Plan2Explore(Curious):
         return losses, {}, self._reward(spread(predictions.detach())), live
 
     def expected(self, x: Tensor) -> Tensor:
-        return self._reward(self.ensemble.spread(x.flatten(0, -2)).unflatten(0, x.shape[:-1]))
+        return self._reward(self.ensemble.spread(x))
 
     def _reward(self, disagreement: Tensor) -> Tensor:
         return disagreement.log() if self.config.disag_log else disagreement
 
     def disagreement(self, feat: Tensor, action: Tensor) -> Tensor:
         """The ensemble's spread [...] about what follows states [..., F] and actions [..., A]."""
-        x = state_action(feat, action)
-        return self.ensemble.spread(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return self.ensemble.spread(state_action(feat, action))
 
 
 class Surprise(Curious):
