@@ -1,0 +1,157 @@
+"""Who advises: the base class of all advisers, and those that come with LoRe.
+
+`LLMAdapter` is what a user subclasses. `make_adviser` makes the one that `--llm.backend` names. One call of
+`ask` is one call of the model: retries, budget, breaker and cache are the Advisor's (advisor.py).
+"""
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lore_llm.advice import Advice, AdviceSpec, AdviserFault, Answer, Request, parse_reply
+
+PROMPT_VERSION = 1  # goes up with every change of what a model is told: cached answers are of one version
+
+
+@dataclass
+class Reply:
+    """What one call brought: an answer for each request, in their order, and what it cost."""
+
+    answers: list[Answer]
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+class LLMAdapter:
+    """An adviser. Subclass it and define `infer`, or `advise` for all that an adviser can say.
+
+    `spec` says what may be answered, and `config` holds the options of the group `llm`. A subclass that has
+    an `__init__` of its own need not call this one.
+    """
+
+    instant = False  # True: answers at once and costs nothing, so it is called in the loop itself
+    questions_per_call = 1  # requests that one call can take
+    spec: AdviceSpec
+    config: Mapping[str, Any]
+    _busy: asyncio.Future | None = None  # the last call in a thread
+
+    def __init__(self, spec: AdviceSpec, config: Mapping[str, Any]):
+        self.spec = spec
+        self.config = config
+
+    @property
+    def identity(self) -> str:
+        """Part of the cache's key: advisers that may answer the same question differently differ in it."""
+        return f"{type(self).__module__}:{type(self).__qualname__} {self.spec.digest}"
+
+    def infer(self, obs_np: Mapping[str, Any], num_actions: int) -> Mapping[str, Any]:
+        """The simple form: a dict with `prior_logits` [num_actions], `confidence` 0..1 and `features` [K].
+
+        `obs_np` is one environment's observation, without a batch axis: `image` uint8 [H, W, 3] and others.
+        Absent keys say nothing; those of `Advice` (`plan`, `subgoal`, `skills`) may be there too.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither infer nor advise")
+
+    def advise(self, requests: Sequence[Request]) -> list[Answer | Advice]:
+        """The native form: an answer for each request, in their order."""
+        return [self._infer_one(request) for request in requests]
+
+    def _infer_one(self, request: Request) -> Answer:
+        found = self.infer(dict(request.obs), len(self.spec.actions))
+        if not isinstance(found, Mapping):
+            return Answer(None, Counter(not_an_object=1))
+        said = {key: _plain(value) for key, value in found.items()}
+        if "prior_logits" in said:
+            said["action_prior"] = {"logits": said.pop("prior_logits")}
+        return Answer(*parse_reply(said, self.spec))
+
+    def answer(self, requests: Sequence[Request]) -> Reply:
+        """What `advise` says, checked. Raises AdviserFault, also for whatever the subclass's code raises."""
+        try:
+            said = self.advise(requests)
+        except AdviserFault:
+            raise
+        except Exception as error:  # of a user's code. Its text is not shown: it could hold a key
+            raise AdviserFault("adapter", f"{type(self).__name__} raised {type(error).__name__}") from None
+        if not isinstance(said, list | tuple) or len(said) != len(requests):
+            raise AdviserFault(
+                "adapter", f"{type(self).__name__}.advise does not give one answer for each of its requests"
+            )
+        return Reply([_checked(each, self.spec) for each in said])
+
+    async def ask(self, requests: Sequence[Request]) -> Reply:
+        """Answer the requests within `llm.timeout_s` seconds, or raise AdviserFault.
+
+        Here `answer` runs in a thread, one call at a time; a call that takes longer goes on in vain, and
+        the next waits for it.
+        """
+        try:
+            async with asyncio.timeout(self.config["timeout_s"]):
+                while self._busy is not None and not self._busy.done():
+                    await asyncio.wait([self._busy])
+                self._busy = _in_thread(self.answer, requests)
+                return await asyncio.shield(self._busy)
+        except TimeoutError:
+            raise AdviserFault("timeout", retry=True) from None
+
+    async def close(self) -> None:
+        """Let go of connections. The adviser may be asked again."""
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tensors as lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _checked(said: Any, spec: AdviceSpec) -> Answer:
+    """An adviser's word, as an Answer that holds only what `spec` allows."""
+    problems: Counter[str] = Counter()
+    if isinstance(said, Answer):
+        problems, said = said.problems, said.advice
+    if said is None:
+        return Answer(None, problems)
+    if isinstance(said, Advice):
+        said = said.model_dump()
+    advice, more = parse_reply(said, spec)
+    return Answer(advice, problems + more)
+
+
+def _in_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future:
+    """Call a function in a thread that does not keep the program from ending, unlike asyncio.to_thread."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def run() -> None:
+        try:
+            result, error = function(*args), None
+        except Exception as caught:
+            result, error = None, caught
+        try:
+            loop.call_soon_threadsafe(settle, result, error)
+        except RuntimeError:
+            return  # the loop is closed: nobody waits any more
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if future.cancelled():
+            return
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+            future.exception()  # someone has seen it, also where the call had timed out before
+
+    threading.Thread(target=run, daemon=True, name="adviser").start()
+    return future
+
+
+def make_adviser(
+    config: Mapping[str, Any], spec: AdviceSpec, captioner: Any, seed: int
+) -> tuple[LLMAdapter, list[str]]:
+    """The adviser that `--llm.backend` names, and lines for the log.
+
+    Raises UserError for what cannot work.
+    """
+    raise NotImplementedError("follows with the back ends")
