@@ -3,6 +3,7 @@
 The name is the id without `MiniGrid-` and without the version `-v0`; whole ids are understood too.
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -12,9 +13,11 @@ import minigrid  # noqa: F401 (registers the ids)
 import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import FilterObservation, TransformObservation
+from minigrid.core.constants import OBJECT_TO_IDX
 from minigrid.wrappers import DictObservationSpaceWrapper, RGBImgPartialObsWrapper
 
 import envs
+from envs import symbolic
 from envs.gymnasium_env import Gymnasium
 
 MISSION_LENGTH = 50  # words of a mission that are shown, as in minigrid's own wrapper
@@ -35,9 +38,12 @@ def make(name: str, config: Any) -> Gymnasium:
     if name not in short and name not in ids:
         raise envs.unknown_task("minigrid", name, short)
     env = gymnasium.make(short.get(name, name), disable_env_checker=True, render_mode="rgb_array")
+    if config.llm.enabled:
+        env = _with_symbolic(env)
     # Drawn a little too large and then shrunk to `size`.
     env = RGBImgPartialObsWrapper(env, math.ceil(max(config.size) / env.unwrapped.agent_view_size))
     keys = ["image", *(key for key in ("direction", "mission") if config.minigrid[key])]
+    keys += [symbolic.KEY] if config.llm.enabled else []
     env = FilterObservation(env, keys)
     if config.minigrid.mission:
         shown = {"mission": spaces.MultiBinary((MISSION_LENGTH, len(WORDS) + 1))}
@@ -49,6 +55,42 @@ def make(name: str, config: Any) -> Gymnasium:
     return Gymnasium(env, config.size)
 
 
+def layout(view_size: int) -> symbolic.Layout:
+    """Of the observation `symbolic`: what the agent sees, as minigrid numbers it.
+
+    `view` [X, Y, 3] is the grid in front of it: kind of object, colour, state. The agent is in the middle of
+    the last row, where the view shows what it carries. `on` is the kind of what it stands on. `direction` is
+    0 right, 1 down, 2 left, 3 up. `mission` has the number of each word in WORDS, one more than there are for
+    any other word, and 0 after the end.
+    """
+    return symbolic.Layout(view=(view_size, view_size, 3), direction=(), on=(), mission=(MISSION_LENGTH,))
+
+
+def _with_symbolic(env: gymnasium.Env) -> gymnasium.Env:
+    """Adds the observation `symbolic` to an environment that still observes its compact grid."""
+    inner = env.unwrapped
+    parts = layout(inner.agent_view_size)
+
+    @functools.lru_cache(maxsize=1)  # it stays the same for an episode
+    def numbers(mission: str) -> list[int]:
+        words = [WORDS.get(word, len(WORDS) + 1) for word in _words(mission)][:MISSION_LENGTH]
+        return words + [0] * (MISSION_LENGTH - len(words))
+
+    def observe(obs: dict) -> dict:
+        below = inner.grid.get(*inner.agent_pos)
+        vector = parts.pack(
+            view=obs["image"],
+            direction=obs["direction"],
+            on=OBJECT_TO_IDX[below.type if below else "empty"],
+            mission=numbers(obs["mission"]),
+        )
+        return {**obs, symbolic.KEY: vector}
+
+    return TransformObservation(
+        env, observe, spaces.Dict({**env.observation_space.spaces, symbolic.KEY: parts.space})
+    )
+
+
 def list_ids() -> list[str]:
     """The ids of MiniGrid and BabyAI, but for those of WFC, whose patterns are not in minigrid's wheel."""
     entries = {key: str(spec.entry_point) for key, spec in gymnasium.registry.items()}
@@ -58,6 +100,10 @@ def list_ids() -> list[str]:
 def encode_mission(mission: str) -> np.ndarray:
     """A mission as a one-hot row for each word, int8 [MISSION_LENGTH, words + 1]; zeros after its end."""
     rows = np.zeros((MISSION_LENGTH, len(WORDS) + 1), np.int8)
-    for row, word in zip(rows, re.findall(r"\w+|,", mission.lower()), strict=False):
+    for row, word in zip(rows, _words(mission), strict=False):
         row[WORDS.get(word, 0)] = 1
     return rows
+
+
+def _words(mission: str) -> list[str]:
+    return re.findall(r"\w+|,", mission.lower())
