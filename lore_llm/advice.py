@@ -37,6 +37,7 @@ FIELDS = ("action_prior", "confidence", "features", "plan", "subgoal", "skills")
 PROBLEMS = {  # reason -> what was wrong with a reply
     "too_long": "longer than llm.max_reply_chars",
     "not_json": "no whole JSON object in it",
+    "cut_off": "the model stopped at llm.max_output_tokens",
     "too_deep": f"brackets nested deeper than {MAX_DEPTH}",
     "not_an_object": "an answer that is no JSON object",
     "empty": "nothing usable in it",
@@ -193,69 +194,63 @@ def parse_reply(reply: str | bytes | Mapping, spec: AdviceSpec) -> tuple[Advice 
 def parse_replies(reply: str | bytes | Mapping, spec: AdviceSpec, count: int) -> list[Answer]:
     """Read the reply to `count` questions of one call: `{"answers": [{"number": 1, ...}, ...]}`.
 
-    For one question that is a bare answer. Never raises.
+    The reply to one question may also be the bare answer. Never raises.
     """
-    if count == 1:
-        return [Answer(*parse_reply(reply, spec))]
-    shared: Counter[str] = Counter()  # problems of the reply as a whole, told with the first answer
+    shared: Counter[str] = Counter()  # problems of the reply as a whole are told with the first answer
     found = _to_dict(reply, spec.max_chars * count, shared)
     if found is None:
-        return [Answer(None, Counter(shared)) for _ in range(count)]
+        return [Answer(None, shared if i == 0 else Counter(no_answer=1)) for i in range(count)]
     items = found.get("answers")
-    numbered: dict[int, Mapping] = {}
-    for item in items[: 2 * count] if isinstance(items, list) else []:
+    if count == 1 and items is None:
+        items = [found | {"number": 1}]
+    answers: dict[int, Answer] = {}
+    for item in items[: 2 * count] if isinstance(items, list | tuple) else []:
         number = item.get("number") if isinstance(item, dict) else None
-        if type(number) is not int or not 1 <= number <= count or number in numbered:
+        if type(number) is not int or not 1 <= number <= count or number in answers:
             shared["unknown_answer"] += 1
             continue
-        numbered[number] = {key: value for key, value in item.items() if key != "number"}
-    answers = []
-    for number in range(1, count + 1):
-        if number in numbered:
-            answers.append(Answer(*parse_reply(numbered[number], spec)))
-        else:
-            answers.append(Answer(None, Counter(no_answer=1)))
-    answers[0].problems.update(shared)
-    return answers
+        said = {key: value for key, value in item.items() if key != "number"}
+        answers[number] = Answer(*parse_reply(said, spec))
+    replies = [answers.get(number) or Answer(None, Counter(no_answer=1)) for number in range(1, count + 1)]
+    replies[0].problems.update(shared)
+    return replies
 
 
 def reply_schema(spec: AdviceSpec, wants: frozenset[str]) -> dict[str, Any]:
-    """The JSON schema of the reply to one question, for servers that can hold a model to it."""
-    action = {"type": "string", "enum": list(spec.actions)}
-    share = {"type": "number", "minimum": 0, "maximum": 1}
+    """The JSON schema of the answer to one question, for servers that can hold a model to it.
 
-    def numbers(count: int) -> dict[str, Any]:
-        return {"type": "array", "items": {"type": "number"}, "minItems": count, "maxItems": count}
-
+    Logits are asked for by the actions' names: models miscount bare lists. There are no bounds of lists and
+    numbers in it: Gemini refuses schemas with many of them, and `parse_reply` sees to them anyway.
+    """
+    number = {"type": "number"}
+    text = {"type": "string"}
+    actions = {"type": "array", "items": {"type": "string", "enum": list(spec.actions)}}
     fields: dict[str, Any] = {}
     if "prior" in wants:
-        fields["action_prior"] = _object(logits=numbers(len(spec.actions)))
-    fields["confidence"] = share
+        fields["action_prior"] = _object(logits=_object(**dict.fromkeys(spec.actions, number)))
+    fields["confidence"] = number
     if "features" in wants and spec.features:
-        fields["features"] = numbers(spec.features)
+        fields["features"] = {"type": "array", "items": number}
     if "plan" in wants:
-        fields["plan"] = {"type": "array", "items": action, "maxItems": MAX_PLAN}
+        fields["plan"] = actions
         if spec.subgoals:
             fields["subgoal"] = {"type": "string", "enum": list(spec.subgoals)}
     if "skills" in wants and spec.max_skills:
-        skill = dict(
-            name={"type": "string"},
-            description={"type": "string"},
-            primitive_actions={"type": "array", "items": action, "minItems": 1, "maxItems": MAX_PLAN},
-            expected_duration={"type": "integer", "minimum": 1, "maximum": MAX_DURATION},
-            confidence=share,
+        skill = _object(
+            name=text,
+            description=text,
+            primitive_actions=actions,
+            expected_duration={"type": "integer"},
+            confidence=number,
         )
-        fields["skills"] = {"type": "array", "items": _object(**skill), "maxItems": spec.max_skills}
+        fields["skills"] = {"type": "array", "items": skill}
     return _object(**fields)
 
 
-def replies_schema(spec: AdviceSpec, wants: frozenset[str], count: int) -> dict[str, Any]:
-    """The JSON schema of the reply to `count` questions, as `parse_replies` reads it."""
-    schema = reply_schema(spec, wants)
-    if count == 1:
-        return schema
-    item = _object(number={"type": "integer", "minimum": 1, "maximum": count}, **schema["properties"])
-    return _object(answers={"type": "array", "items": item, "minItems": count, "maxItems": count})
+def replies_schema(spec: AdviceSpec, wants: frozenset[str]) -> dict[str, Any]:
+    """The JSON schema of the reply to the questions of one call, as `parse_replies` reads it."""
+    answer = _object(number={"type": "integer"}, **reply_schema(spec, wants)["properties"])
+    return _object(answers={"type": "array", "items": answer})
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -338,7 +333,10 @@ def _read(found: Mapping[str, Any], spec: AdviceSpec, problems: Counter[str]) ->
     logits = None
     if isinstance(prior, dict):
         problems["unknown_key"] += sum(key != "logits" for key in prior)
-        logits = _numbers(prior.get("logits"), len(spec.actions), "logits", problems)
+        logits = prior.get("logits")
+        if isinstance(logits, dict) and set(logits) == set(spec.actions):  # by name, as the schema asks
+            logits = [logits[name] for name in spec.actions]
+        logits = _numbers(logits, len(spec.actions), "logits", problems)
     elif prior is not None:
         problems["logits_refused"] += 1
     features = _numbers(found.get("features"), spec.features, "features", problems)
