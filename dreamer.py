@@ -19,7 +19,6 @@ from types import MappingProxyType
 import gymnasium
 import numpy as np
 import torch
-from lore_llm.captions import make_captioner
 from torch import Tensor
 
 import audio
@@ -36,6 +35,7 @@ from episodes import EpisodeWriter
 from exploration import EXPLORERS, Greedy, Random, param_group
 from logger import Logger, Timer, WandbRun, add_heat_strip, write_mp4, write_wav
 from lore_llm import synthetic
+from lore_llm.captions import make_captioner
 from lore_llm.coach import Coach, NoCoach, advice_spaces
 from lore_llm.guide import Guide
 from parallel import VecEnv, make_vec
@@ -612,7 +612,8 @@ class Run:
 
     def _make_envs(self, mode: str) -> VecEnv:
         options = self.config.envs
-        make = functools.partial(make_env, self.config, mode, video=mode == "eval")
+        video = mode == "eval" and self.config.eval_videos
+        make = functools.partial(make_env, self.config, mode, video=video)
         amount = options.amount if mode == "train" else options.eval_amount
         envs = make_vec(
             make, amount, options.parallel,
@@ -903,7 +904,8 @@ class Run:
                     return False
                 done.append(episode)
             self._write_eval_episodes(done)
-            self._write_eval_videos(done)
+            if config.eval_videos:
+                self._write_eval_videos(done)
         self.evaluations += 1
         for episode in done:
             length = episode.length * config.action_repeat
