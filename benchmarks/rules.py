@@ -1,7 +1,8 @@
 """What the scripted adviser reaches alone: python benchmarks/rules.py [--quick]
 
-It plays by the action that it rates highest, asked at every step. Crafter: achievements unlocked in an episode,
-over 20 episodes. MiniGrid: share of DoorKey episodes solved, over 100. The seeds are those of training envs.
+It plays by the action that it rates highest, asked at every step. Crafter: achievements unlocked in an
+episode, over 20 episodes. MiniGrid: share of DoorKey episodes solved, over 100. The seeds are those of
+training envs.
 """
 
 import argparse
@@ -26,8 +27,8 @@ QUICK_STEPS = 300
 def play(task: str, episodes: int, options: list[str]) -> dict[str, np.ndarray | float]:
     """Episodes played by the rules alone.
 
-    Returns `length`, `return` and `unlocked`, the number of achievements, each [episodes]; `achievements`, the
-    share of episodes for each (Crafter only); and `us`, microseconds for a caption and for its advice.
+    Returns `length`, `return` and `unlocked`, the number of achievements, each [episodes]; `achievements`,
+    the share of episodes for each (Crafter only); and `us`, microseconds for a caption and for its advice.
     """
     config = configs.load(["--task", task, "--llm.enabled", "True", *options], has_cuda=False)
     env = envs.make_env(config, "train", 0)
@@ -50,7 +51,9 @@ def play(task: str, episodes: int, options: list[str]) -> dict[str, np.ndarray |
             length, total, done = length + 1, total + reward, terminated or truncated
         lengths.append(length)
         returns.append(total)
-        unlocked.append({key[16:]: float(value) for key, value in obs.items() if key[:16] == "log_achievement_"})
+        unlocked.append(
+            {key[16:]: float(value) for key, value in obs.items() if key[:16] == "log_achievement_"}
+        )
     return {
         "length": np.array(lengths),
         "return": np.array(returns),
@@ -61,7 +64,9 @@ def play(task: str, episodes: int, options: list[str]) -> dict[str, np.ndarray |
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="which tasks")
     parser.add_argument("--episodes", type=int, help=f"of each task; by default {TASKS}")
     parser.add_argument("--quick", action="store_true", help="a short look, for tests")

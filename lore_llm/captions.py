@@ -31,8 +31,8 @@ class Captioner:
         actions: what the actions are called, in their order. An adviser's plans use these names.
         subgoals: the only subgoals that advice may name; `reached` knows each of them.
         rules: which of the embedded rules (lore_llm/rules.py) understand the captions; None: none do.
-        about: what an adviser should know beside the caption, such as the rules of the game. It is part of the
-            prompt and never changes.
+        about: what an adviser should know beside the caption, such as the rules of the game. It is part of
+            the prompt and never changes.
     """
 
     subgoals: tuple[str, ...] = ()

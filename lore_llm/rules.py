@@ -1,8 +1,8 @@
 """The embedded adviser: scripted experts for Crafter and MiniGrid that read captions, as a model does.
 
 They know nothing but the caption and the recipes of the game, keep no memory from one question to the next,
-and answer in the same form as a model, through the same parser. `llm.rules_quality` makes them worse on purpose,
-for experiments. Say "scripted adviser" of whatever was measured with them.
+and answer in the same form as a model, through the same parser. `llm.rules_quality` makes them worse on
+purpose, for experiments. Say "scripted adviser" of whatever was measured with them.
 """
 
 import random
@@ -65,7 +65,9 @@ class Rules(LLMAdapter):
     @property
     def identity(self) -> str:
         dial = {"oracle": "", "p-wrong": f" {self._wrong:g} of {self._seed}", "random": f" of {self._seed}"}
-        return f"rules {self._rules} {VERSION} {self._quality}{dial.get(self._quality, '')} {self.spec.digest}"
+        return (
+            f"rules {self._rules} {VERSION} {self._quality}{dial.get(self._quality, '')} {self.spec.digest}"
+        )
 
     def advise(self, requests: Sequence[Request]) -> list[Answer]:
         return [Answer(*parse_reply(self._say(request), self.spec)) for request in requests]
@@ -147,7 +149,8 @@ class Thing:
 class MiniGridRules:
     """Fetches the key, opens the door, goes to the goal; else does what the mission says of one thing.
 
-    Where nothing of use is seen it goes east, then along the walls clockwise: without memory, that comes round.
+    Where nothing of use is seen it goes east, then along the walls clockwise: that comes round, and needs
+    no memory.
     """
 
     def judge(self, caption: str) -> Verdict:
@@ -256,7 +259,7 @@ class MiniGridRules:
         return free | {thing.place for thing in things if thing.state == "open"}
 
     def _path(self, free: set[Place], target: Place, walk_in: bool) -> list[str] | None:
-        """The shortest way until `target` is ahead, or with `walk_in` until one stands there; None: no way."""
+        """The shortest way until `target` is ahead, or until one stands there (`walk_in`); None: no way."""
         start = (0, 0), AHEAD  # where, and where one looks
         came: dict[tuple[Place, Place], tuple[tuple[Place, Place], str] | None] = {start: None}
         queue = deque([start])
@@ -281,8 +284,4 @@ class MiniGridRules:
         return None
 
 
-class CrafterRules:
-    pass
-
-
-EXPERTS: dict[str, type[Expert]] = {"crafter": CrafterRules, "minigrid": MiniGridRules}
+EXPERTS: dict[str, type[Expert]] = {"minigrid": MiniGridRules}
