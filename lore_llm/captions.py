@@ -6,19 +6,15 @@ situations give equal text: the text is the key under which advice is cached. No
 environment itself, and no text is made unless somebody asks.
 """
 
-import difflib
 import heapq
-import importlib
-import inspect
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 
+import envs
 from basics import UserError
 from envs.symbolic import KEY
 
@@ -35,13 +31,13 @@ class Captioner:
         actions: what the actions are called, in their order. An adviser's plans use these names.
         subgoals: the only subgoals that advice may name; `reached` knows each of them.
         rules: which of the embedded rules (lore_llm/rules.py) understand the captions; None: none do.
-        help: what an adviser should know beside the caption, such as the rules of the game. It is part of the
-            prompt and never changes.
+        about: what an adviser should know beside the caption, such as the rules of the game. It is part of
+            the prompt and never changes.
     """
 
     subgoals: tuple[str, ...] = ()
     rules: str | None = None
-    help: str = ""
+    about: str = ""
 
     NUMBERS = 48  # of one vector that are told at most
     KEYS = 12  # observations that are told at most
@@ -95,24 +91,12 @@ def make_captioner(config: Any, obs_space: Mapping[str, Any], act_space: Any) ->
 
 
 def _load(path: str) -> type[Captioner]:
-    module, _, name = path.partition(":")
-    if not name:
+    if ":" not in path:
         raise UserError(f"--llm.captioner {path}: write auto, or package.module:Class.")
-    if os.getcwd() not in sys.path:  # `python3 somewhere/dreamer.py` looks beside dreamer.py only
-        sys.path.append(os.getcwd())
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise UserError(f"--llm.captioner {path}: cannot import {error.name}.") from error
-    made = getattr(found, name, None)
-    if not (inspect.isclass(made) and issubclass(made, Captioner)):
-        names = [each for each, value in vars(found).items() if inspect.isclass(value)]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0)
-        hint = f" Did you mean {near[0]}?" if near and near[0] != name else ""
-        raise UserError(
-            f"--llm.captioner {path}: {name} is no subclass of lore_llm.captions.Captioner.{hint}"
-        )
-    return made
+    found = envs.load_class(path)
+    if not (isinstance(found, type) and issubclass(found, Captioner)):
+        raise UserError(f"--llm.captioner {path} is no subclass of lore_llm.captions.Captioner.")
+    return found
 
 
 # --- Any environment: numbers ------------------------------------------------------------------------------
@@ -186,7 +170,7 @@ class CrafterCaptioner(Captioner):
         self._enough = _enough(game)
         self._achievements = list(game.achievements)
         self.subgoals = tuple(game.achievements)
-        self.help = crafter_help(game)
+        self.about = about_crafter(game)
 
     @staticmethod
     def action_names() -> list[str]:
@@ -358,7 +342,7 @@ def _listed_recipes(game: Any) -> str:
     return "\n".join(lines)
 
 
-def crafter_help(game: Any) -> str:
+def about_crafter(game: Any) -> str:
     """The rules of the game for an adviser, with the recipes of `crafter.constants`."""
     return f"""\
 You play Crafter, a survival game on a grid that is seen from above. Each achievement counts once an episode;
@@ -397,7 +381,7 @@ class MiniGridCaptioner(Captioner):
         "enter_doorway",
         "reach_goal",
     )
-    help = """\
+    about = """\
 You play MiniGrid, a grid world that is seen from the player's own eyes: 6 fields ahead, 3 to either side;
 walls and closed doors hide what is behind them. left and right turn by 90 degrees in place, forward moves
 one field. pickup takes the key, ball or box directly ahead, drop lays what you carry there. toggle opens

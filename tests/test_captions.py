@@ -14,7 +14,7 @@ import envs
 import networks
 from basics import UserError
 from envs.crafter import KINDS, SYMBOLIC, VIEW
-from lore_llm.captions import Captioner, _rounded, crafter_help, make_captioner
+from lore_llm.captions import Captioner, _rounded, about_crafter, make_captioner
 
 CRAFTER, DOORKEY = "--task crafter_reward", "--task minigrid_DoorKey-6x6"
 
@@ -171,11 +171,11 @@ def test_equal_situations_give_equal_text(crafter_captioner):
 def test_recipes_are_those_of_the_installed_crafter():
     game = crafter.constants
     wood, stone = game.place["table"]["uses"]["wood"], game.place["furnace"]["uses"]["stone"]
-    assert f"- place_table: uses {wood} wood;" in crafter_help(game)
-    assert f"- place_furnace: uses {stone} stone;" in crafter_help(game)
+    assert f"- place_table: uses {wood} wood;" in about_crafter(game)
+    assert f"- place_furnace: uses {stone} stone;" in about_crafter(game)
     place = game.place | {"table": {"uses": {"wood": 7}, "where": ["sand"]}}
     other = types.SimpleNamespace(place=place, make=game.make, collect=game.collect, items=game.items)
-    assert "- place_table: uses 7 wood; onto sand in front of you" in crafter_help(other)
+    assert "- place_table: uses 7 wood; onto sand in front of you" in about_crafter(other)
 
 
 def test_crafter_blocked_moves_are_those_that_change_nothing():
@@ -363,7 +363,7 @@ def test_a_captioner_of_ones_own():
     ("path", "told"),
     [
         ("words", "write auto, or package.module:Class"),
-        ("no_such_module:Words", "cannot import no_such_module"),
+        ("no_such_module:Words", "Cannot import no_such_module"),
         (f"{__name__}:Shoutin", "Did you mean Shouting?"),
         ("lore_llm.captions:_summary", "no subclass"),
         (f"{__name__}:Wrong", "names 1 actions; gym_CartPole-v1 has 2"),
