@@ -188,8 +188,8 @@ class Cache:
         """Write what is left and give the file back."""
         self.flush()
         with self._io:
-            self._close_writer()
             self._close_reader()
+            self._close_writer()  # as the last one it takes the journal away
 
     # --- The file --------------------------------------------------------------------------------------
 
