@@ -612,7 +612,8 @@ class Run:
 
     def _make_envs(self, mode: str) -> VecEnv:
         options = self.config.envs
-        make = functools.partial(make_env, self.config, mode, video=mode == "eval")
+        video = mode == "eval" and self.config.eval_videos
+        make = functools.partial(make_env, self.config, mode, video=video)
         amount = options.amount if mode == "train" else options.eval_amount
         envs = make_vec(
             make, amount, options.parallel,
@@ -903,7 +904,8 @@ class Run:
                     return False
                 done.append(episode)
             self._write_eval_episodes(done)
-            self._write_eval_videos(done)
+            if config.eval_videos:
+                self._write_eval_videos(done)
         self.evaluations += 1
         for episode in done:
             length = episode.length * config.action_repeat
