@@ -42,7 +42,7 @@ RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
 # What a resumed run cannot change, and why.
 FROZEN = {
     "task": (
-        *("task", "action_repeat", "clip_reward", "obs", "dmc.*", "atari.*", "minigrid.*"),
+        *("task", "action_repeat", "clip_reward", "obs", "dmc.*", "atari.*", "crafter.*", "minigrid.*"),
         *("noisy_tv.enabled", "noisy_tv.actions", "noisy_tv.threshold", "noisy_tv.no*"),
     ),
     "network": (
