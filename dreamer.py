@@ -71,6 +71,8 @@ class Dreamer:
     ):
         self.config, self.device = config, device
         check_actions(act_space, config.actor_dist)
+        advised = advice_spaces(config, act_space)[0]
+        obs_space = dict(obs_space) | {k: v for k, v in advised.items() if k == "llm_features"}
         self.actions = networks.ActionVector(act_space)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(tools.derive_seed(config.seed, "weights"))
@@ -189,7 +191,8 @@ class Dreamer:
             post = {k: post[k][:, 0] for k in ("deter", "stoch")}
             feat = rssm.feat(post)
             guided = actor is self.behavior.actor
-            policy = self.guide.act(self.behavior, feat, explore or advised) if guided else actor(feat)
+            advised = advised or explore
+            policy = self.guide.act(self.behavior, feat, advised, explore) if guided else actor(feat)
             choice = policy.sample(actor.noise(amount, generator=generator))
             action, running, stored = self.guide.execute(
                 self.behavior, feat, choice, obs, state, plans, explore
@@ -559,11 +562,12 @@ class Run:
         self.envs = self._make_envs("train")
         act_space = self.envs.act_space
         advised, defaults = advice_spaces(config, act_space)
-        obs_space = self.envs.obs_space | advised
+        obs_space = self.envs.obs_space
         self.agent = Dreamer(obs_space, act_space, config, self.device)
         if checkpoint:
             notes = [*notes, *self.agent.load_state_dict(checkpoint["agent"], resume=resume)]
-        plan = self._plan_replay(obs_space | act_space, saved)
+        stored = obs_space | act_space | advised
+        plan = self._plan_replay(stored, saved)
         self.prefill = Random(act_space, numpy_rng(config.seed, "prefill"))
         self.stats = EpisodeStats(config.envs.amount, config.action_repeat)
         self.success = SuccessRates(config.task.partition("_")[0])
@@ -596,7 +600,7 @@ class Run:
                 f"Not encoded, so the agent does not see: {', '.join(self.agent.unseen)} "
                 "(no pattern of --encoder.*_keys fits)"
             )
-        self.replay = self._make_replay(obs_space | act_space, plan, defaults)
+        self.replay = self._make_replay(stored, plan, defaults)
         if config.llm.enabled:
             self.coach = Coach(self.agent, self.replay, config, self.logdir)
             self._parts.callback(self.coach.close)
@@ -791,7 +795,7 @@ class Run:
         with self.timer("replay"):
             self.replay.add({k: v for k, v in {**obs, **action, **latents}.items() if k[:4] != "log_"})
         with self.timer("advice"):
-            self.coach.after(self.state, self.step)
+            self.coach.after(obs, self.state, self.step)
         self._count(obs)
         self._plan_updates()
         with self.timer("env"):
@@ -897,16 +901,29 @@ class Run:
         rng = tools.torch_rng(config.seed, "eval", self.evaluations, device=self.device)
         first = self.evaluations * share  # each evaluation counts other episodes, with seeds of their own
         done: list[EvalEpisode] = []
+        advised = []
         with self.timer("eval"):
             curiosity = self.agent.curiosity
             for episode in play_episodes(self.agent, self.eval_envs, share, rng, first, curiosity):
                 if stop:
                     return False
                 done.append(episode)
+            if self.agent.guide.weighs():  # the same worlds once more, through the prior
+                rng = tools.torch_rng(config.seed, "eval_advised", self.evaluations, device=self.device)
+                follower = AdvisedAgent(self.agent)
+                for episode in play_episodes(follower, self.eval_envs, share, rng, first):
+                    if stop:
+                        return False
+                    advised.append(episode)
             self._write_eval_episodes(done)
             if config.eval_videos:
                 self._write_eval_videos(done)
+            self.coach.evaluated([episode.steps for episode in done])
         self.evaluations += 1
+        for episode in advised:
+            length = episode.length * config.action_repeat
+            self.logger.add({"eval_advised/episode_return": episode.score})
+            self.logger.add({"eval_advised/episode_length": length})
         for episode in done:
             length = episode.length * config.action_repeat
             self.logger.add({"eval/episode_return": episode.score, "eval/episode_length": length})
@@ -941,6 +958,14 @@ class Run:
         self.logger.add(self.timer.shares())
         self.logger.write(self.step)
         self._print_notes(self.envs)
+
+
+class AdvisedAgent:
+    """The agent behind `play_episodes`' interface, seen through the prior: its actor as it is in training."""
+
+    def __init__(self, agent: Dreamer):
+        self.initial_state = agent.initial_state
+        self.act = functools.partial(agent.act, advised=True)
 
 
 @dataclass

@@ -338,8 +338,8 @@ class Unguided(nn.Module):
         """The distribution over the actor's choices in feat [..., F]."""
         return behavior.actor(feat)
 
-    def act(self, behavior: "ImagBehavior", feat: Tensor, advised: bool) -> Policy:
-        """The policy [n] that acts in an env, with advice if `advised`."""
+    def act(self, behavior: "ImagBehavior", feat: Tensor, advised: bool, training: bool) -> Policy:
+        """The policy [n] that acts in the envs, of training or not, seen through the prior if `advised`."""
         return self.policy(behavior, feat)
 
     def starts(
@@ -380,6 +380,10 @@ class Unguided(nn.Module):
     ) -> tuple[Losses, Metrics]:
         """Losses (scalars) of its own nets from replayed steps [B, T, ...]."""
         return {}, {}
+
+    def weighs(self) -> bool:
+        """Whether there is a prior that has any weight."""
+        return False
 
     def skills(self) -> list[list[str | None]]:
         """Name and subgoal of the skill in each slot."""

@@ -61,7 +61,7 @@ class NoCoach:
         """What is known before the agent acts on observations [n, ...]: entries of the step, and plans."""
         return {}, {}
 
-    def after(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+    def after(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
         """Look at what came of it, when the step is in the replay."""
 
     def items(self) -> Any:
@@ -126,7 +126,6 @@ class Coach(NoCoach):
         self.model_losses: list[float] = []  # of the last two evaluations
         self.library: SkillLibrary | None = None
         self.next_skills = self.next_poll = self.next_decision = 0
-        self.latest: dict[int, str] = {}  # env -> caption of this step's answer
         if config.options.enabled:
             self.library = SkillLibrary(logdir / SKILLS, self.captioner, config.options)
             self.guide.set_skills(self.library)
@@ -138,7 +137,7 @@ class Coach(NoCoach):
         c = self.config
         self.guide.set_share(max(0.0, 1 - step / self.until) if self.until else 0.0)
         entries, plans = self._blank(), {}
-        self.latest, self.started = {}, {}
+        self.started = {}
         if step >= self.until:
             return entries, plans
         skills = self.library is not None and step >= self.next_skills
@@ -152,7 +151,6 @@ class Coach(NoCoach):
                 if values:
                     self.replay.amend(answered.env, answered.place, values)
             else:
-                self.latest[answered.env] = answered.caption
                 for key, value in values.items():
                     entries[key][answered.env] = value
             plan = [self.actions[name] for name in answered.advice.plan]
@@ -186,7 +184,7 @@ class Coach(NoCoach):
             plans[answered.env] = plan
             self.started[answered.env] = answered.place
 
-    def after(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+    def after(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
         outcomes, self.guide.outcomes = self.guide.outcomes, []
         for outcome in outcomes:
             if outcome.uid == PLAN:
@@ -202,9 +200,9 @@ class Coach(NoCoach):
             self._look_after_skills(step, any(outcome.uid != PLAN for outcome in outcomes))
             self._count("options/used_share", float((state["macro"] > 0).float().mean()))
         every = self.config.llm.log_decisions_every
-        if every and step >= self.next_decision:
+        if every and step >= max(self.next_decision, self.config.prefill):
             self.next_decision = step + every
-            self._log_decisions(state, step)
+            self._log_decisions(obs, state, step)
 
     def _judge(self, state: Mapping[str, torch.Tensor], step: int) -> None:
         """Judge the newest proposals, and those that are being executed; accept what is worth it."""
@@ -294,13 +292,13 @@ class Coach(NoCoach):
 
     # --- What is told ----------------------------------------------------------------------------------
 
-    def _log_decisions(self, state: Mapping[str, torch.Tensor], step: int) -> None:
-        caption = self.latest
+    def _log_decisions(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
         lines = []
         for env, view in enumerate(self.agent.explain(state)):
             view = {key: _rounded(value) for key, value in view.items()}
             view["action"] = self.captioner.actions[view["action"]]
-            lines.append(json.dumps({"step": step, "env": env, "caption": caption.get(env), **view}))
+            caption = self.captioner.caption({key: value[env] for key, value in obs.items()})
+            lines.append(json.dumps({"step": step, "env": env, "caption": caption, **view}))
         try:
             with open(self.logdir / DECISIONS, "a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")

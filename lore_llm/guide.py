@@ -82,6 +82,7 @@ class Guide(Unguided):
         self.items: dict[str, Tensor] = {}  # synthetic ones of this update
         self.rollout: synthetic.Rollout | None = None
         self.outcomes: list[Outcome] = []  # of training, until somebody takes them
+        self.last_seen: Seen | None = None
         self.doubt: np.ndarray | None = None  # [n] uncertainty at the last step of training
 
     def param_groups(self, actor_lr: float | None, model_lr: float | None) -> list[dict[str, Any]]:
@@ -120,7 +121,8 @@ class Guide(Unguided):
         if not (self.prior and advised):  # nobody asks for its uncertainty
             hidden = behavior.actor.mlp(feat)
             return self._policy(behavior, hidden, behavior.actor.outs[0](hidden).float())
-        return self.seen(behavior, feat).policy
+        self.last_seen = self.seen(behavior, feat)
+        return self.last_seen.policy
 
     def plain_actions(self, behavior: ImagBehavior, feat: Tensor) -> dists.OneHot:
         """The actor's distribution over primitive actions alone, without prior and options."""
@@ -179,8 +181,8 @@ class Guide(Unguided):
     ) -> tuple[Losses, Metrics]:
         losses, metrics = {}, {}
         if self.prior:
-            seen = self.seen(behavior, dream.feat[:, :-1])
-            kl = seen.policy.detach().parts[0].kl(seen.plain.parts[0])  # [N, H]
+            seen = self.last_seen  # of which `policy` is the mix
+            kl = seen.policy.parts[0].detach().kl(seen.plain.parts[0])  # [N, H]
             decided = torch.as_tensor(dream.decided, device=kl.device).expand_as(kl)
             mean = (kl.detach() * decided).sum() / decided.sum().clamp(min=1)
             self.prior.limit(mean)
@@ -246,9 +248,9 @@ class Guide(Unguided):
 
     # --- Acting ----------------------------------------------------------------------------------------
 
-    def act(self, behavior: ImagBehavior, feat: Tensor, advised: bool) -> Policy:
+    def act(self, behavior: ImagBehavior, feat: Tensor, advised: bool, training: bool) -> Policy:
         seen = self.seen(behavior, feat, advised)
-        if advised:
+        if training:
             self.doubt = seen.uncertainty.float().cpu().numpy()
         return seen.policy
 
@@ -381,6 +383,9 @@ class Guide(Unguided):
     def set_names(self, skills: Sequence[Sequence[str | None]]) -> None:
         if self.options:
             self.names, self.subgoals = (list(column) for column in zip(*skills, strict=True))
+
+    def weighs(self) -> bool:
+        return self.prior is not None and bool(self.prior.share > 0)
 
     def set_share(self, share: float) -> None:
         """How much of `beta_max` is left for the prior, from 1 to 0."""
