@@ -681,6 +681,8 @@ def _group_values(schema: Schema, group: str, words: list[str], where: str) -> d
     with contextlib.suppress(UserError):
         _value(schema.options[names[0]], words, where)
         hint = f"the nearest is --{names[0]} {text}"  # `--envs 4` of old commands
+    if not words and any(group in presets for presets in schema.presets.values()):
+        hint += f"; for the preset of that name write --configs {group}"
     raise UserError(f"{where}: {group} is a group of options; {hint}")
 
 
