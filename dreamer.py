@@ -602,7 +602,7 @@ class Run:
             )
         self.replay = self._make_replay(stored, plan, defaults)
         if config.llm.enabled:
-            self.coach = Coach(self.agent, self.replay, config, self.logdir)
+            self.coach = Coach(self.agent, self.replay, config, self.logdir, self.timer)
             self._parts.callback(self.coach.close)
         # Not earlier: the ring's memory is to be taken as it fills.
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
@@ -783,8 +783,7 @@ class Run:
         """One step in each training env: act, store, count, and see what comes of it."""
         until = self.config.expl_until
         self.agent.explore(not until or self.step < until)
-        with self.timer("advice"):
-            advice, plans = self.coach.before(self.obs, self.step)
+        advice, plans = self.coach.before(self.obs, self.step)
         obs = {**self.obs, **advice}
         if self.step < self.config.prefill:
             action, latents = self.prefill.act(len(self.envs)), {}
@@ -794,8 +793,7 @@ class Run:
                 action, self.state, latents = self.agent.act(obs, self.state, rng, explore=True, plans=plans)
         with self.timer("replay"):
             self.replay.add({k: v for k, v in {**obs, **action, **latents}.items() if k[:4] != "log_"})
-        with self.timer("advice"):
-            self.coach.after(obs, self.state, self.step)
+        self.coach.after(obs, self.state, self.step)
         self._count(obs)
         self._plan_updates()
         with self.timer("env"):

@@ -15,6 +15,7 @@ import torch
 from gymnasium import spaces
 
 from basics import UserError, atomic_write, numpy_rng
+from logger import Timer
 from lore_llm.advice import AdviceSpec
 from lore_llm.advisor import Advisor, Answered
 from lore_llm.backends import make_adviser
@@ -100,8 +101,8 @@ class Proposal(NamedTuple):
 class Coach(NoCoach):
     """Asks an adviser and hands its answers out."""
 
-    def __init__(self, agent: Any, replay: Replay, config: Mapping, logdir: Path):
-        self.agent, self.replay, self.config, self.logdir = agent, replay, config, logdir
+    def __init__(self, agent: Any, replay: Replay, config: Mapping, logdir: Path, timer: Timer):
+        self.agent, self.replay, self.config, self.logdir, self.timer = agent, replay, config, logdir, timer
         self.guide: Guide = agent.guide
         self.captioner = self.guide.captioner
         llm, self.n_envs = config.llm, replay.n_envs
@@ -134,6 +135,10 @@ class Coach(NoCoach):
     # --- Around a step ---------------------------------------------------------------------------------
 
     def before(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
+        with self.timer("advice"):
+            return self._ask(obs, step)
+
+    def _ask(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
         c = self.config
         self.guide.set_share(max(0.0, 1 - step / self.until) if self.until else 0.0)
         entries, plans = self._blank(), {}
@@ -185,6 +190,10 @@ class Coach(NoCoach):
             self.started[answered.env] = answered.place
 
     def after(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
+        with self.timer("advice"):
+            self._look_at(obs, state, step)
+
+    def _look_at(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
         outcomes, self.guide.outcomes = self.guide.outcomes, []
         for outcome in outcomes:
             if outcome.uid == PLAN:
