@@ -284,4 +284,315 @@ class MiniGridRules:
         return None
 
 
-EXPERTS: dict[str, type[Expert]] = {"minigrid": MiniGridRules}
+# --- Crafter -----------------------------------------------------------------------------------------------
+
+SIGHT = re.compile(
+    r"(?P<kind>.+?) (?P<far>beside|near|far) (?P<where>[a-z-]+)(?:, (?:go (?P<go>\w+)|no way))?$"
+)
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+TOOLS = ("pickaxe", "sword")
+STEPS = {"beside": 0, "near": 2, "far": 4}  # moves towards something at such a distance, about
+OPEN_STEPS = {"open": 5, "short": 1, "": 0}  # moves that are free in a direction, at least
+BLOWS = 6  # that a creature stands, at most, without a sword
+DRINKS = 5
+NAP = 15  # steps of sleep in a plan
+WOOD = 5  # that is gathered before anything is built: a table, two tools, and some to spare
+STONES = 2  # that are kept to build with
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The nearest of a kind: beside, near or far; the direction; the first step to it, where there is a way."""
+
+    far: str
+    where: str
+    go: str | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A caption of Crafter, read."""
+
+    facing: str
+    around: dict[str, tuple[str, str]]  # direction -> kind of the field, and whether it is open or short
+    seen: dict[str, Sight]
+    reach: set[str]  # of table and furnace those that can be used
+    have: dict[str, int]
+    vitals: dict[str, str]
+    night: bool
+    asleep: bool
+    achieved: set[str]
+
+    @classmethod
+    def read(cls, caption: str) -> "Scene":
+        around = {}
+        for told in _line(caption, "Around you:").split("; "):
+            direction, _, rest = told.partition(" ")
+            kind, _, space = rest.partition(", ")
+            around[direction] = kind, space
+        seen = {}
+        for told in _line(caption, "You see:").split("; "):
+            if found := SIGHT.match(told):
+                seen[found["kind"]] = Sight(found["far"], found["where"], found["go"])
+        have = {}
+        for told in _line(caption, "You have:").split(", "):
+            count, _, item = told.partition(" ")
+            if item:
+                have[item.replace(" ", "_")] = int(count.rstrip("+"))
+        state = _line(caption, "It is ")
+        return cls(
+            facing=_line(caption, "Facing:"),
+            around=around,
+            seen=seen,
+            reach=set(_line(caption, "Within reach to craft:").split(", ")),
+            have=have,
+            vitals=dict(told.split(" ") for told in _line(caption, "You are:").split(", ")),
+            night=state.startswith("night"),
+            asleep=state.endswith("asleep"),
+            achieved=set(_line(caption, "Achieved:").split(", ")),
+        )
+
+    @property
+    def front(self) -> str:
+        return self.around[self.facing][0]
+
+
+class CrafterRules:
+    """Survives first (fight, drink, eat, sleep), then climbs the technology tree; else looks for more.
+
+    What recipes need is read from the installed Crafter.
+    """
+
+    def __init__(self):
+        import crafter
+
+        self._game = crafter.constants
+
+    def judge(self, caption: str) -> Verdict:
+        scene = Scene.read(caption)
+        scores = self._scores(scene)
+        for wish in (self._survive, self._craft, self._gather, self._roam):
+            found = wish(scene, caption)
+            if found:
+                plan, subgoal, confidence = found
+                return Verdict(plan[0], scores, plan, subgoal, confidence)
+        return Verdict("noop", scores, ["noop"], None, 0.1)
+
+    def skills(self, caption: str) -> list[dict[str, Any]]:
+        scene = Scene.read(caption)
+        walks = [
+            _skill(f"walk {name}", "until something is in the way", [f"move_{name}"] * 6, 0.7)
+            for name in OPPOSITE
+        ]
+        works = [
+            _skill("chop", "collect the wood ahead", ["do"] * 5, 0.8, "collect_wood"),
+            _skill("drink", "at the water ahead", ["do"] * DRINKS, 0.7),
+            _skill("sleep", "until awake", ["sleep"] * NAP, 0.6, "wake_up"),
+            _skill(
+                "wooden tools",
+                "a table and what it serves for",
+                ["place_table", "make_wood_pickaxe", "make_wood_sword"],
+                0.7,
+            ),
+        ]
+        if "wood_pickaxe" in scene.have:
+            works[0] = _skill("mine", "dig ahead", ["do", f"move_{scene.facing}"] * 3, 0.7)
+            works[3] = _skill(
+                "stone tools",
+                "at a table in reach",
+                ["place_table", "make_stone_pickaxe", "make_stone_sword"],
+                0.7,
+            )
+        return [*works, *walks]
+
+    # --- What to do: each gives (plan, subgoal, confidence), or None ----------------------------------------
+
+    def _survive(self, scene: Scene, caption: str):
+        if scene.asleep:
+            return ["sleep"] * NAP, "wake_up", 0.8
+        for enemy in ("zombie", "skeleton"):
+            if scene.seen.get(enemy, FAR).far == "beside":
+                return self._face(scene, enemy, BLOWS), f"defeat_{enemy}", 0.9
+        for level in ("low", "middle"):
+            if scene.vitals["drink"] == level and (plan := self._go(scene, "water", DRINKS)):
+                return plan, "collect_drink", 0.9
+            if scene.vitals["food"] == level:
+                for food, subgoal in (("ripe plant", "eat_plant"), ("cow", "eat_cow")):
+                    if plan := self._go(scene, food, BLOWS):
+                        return plan, subgoal, 0.9
+            calm = not {"zombie", "skeleton", "arrow"} & scene.seen.keys()
+            if scene.vitals["energy"] == level and (calm or level == "low"):
+                return ["sleep"] * NAP, "wake_up", 0.8
+        return None
+
+    def _craft(self, scene: Scene, caption: str):
+        """What can be made, placed or eaten for an achievement at once, or close by."""
+        for name, recipe in self._game.make.items():
+            if name not in scene.have and self._affords(scene, recipe):
+                if set(recipe["nearby"]) <= scene.reach:
+                    return [f"make_{name}"], f"make_{name}", 0.95
+        if "sapling" in scene.have and (plan := self._put(scene, "plant")):
+            return plan, "place_plant", 0.9
+        if "place_stone" not in scene.achieved and (plan := self._put(scene, "stone")):
+            return plan, "place_stone", 0.9
+        missing = self._missing(scene)
+        if missing and scene.have.get("wood", 0) >= WOOD - 1 or self._waits_for_table(scene):
+            way = scene.seen.get("table")
+            if way and way.go:
+                return self._walk(scene, way), None, 0.8
+            if "table" not in scene.reach and (plan := self._put(scene, "table")):
+                return [*plan, *(f"make_{name}" for name in missing)], "place_table", 0.9
+        stones = scene.have.get("stone", 0)
+        enough = stones >= self._game.place["furnace"]["uses"]["stone"] + ("place_stone" in scene.achieved)
+        if enough and "furnace" not in scene.reach and not self._lacks(scene, "stone"):
+            first = "place_furnace" not in scene.achieved
+            if (first or self._waits_for_furnace(scene)) and (plan := self._put(scene, "furnace")):
+                return plan, "place_furnace", 0.85
+        return None
+
+    def _gather(self, scene: Scene, caption: str):
+        """The next thing to collect of what is seen."""
+        for kind, subgoal in (
+            ("ripe plant", "eat_plant"),
+            ("diamond", "collect_diamond"),
+            ("iron", "collect_iron"),
+        ):
+            if self._can_collect(scene, kind) and (plan := self._go(scene, kind)):
+                return plan, subgoal, 0.9
+        for kind, item, most in (("coal", "coal", 2), ("stone", "stone", 6), ("tree", "wood", WOOD)):
+            if scene.have.get(item, 0) < most and self._can_collect(scene, kind):
+                if plan := self._go(scene, kind):
+                    return plan, f"collect_{item}", 0.85
+        if "collect_drink" not in scene.achieved and (plan := self._go(scene, "water")):
+            return plan, "collect_drink", 0.8
+        if "eat_cow" not in scene.achieved and (plan := self._go(scene, "cow", BLOWS)):
+            return plan, "eat_cow", 0.8
+        if not {"collect_sapling", "place_plant"} & scene.achieved and (
+            plan := self._go(scene, "grass", BLOWS)
+        ):
+            return plan, "collect_sapling", 0.7
+        for enemy in ("zombie", "skeleton"):
+            if f"defeat_{enemy}" not in scene.achieved and scene.vitals["health"] == "high":
+                if plan := self._go(scene, enemy, BLOWS):
+                    return plan, f"defeat_{enemy}", 0.6
+        return None
+
+    def _roam(self, scene: Scene, caption: str):
+        """Straight on while it is free, through stone too; else a turn that depends on what is seen."""
+        if scene.around[scene.facing][1]:
+            plan = [f"move_{scene.facing}"] * OPEN_STEPS[scene.around[scene.facing][1]]
+            return plan, None, 0.3
+        if self._can_collect(scene, scene.front):
+            return ["do", f"move_{scene.facing}"], None, 0.3
+        ways = [name for name, (_, space) in scene.around.items() if space and name != OPPOSITE[scene.facing]]
+        ways = [name for name in ways if scene.around[name][1] == "open"] or ways
+        if not ways:
+            ways = [name for name, (kind, _) in scene.around.items() if self._can_collect(scene, kind)]
+        ways = ways or [name for name, (_, space) in scene.around.items() if space]
+        if not ways:
+            return None
+        way = ways[derive_seed(0, "roam", caption) % len(ways)]
+        return [f"move_{way}"] * max(1, OPEN_STEPS[scene.around[way][1]]), None, 0.3
+
+    # --- How to do it ---------------------------------------------------------------------------------------
+
+    def _face(self, scene: Scene, kind: str, times: int = 1) -> list[str]:
+        """Act on something beside."""
+        if scene.front == kind:
+            return ["do"] * times
+        way = next(name for name, (each, _) in scene.around.items() if each == kind)
+        return [f"move_{way}"] + ["do"] * times
+
+    def _go(self, scene: Scene, kind: str, times: int = 1) -> list[str] | None:
+        """Go to the nearest of a kind and act on it; None where there is no way."""
+        if any(each == kind for each, _ in scene.around.values()):
+            return self._face(scene, kind, times)
+        sight = scene.seen.get(kind)
+        if not sight or not sight.go:
+            return None
+        plan = self._walk(scene, sight)
+        return plan + ["do"] * times if "-" not in sight.where else plan
+
+    def _walk(self, scene: Scene, sight: Sight) -> list[str]:
+        move = f"move_{sight.go}"
+        kind, space = scene.around[sight.go]
+        if not space:  # to be dug away
+            return ["do", move] if scene.facing == sight.go else [move, "do", move]
+        steps = STEPS[sight.far] if "-" not in sight.where else STEPS[sight.far] // 2
+        return [move] * max(1, min(steps, OPEN_STEPS[space]))
+
+    def _put(self, scene: Scene, name: str) -> list[str] | None:
+        """Place something in front, where the ground there allows it."""
+        recipe = self._game.place[name]
+        if not self._affords(scene, recipe):
+            return None
+        if scene.front in recipe["where"]:
+            return [f"place_{name}"]
+        ways = [way for way, (kind, _) in scene.around.items() if kind in recipe["where"] and kind != "lava"]
+        return [f"move_{ways[0]}", f"place_{name}"] if ways else None
+
+    # --- What there is --------------------------------------------------------------------------------------
+
+    def _affords(self, scene: Scene, recipe: Mapping[str, Any]) -> bool:
+        return all(scene.have.get(item, 0) >= amount for item, amount in recipe["uses"].items())
+
+    def _can_collect(self, scene: Scene, kind: str) -> bool:
+        if kind == "ripe plant":
+            return True
+        info = self._game.collect.get(kind)
+        return bool(
+            info and kind not in ("grass", "water") and self._affords(scene, {"uses": info["require"]})
+        )
+
+    def _missing(self, scene: Scene) -> list[str]:
+        """Tools that the next stage of the technology tree needs."""
+        for stage in ("wood", "stone"):
+            names = [f"{stage}_{tool}" for tool in TOOLS if f"{stage}_{tool}" not in scene.have]
+            if names:
+                return names if stage == "wood" or scene.have.get("stone", 0) else []
+        return []
+
+    def _lacks(self, scene: Scene, stage: str) -> bool:
+        return any(f"{stage}_{tool}" not in scene.have for tool in TOOLS)
+
+    def _waits_for_table(self, scene: Scene) -> bool:
+        """A tool could be made if only there were a table."""
+        return "table" not in scene.reach and any(
+            name not in scene.have
+            and self._affords(scene, self._game.make[name])
+            and scene.have.get("wood", 0) > 3
+            for name in self._game.make
+        )
+
+    def _waits_for_furnace(self, scene: Scene) -> bool:
+        return "table" in scene.reach and any(
+            name not in scene.have and self._affords(scene, recipe)
+            for name, recipe in self._game.make.items()
+            if "furnace" in recipe["nearby"]
+        )
+
+    def _scores(self, scene: Scene) -> dict[str, float]:
+        """What actions are worth whatever the aim is."""
+        scores = {"noop": USELESS / 2, "sleep": USELESS if scene.vitals["energy"] == "high" else NEUTRAL}
+        if {"zombie", "skeleton"} & scene.seen.keys():
+            scores["sleep"] = HARMFUL
+        for way, (kind, space) in scene.around.items():
+            scores[f"move_{way}"] = GOOD / 2 if space else HARMFUL if kind == "lava" else NEUTRAL
+        useful = self._can_collect(scene, scene.front) or scene.front in (
+            "water",
+            "cow",
+            "zombie",
+            "skeleton",
+        )
+        scores["do"] = GOOD if useful else USELESS / 2
+        for name, recipe in self._game.place.items():
+            can = self._affords(scene, recipe) and scene.front in recipe["where"]
+            scores[f"place_{name}"] = NEUTRAL if can and f"place_{name}" not in scene.achieved else USELESS
+        for name, recipe in self._game.make.items():
+            can = self._affords(scene, recipe) and set(recipe["nearby"]) <= scene.reach
+            scores[f"make_{name}"] = (GOOD if name not in scene.have else USELESS / 2) if can else USELESS
+        return scores
+
+
+FAR = Sight("far", "", None)
+EXPERTS: dict[str, type[Expert]] = {"crafter": CrafterRules, "minigrid": MiniGridRules}
