@@ -172,7 +172,9 @@ class Coach(NoCoach):
 
     def _values(self, answered: Answered) -> dict[str, Any]:
         advice, values = answered.advice, {}
-        if self.config.prior.enabled and advice.action_prior:
+        if self.config.prior.enabled:
+            if advice.action_prior is None:  # the mask says of all of it whether it is there
+                return {}
             logits = torch.tensor(advice.action_prior.logits)
             values["llm_logits"] = bounded(logits, self.config.prior.logit_clip).numpy()
         if self.config.llm.features and advice.features:
