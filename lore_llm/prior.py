@@ -61,7 +61,8 @@ class Prior(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         """Log-probabilities [..., A], centred and clipped to plus and minus `logit_clip`."""
-        return bounded(self.out(self.mlp(feat)).float(), self.config.logit_clip)
+        logits = self.config.logit_clip * self.out(self.mlp(feat)).float()
+        return bounded(logits, self.config.logit_clip)
 
     def beta(self, uncertainty: Tensor) -> Tensor:
         """The weight of the logits [...] by the agent's uncertainty [...] from 0 to 1."""
@@ -71,9 +72,12 @@ class Prior(nn.Module):
         return c.beta_max * self.share * self.reliability.value * doubt / (1 + self.dual)
 
     def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-        """Cross entropy with the advice `logits` [B, T, A] where `mask` [B, T], a scalar; 0 where none is."""
-        predicted = F.log_softmax(self.out(self.mlp(feat)).float(), -1)
-        loss = -(F.softmax(logits, -1) * predicted).sum(-1)  # [B, T]
+        """Squared error to the advice `logits` [B, T, A] where `mask` [B, T], a scalar; 0 where none is.
+
+        In units of `logit_clip`. Cross entropy would take for ever to tell apart what is as good as certain.
+        """
+        error = self.out(self.mlp(feat)).float() - logits / self.config.logit_clip
+        loss = error.square().mean(-1)  # [B, T]
         return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
 
     @torch.no_grad()
