@@ -302,7 +302,7 @@ STONES = 2  # that are kept to build with
 
 @dataclass(frozen=True)
 class Sight:
-    """The nearest of a kind: beside, near or far; the direction; the first step to it, where there is a way."""
+    """The nearest of a kind: beside, near or far; the direction; the first step to it, if there is a way."""
 
     far: str
     where: str
