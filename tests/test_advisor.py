@@ -142,7 +142,7 @@ def hear(advisor: Advisor, count: int = 1, seconds: float = 5.0) -> list[Answere
     end, heard = time.monotonic() + seconds, []
     while len(heard) < count:
         assert time.monotonic() < end, f"only {len(heard)} of {count} answers"
-        heard += ask(advisor, *[0.0] * len(advisor.gaps), last=True)
+        heard += ask(advisor, *[0.0] * len(advisor.gaps), place=advisor.step, last=True)
         time.sleep(0.002)
     return heard
 
@@ -529,14 +529,15 @@ def test_the_breaker_of_a_resumed_run_goes_on_with_its_pause():
 
 
 def test_after_failures_in_a_row_there_is_a_pause_and_then_a_probe(tmp_path):
-    down = True
+    down, now = True, 1000.0
 
     def say(requests):
         if down:
             raise AdviserFault("http_5xx", retry=True)
 
     adviser = Fake(say)
-    with made(tmp_path, adviser, breaker_failures=3, breaker_pause_s=0.2, retries=1, envs=8) as advisor:
+    with made(tmp_path, adviser, breaker_failures=3, breaker_pause_s=60, retries=1, envs=8) as advisor:
+        advisor.breaker.clock = lambda: now
         ask(advisor, *[1] * 8, place=100)  # one question
         wait(lambda: idle(advisor))
         ask(advisor, *range(10, 18), place=200)
@@ -546,20 +547,20 @@ def test_after_failures_in_a_row_there_is_a_pause_and_then_a_probe(tmp_path):
         assert metric(advisor, "breaker") == 1.0
         assert ask(advisor, *range(20, 28)) == []
         assert metric(advisor, "dropped") >= 8 and len(adviser.calls) == calls
-        time.sleep(0.21)
+        now += 60
         assert metric(advisor, "breaker") == 0.5
         ask(advisor, *range(30, 38), place=300)
         wait(lambda: idle(advisor))
         assert len(adviser.calls) == calls + 1  # the probe, and not again at once
         assert metric(advisor, "breaker") == 1.0
-        time.sleep(0.41)
+        now += 120
         down = False
         ask(advisor, *range(40, 48), place=400)
         hear(advisor)
         assert metric(advisor, "breaker") == 0.0
         assert advisor.notes() == [
-            "Step 200: the adviser does not answer (http_5xx); pause of 0.2 s.",
-            "Step 300: the adviser does not answer (http_5xx); pause of 0.4 s.",
+            "Step 200: the adviser does not answer (http_5xx); pause of 60 s.",
+            "Step 300: the adviser does not answer (http_5xx); pause of 120 s.",
             "Step 400: the adviser answers again.",
         ]
         ask(advisor, *range(50, 58))
