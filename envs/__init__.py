@@ -14,6 +14,8 @@ An environment is any class with
 - `log_*` keys are float32 scalars. They are logged and never learned from: of each episode the highest value
   as `env/*`, and the share of the steps at which it was above 0 as `env/*_share` (of evaluations
   `eval/*_share`). `log_achievement_*` become success rates instead.
+- `symbolic` is for the captions of an adviser (lore_llm/captions.py): numbers of a fixed shape that describe
+  the situation. It is never learned from; our own environments observe it only with `llm.enabled`.
 - The same seed and the same actions give the same observations, so that a run can be resumed.
 - Actions are Discrete, MultiDiscrete, Box, or a dict of these. The range of a Box is the environment's own:
   `make_env` clips and scales to it.
