@@ -256,7 +256,9 @@ class Advisor:
         c = self.config
         for env in range(len(self.gaps)):
             self.gaps[env] = self.ready if obs["is_first"][env] else self.gaps[env] + 1
-            if self.gaps[env] < c["min_gap_steps"] or obs["is_last"][env]:  # no action follows the last step
+            if self.gaps[env] < c["min_gap_steps"] or not (self.wants or self.skills_due):
+                continue
+            if obs["is_last"][env]:  # no action follows
                 continue
             one = {key: value[env] for key, value in obs.items() if key[:4] != "log_"}
             try:

@@ -221,6 +221,15 @@ def test_skills_are_asked_for_by_the_next_question(tmp_path):
     assert [r.wants - PRIOR for r in adviser.asked] == [set(), set(), {"skills"}, set(), set(), set()]
 
 
+def test_who_wants_skills_alone_asks_for_nothing_else(tmp_path):
+    adviser = Instant()
+    with made(tmp_path, adviser, envs=2) as advisor:
+        advisor.wants = frozenset()
+        for step in range(6):
+            ask(advisor, step, 10 + step, skills=step == 3)
+    assert [(r.caption, r.wants) for r in adviser.asked] == [("at 3", {"skills"})]
+
+
 def test_the_adviser_sees_one_env_as_it_was_and_no_logs(tmp_path):
     adviser, obs = Fake(delay=0.05), see(4)
     with made(tmp_path, adviser) as advisor:
