@@ -201,7 +201,8 @@ class CrafterCaptioner(Captioner):
             f"You have: {self._inventory(items)}",
             f"You are: {', '.join(f'{name} {_level(items[name])}' for name in self._vitals)}",
             f"It is {'day' if light >= DAY else 'night' if light < NIGHT else 'twilight'}; "
-            f"you are {'asleep' if parts['asleep'] else 'awake'}{', walled in' if self._is_walled_in(view) else ''}",
+            f"you are {'asleep' if parts['asleep'] else 'awake'}"
+            f"{', walled in' if self._is_walled_in(view) else ''}",
         ]
         counts = zip(self._achievements, parts["achievements"].tolist(), strict=True)
         done = [name for name, count in counts if count]
