@@ -292,7 +292,7 @@ SIGHT = re.compile(
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TOOLS = ("pickaxe", "sword")
 STEPS = {"beside": 0, "near": 2, "far": 4}  # moves towards something at such a distance, about
-OPEN_STEPS = {"open": 5, "short": 1, "": 0}  # moves that are free in a direction, at least
+OPEN_STEPS = {"open": 5, "short": 1, "deep": 0, "": 0}  # moves that are free in a direction, at least
 BLOWS = 6  # that a creature stands, at most, without a sword
 DRINKS = 5
 NAP = 15  # steps of sleep in a plan
@@ -302,7 +302,7 @@ STONES = 2  # that are kept to build with
 
 @dataclass(frozen=True)
 class Sight:
-    """The nearest of a kind: beside, near or far; the direction; the first step to it, where there is a way."""
+    """The nearest of a kind: beside, near or far; the direction; the first step to it, if there is a way."""
 
     far: str
     where: str
@@ -319,8 +319,9 @@ class Scene:
     reach: set[str]  # of table and furnace those that can be used
     have: dict[str, int]
     vitals: dict[str, str]
-    night: bool
+    dark: bool
     asleep: bool
+    walled_in: bool
     achieved: set[str]
 
     @classmethod
@@ -347,14 +348,18 @@ class Scene:
             reach=set(_line(caption, "Within reach to craft:").split(", ")),
             have=have,
             vitals=dict(told.split(" ") for told in _line(caption, "You are:").split(", ")),
-            night=state.startswith("night"),
-            asleep=state.endswith("asleep"),
+            dark=state.startswith("night"),
+            asleep="you are asleep" in state,
+            walled_in="walled in" in state,
             achieved=set(_line(caption, "Achieved:").split(", ")),
         )
 
     @property
     def front(self) -> str:
         return self.around[self.facing][0]
+
+    def is_free(self, way: str) -> bool:
+        return self.around[way][1] in ("open", "short")
 
 
 class CrafterRules:
@@ -413,6 +418,9 @@ class CrafterRules:
         for enemy in ("zombie", "skeleton"):
             if scene.seen.get(enemy, FAR).far == "beside":
                 return self._face(scene, enemy, BLOWS), f"defeat_{enemy}", 0.9
+        if scene.dark and (plan := self._shelter(scene, caption)):
+            return plan, None, 0.8
+        hurry = "low" in (scene.vitals["drink"], scene.vitals["food"])
         for level in ("low", "middle"):
             if scene.vitals["drink"] == level and (plan := self._go(scene, "water", DRINKS)):
                 return plan, "collect_drink", 0.9
@@ -420,9 +428,37 @@ class CrafterRules:
                 for food, subgoal in (("ripe plant", "eat_plant"), ("cow", "eat_cow")):
                     if plan := self._go(scene, food, BLOWS):
                         return plan, subgoal, 0.9
-            calm = not {"zombie", "skeleton", "arrow"} & scene.seen.keys()
+            calm = not (hurry or scene.dark) and not {"zombie", "skeleton", "arrow"} & scene.seen.keys()
             if scene.vitals["energy"] == level and (calm or level == "low"):
                 return ["sleep"] * NAP, "wake_up", 0.8
+        return None
+
+    def _shelter(self, scene: Scene, caption: str) -> list[str] | None:
+        """Walls around, best in a tunnel that is closed by a stone; then sleep until it is day."""
+        if scene.walled_in:
+            return ["sleep"] * NAP
+        can_dig = self._can_collect(scene, "stone")
+        if not scene.have.get("stone", 0):
+            return self._go(scene, "stone") if can_dig else None
+        draw = derive_seed(
+            0, "shelter", caption
+        )  # without memory, what depends on chance ends no way in a loop
+        ahead, back = scene.facing, OPPOSITE[scene.facing]
+        front, space = scene.around[ahead]
+        ways = [name for name in scene.around if scene.is_free(name)]
+        if scene.is_free(ahead) and set(ways) <= {ahead, back}:  # in a tunnel: go in, or close it
+            inwards = front == "path" and space == "short" and scene.around[back][1] == "open"
+            return [f"move_{ahead}"] if inwards else ["place_stone"]
+        if ways == [back]:  # at its end
+            dig = ["do", f"move_{ahead}"] if front == "stone" and can_dig and draw % 2 else None
+            return dig or [f"move_{back}", "place_stone"]
+        if front == "path" and space == "short":
+            return [f"move_{ahead}"]
+        deep = [name for name in scene.around if scene.around[name][1] == "deep"]
+        if deep and can_dig:
+            if ahead in deep:
+                return ["do", f"move_{ahead}", "do", f"move_{ahead}", f"move_{back}", "place_stone"]
+            return [f"move_{deep[0]}", "do"]
         return None
 
     def _craft(self, scene: Scene, caption: str):
@@ -479,16 +515,17 @@ class CrafterRules:
 
     def _roam(self, scene: Scene, caption: str):
         """Straight on while it is free, through stone too; else a turn that depends on what is seen."""
-        if scene.around[scene.facing][1]:
+        if scene.is_free(scene.facing):
             plan = [f"move_{scene.facing}"] * OPEN_STEPS[scene.around[scene.facing][1]]
             return plan, None, 0.3
         if self._can_collect(scene, scene.front):
             return ["do", f"move_{scene.facing}"], None, 0.3
-        ways = [name for name, (_, space) in scene.around.items() if space and name != OPPOSITE[scene.facing]]
+        free = [name for name in scene.around if scene.is_free(name)]
+        ways = [name for name in free if name != OPPOSITE[scene.facing]]
         ways = [name for name in ways if scene.around[name][1] == "open"] or ways
         if not ways:
             ways = [name for name, (kind, _) in scene.around.items() if self._can_collect(scene, kind)]
-        ways = ways or [name for name, (_, space) in scene.around.items() if space]
+        ways = ways or free
         if not ways:
             return None
         way = ways[derive_seed(0, "roam", caption) % len(ways)]
@@ -516,7 +553,7 @@ class CrafterRules:
     def _walk(self, scene: Scene, sight: Sight) -> list[str]:
         move = f"move_{sight.go}"
         kind, space = scene.around[sight.go]
-        if not space:  # to be dug away
+        if not scene.is_free(sight.go):  # to be dug away
             return ["do", move] if scene.facing == sight.go else [move, "do", move]
         steps = STEPS[sight.far] if "-" not in sight.where else STEPS[sight.far] // 2
         return [move] * max(1, min(steps, OPEN_STEPS[space]))
@@ -556,12 +593,14 @@ class CrafterRules:
         return any(f"{stage}_{tool}" not in scene.have for tool in TOOLS)
 
     def _waits_for_table(self, scene: Scene) -> bool:
-        """A tool could be made if only there were a table."""
+        """A tool could be made if only there were a table, and wood for one."""
+        furnace = "furnace" in scene.reach or self._affords(scene, self._game.place["furnace"])
         return "table" not in scene.reach and any(
             name not in scene.have
-            and self._affords(scene, self._game.make[name])
-            and scene.have.get("wood", 0) > 3
-            for name in self._game.make
+            and self._affords(scene, recipe)
+            and scene.have["wood"] >= recipe["uses"]["wood"] + self._game.place["table"]["uses"]["wood"]
+            and (furnace or "furnace" not in recipe["nearby"])
+            for name, recipe in self._game.make.items()
         )
 
     def _waits_for_furnace(self, scene: Scene) -> bool:
@@ -576,8 +615,8 @@ class CrafterRules:
         scores = {"noop": USELESS / 2, "sleep": USELESS if scene.vitals["energy"] == "high" else NEUTRAL}
         if {"zombie", "skeleton"} & scene.seen.keys():
             scores["sleep"] = HARMFUL
-        for way, (kind, space) in scene.around.items():
-            scores[f"move_{way}"] = GOOD / 2 if space else HARMFUL if kind == "lava" else NEUTRAL
+        for way, (kind, _) in scene.around.items():
+            scores[f"move_{way}"] = GOOD / 2 if scene.is_free(way) else HARMFUL if kind == "lava" else NEUTRAL
         useful = self._can_collect(scene, scene.front) or scene.front in (
             "water",
             "cow",
