@@ -82,8 +82,8 @@ class NoCoach:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from what `state_dict` gave at this env step."""
+    def load_state_dict(self, state: Mapping[str, Any], step: int, exact: bool) -> None:
+        """Go on from what `state_dict` gave at this env step; the replay holds the same places if `exact`."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -219,7 +219,8 @@ class Coach(NoCoach):
         """Judge the newest proposals, and those that are being executed; accept what is worth it."""
         waiting = [p for p in self.proposals if self.replay.holds(p.env, p.place)]
         self.proposals.clear()
-        running = {env for env in self.started if int(state["macro"][env]) == PLAN}
+        began = (state["macro"] == PLAN) & (state["position"] == 0)  # not one that was there before
+        running = {env for env in self.started if began[env]}
         if not self._ready(step):
             waiting = [p for p in waiting if p.env in running and self.started[p.env] == p.place]
         if not waiting:
@@ -246,7 +247,8 @@ class Coach(NoCoach):
         settled = not self.config.eval_every
         if len(losses) == 2:
             settled = losses[1] > (1 - self.config.synthetic.synthetic_settled) * losses[0]
-        return step >= self.config.synthetic.synthetic_warmup and settled
+        # Steps of the prefill have no latents yet that a plan could be rolled out from.
+        return step >= max(self.config.synthetic.synthetic_warmup, self.config.prefill) and settled
 
     def items(self) -> Any:
         if not (self.config.synthetic.enabled and self.synthetic.amount):
@@ -349,15 +351,18 @@ class Coach(NoCoach):
             "counts": self.counts,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], step: int, exact: bool) -> None:
         self.advisor.load_state_dict(state["advisor"])
         self.rng.bit_generator.state = state["rng"]
         self.synthetic.load_state_dict(state["synthetic"])
         self.reliability.load_state_dict(state["reliability"])
-        self.proposals.extend(Proposal(*proposal) for proposal in state["proposals"])
+        if exact:
+            self.proposals.extend(Proposal(*proposal) for proposal in state["proposals"])
+            self.guide.doubt = None if state["doubt"] is None else state["doubt"].numpy()
+        else:
+            self.synthetic.items.clear()
         self.model_losses = list(state["model_losses"])
         self.next_skills, self.next_poll, self.next_decision = state["next"]
-        self.guide.doubt = None if state["doubt"] is None else state["doubt"].numpy()
         self.counts = {name: list(values) for name, values in state["counts"].items()}
         if self.library is not None:
             self.library.load_state_dict(state["library"])

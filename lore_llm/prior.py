@@ -36,6 +36,11 @@ class Reliability(nn.Module):
         self.moments.lerp_(new, self.rate)
 
     @property
+    def informed(self) -> Tensor:
+        """Whether there was anything to learn from yet, a bool scalar."""
+        return self.moments[0] > 0
+
+    @property
     def value(self) -> Tensor:
         """The estimate, a scalar."""
         weight, mean, square = self.moments.unbind()
@@ -69,7 +74,8 @@ class Prior(nn.Module):
         c = self.config
         threshold = c.uncertainty_threshold
         doubt = ((uncertainty - threshold) / (1 - threshold)).clamp(0, 1)
-        return c.beta_max * self.share * self.reliability.value * doubt / (1 + self.dual)
+        trust = self.reliability.value * self.reliability.informed  # none before the first advice
+        return c.beta_max * self.share * trust * doubt / (1 + self.dual)
 
     def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
         """Squared error to the advice `logits` [B, T, A] where `mask` [B, T], a scalar; 0 where none is.
@@ -86,11 +92,13 @@ class Prior(nn.Module):
 
         logits, probs (the actor's) and action (one-hot) [..., A]; advantage [...] in units of the scale of
         returns; `mask` [...] where there was advice. The gain is the covariance of what was followed, against
-        what the actor would have on average, with the advantage.
+        what the actor would have on average, with the advantage. Not their mean product: where the critic
+        expects too little or too much of everything, that would praise or blame any advice.
         """
-        advice = F.softmax(logits, -1)
+        advice, count = F.softmax(logits, -1), mask.sum().clamp(min=1)
         followed = (advice * (action - probs)).sum(-1)
-        gain = torch.where(mask, followed * advantage, 0.0).sum() / mask.sum().clamp(min=1)
+        advantage = advantage - torch.where(mask, advantage, 0.0).sum() / count
+        gain = torch.where(mask, followed * advantage, 0.0).sum() / count
         self.reliability.update(gain, mask.any())
 
     @torch.no_grad()
