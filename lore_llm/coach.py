@@ -140,7 +140,9 @@ class Coach(NoCoach):
 
     def _ask(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
         c = self.config
-        self.guide.set_share(max(0.0, 1 - step / self.until) if self.until else 0.0)
+        # All of it for the first half, then less and less: the agent has to stand on its own at the end.
+        left = 1 - step / self.until if self.until else 0.0
+        self.guide.set_share(min(1.0, max(0.0, 2 * left)))
         entries, plans = self._blank(), {}
         self.started = {}
         if step >= self.until:
