@@ -14,6 +14,8 @@ An environment is any class with
 - `log_*` keys are float32 scalars. They are logged and never learned from: of each episode the highest value
   as `env/*`, and the share of the steps at which it was above 0 as `env/*_share` (of evaluations
   `eval/*_share`). `log_achievement_*` become success rates instead.
+- `symbolic` is for the captions of an adviser (lore_llm/captions.py): numbers of a fixed shape that describe
+  the situation. It is never learned from; our own environments observe it only with `llm.enabled`.
 - The same seed and the same actions give the same observations, so that a run can be resumed.
 - Actions are Discrete, MultiDiscrete, Box, or a dict of these. The range of a Box is the environment's own:
   `make_env` clips and scales to it.
@@ -125,17 +127,17 @@ def make_raw(config: Any, seed: int) -> Any:
     known = {"name": name, "task": name, "config": config, "size": tuple(config.size)}
     known |= {"seed": seed, "render_mode": "rgb_array"}
     if suite == "custom" and ":" in name:
-        return _call(_load(name), config.task, known)
+        return call_with_known(load_class(name), config.task, known)
     if suite == "custom" and "." in name:
         raise UserError(f"--task {config.task} names no class: write {config.task}:MyEnv.")
     if suite not in REGISTRY:
-        raise _unknown("environment suite", suite, list(REGISTRY))
+        raise unknown_name("environment suite", suite, list(REGISTRY))
     entry = REGISTRY[suite]
     try:
         if isinstance(entry, str):
             module, function = entry.split(":")
             entry = getattr(importlib.import_module(module), function)
-        return _call(entry, config.task, known)
+        return call_with_known(entry, config.task, known)
     except ModuleNotFoundError as error:
         if suite == "custom":  # the user's own file: no list of ours names what it needs
             raise UserError(
@@ -148,7 +150,7 @@ def make_raw(config: Any, seed: int) -> Any:
         ) from error
 
 
-def _call(make: Callable[..., Any], task: str, known: dict[str, Any]) -> Any:
+def call_with_known(make: Callable[..., Any], task: str, known: dict[str, Any]) -> Any:
     """Call a class or function with those of the `known` values that it has parameters for."""
     wanted = inspect.signature(make).parameters
     needed = [p for p in wanted.values() if p.default is p.empty]
@@ -184,10 +186,10 @@ def _listed(sizes: Iterable[Iterable[int]]) -> str:
 def unknown_task(suite: str, name: str, names: Iterable[str]) -> UserError:
     """The error for a task that `suite` does not have: it names the nearest one and all others."""
     tasks = [f"{suite}_{other}" for other in names]
-    return _unknown("task", f"{suite}_{name}", tasks)
+    return unknown_name("task", f"{suite}_{name}", tasks)
 
 
-def _load(path: str) -> Callable[..., Any]:
+def load_class(path: str) -> Callable[..., Any]:
     """The class or function that `package.module:Class` names."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:  # `python3 somewhere/dreamer.py` looks beside dreamer.py only
@@ -199,7 +201,7 @@ def _load(path: str) -> Callable[..., Any]:
         raise UserError(f"Cannot import {module}: {error.name} is not {where}.") from error
     if not callable(getattr(found, name, None)):
         names = [each for each, value in vars(found).items() if inspect.isclass(value)] or [name]
-        raise _unknown(f"class of {module}", name, names)
+        raise unknown_name(f"class of {module}", name, names)
     return getattr(found, name)
 
 
@@ -208,7 +210,7 @@ def _requirements(suite: str) -> str:
     return extra if (Path(__file__).parent.parent / extra).exists() else "requirements.txt"
 
 
-def _unknown(what: str, name: str, names: list[str]) -> UserError:
+def unknown_name(what: str, name: str, names: list[str]) -> UserError:
     near = difflib.get_close_matches(name, names, n=len(names), cutoff=0)
     listed = names if len(names) <= MAX_LISTED else [*near[:MAX_LISTED], f"{len(names) - MAX_LISTED} more"]
     return UserError(f"Unknown {what} {name!r}. Did you mean {near[0]}? There are: {', '.join(listed)}.")

@@ -10,11 +10,27 @@ from gymnasium import spaces
 import envs
 from basics import UserError
 from envs.crafter_worldgen import generate_world
+from envs.symbolic import Layout
 
 TASKS = {"reward": True, "noreward": False}
 DEFAULT_LENGTH = 10000  # env steps of an episode, Crafter's own choice
 MIN_SIZE = 18  # pixels; 9 x 9 fields are drawn, and below 2 pixels a field the items have none
 OUTSIDE = 127  # gray of what lies beyond the world's edge
+
+# The observation `symbolic`. `view` [X, Y] is the map around the player, as indices into KINDS, the upper
+# left first, the player in the middle. `daylight` is in percent, `achievements` counts those of this episode.
+VIEW = (9, 7)  # fields that are drawn: 9 x 9 less the two rows of the inventory
+CREATURES = ("player", "cow", "zombie", "skeleton", "arrow", "plant", "ripe_plant", "fence")
+# The numbers of materials are those that Crafter's maps hold: its World counts them so.
+KINDS = ("outside", *crafter.constants.materials, *CREATURES)
+SYMBOLIC = Layout(
+    view=VIEW,
+    facing=(2,),
+    asleep=(),
+    daylight=(),
+    inventory=(len(crafter.constants.items),),
+    achievements=(len(crafter.constants.achievements),),
+)
 
 
 def make(name: str, config: Any) -> "Crafter":
@@ -25,7 +41,8 @@ def make(name: str, config: Any) -> "Crafter":
         raise UserError(
             f"Crafter draws images of at least {MIN_SIZE} x {MIN_SIZE} pixels; size is {config.size}."
         )
-    return Crafter(TASKS[name], config.size, config.time_limit or DEFAULT_LENGTH)
+    length = config.time_limit or DEFAULT_LENGTH
+    return Crafter(TASKS[name], config.size, length, config.llm.enabled, config.crafter.area)
 
 
 class Crafter:
@@ -38,15 +55,27 @@ class Crafter:
         reward: give Crafter's reward; else it is always 0.
         size: height and width of the image.
         length: env steps of an episode.
+        symbolic: also observe `symbolic`, the vector SYMBOLIC of what the image shows.
+        area: width and height of the world in cells.
     """
 
-    def __init__(self, reward: bool = True, size: tuple[int, int] = (64, 64), length: int = DEFAULT_LENGTH):
+    def __init__(
+        self,
+        reward: bool = True,
+        size: tuple[int, int] = (64, 64),
+        length: int = DEFAULT_LENGTH,
+        symbolic: bool = False,
+        area: tuple[int, int] = (64, 64),
+    ):
         height, width = size
         # The seed is set at each reset. Without one here, Crafter would draw from NumPy's global generator.
-        self._env = _Env(size=(width, height), reward=reward, length=length, seed=0)
+        self._env = _Env(tuple(area), size=(width, height), reward=reward, length=length, seed=0)
         self._achievements = {name: f"log_achievement_{name}" for name in crafter.constants.achievements}
         self.obs_space: dict[str, spaces.Space] = {"image": spaces.Box(0, 255, (height, width, 3), np.uint8)}
         self.obs_space |= {key: spaces.Box(0, 1, (), np.float32) for key in self._achievements.values()}
+        self._symbolic = symbolic
+        if symbolic:
+            self.obs_space["symbolic"] = SYMBOLIC.space
         self.act_space = spaces.Discrete(len(self._env.action_names))
 
     def reset(self, seed: int | None = None) -> tuple[dict, dict]:
@@ -63,7 +92,8 @@ class Crafter:
     def _obs(self, image: np.ndarray) -> dict[str, np.ndarray]:
         counts = self._env._player.achievements
         unlocked = {key: np.float32(counts[name] > 0) for name, key in self._achievements.items()}
-        return {"image": image} | unlocked
+        obs = {"image": image} | unlocked
+        return obs | {"symbolic": self._env.symbolic()} if self._symbolic else obs
 
 
 class _Env(crafter.Env):
@@ -88,6 +118,18 @@ class _Env(crafter.Env):
         self._unlocked = set()
         generate_world(self._world, self._player)
         return self._obs()
+
+    def symbolic(self) -> np.ndarray:
+        """What the image shows, in the layout SYMBOLIC."""
+        player = self._player
+        return SYMBOLIC.pack(
+            view=self._local_view.kinds(player),
+            facing=player.facing,
+            asleep=player.sleeping,
+            daylight=round(100 * float(self._world.daylight)),
+            inventory=list(player.inventory.values()),
+            achievements=list(player.achievements.values()),
+        )
 
 
 class _World(crafter.engine.World):
@@ -134,6 +176,17 @@ class _LocalView(crafter.engine.LocalView):
             crafter.engine._draw_alpha(canvas, place * unit, self._textures.get(texture, unit))
         canvas = self._light(canvas, self._world.daylight)
         return self._sleep(canvas) if player.sleeping else canvas
+
+    def kinds(self, player: Any) -> np.ndarray:
+        """What lies on each field around the player, as indices into KINDS [X, Y]."""
+        corner = player.pos - self._offset
+        kinds = self._around(self._world._mat_map, corner).astype(np.int16)
+        objects = self._around(self._world._obj_map, corner)
+        for place in zip(*objects.nonzero(), strict=True):
+            creature = self._world._objects[objects[place]]
+            ripe = "ripe_" if getattr(creature, "ripe", False) else ""
+            kinds[place] = KINDS.index(ripe + type(creature).__name__.lower())
+        return kinds
 
     def _around(self, values: np.ndarray, corner: np.ndarray) -> np.ndarray:
         """The part of a map from `corner` on; 0 beyond the map's edges."""

@@ -16,7 +16,7 @@ from gymnasium.wrappers import AddRenderObservation
 
 import envs
 from basics import UserError
-from envs import rendering
+from envs import rendering, symbolic
 
 Vector = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary | spaces.Tuple | spaces.Dict
 
@@ -100,6 +100,8 @@ class Gymnasium:
         self._env.close()
 
     def _space(self, key: str, space: spaces.Space) -> spaces.Box:
+        if key == symbolic.KEY:
+            return space
         if _is_image(space):
             return spaces.Box(0, 255, (*self._size, *(space.shape[2:] or (1,))), np.uint8)
         if not isinstance(space, Vector):
@@ -112,6 +114,8 @@ class Gymnasium:
         return {key: self._value(key, space, obs[key]) for key, space in self._spaces.items()}
 
     def _value(self, key: str, space: spaces.Space, value: Any) -> np.ndarray:
+        if key == symbolic.KEY:
+            return value
         if not _is_image(space):
             return spaces.flatten(space, value).astype(np.float32)
         height, width = self._size

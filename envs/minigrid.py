@@ -3,6 +3,7 @@
 The name is the id without `MiniGrid-` and without the version `-v0`; whole ids are understood too.
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -12,9 +13,11 @@ import minigrid  # noqa: F401 (registers the ids)
 import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import FilterObservation, TransformObservation
+from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
 from minigrid.wrappers import DictObservationSpaceWrapper, RGBImgPartialObsWrapper
 
 import envs
+from envs import symbolic
 from envs.gymnasium_env import Gymnasium
 
 MISSION_LENGTH = 50  # words of a mission that are shown, as in minigrid's own wrapper
@@ -22,22 +25,39 @@ MISSION_LENGTH = 50  # words of a mission that are shown, as in minigrid's own w
 WORDS = [*DictObservationSpaceWrapper.get_minigrid_words()]
 WORDS += ["next", "put", "in", "on", "your", "left", "right", "front", "behind", "after", "is", "drop"]
 WORDS = {word: index for index, word in enumerate(dict.fromkeys(WORDS), start=1)}  # 0 is any other word
+DOOR = OBJECT_TO_IDX["door"]
+PLAIN = (OBJECT_TO_IDX["unseen"], OBJECT_TO_IDX["empty"])  # what has no colour
+KINDS = len(OBJECT_TO_IDX)
+CELL = KINDS + len(COLOR_TO_IDX) + len(STATE_TO_IDX)  # numbers by which a cell is described
 
 
 def make(name: str, config: Any) -> Gymnasium:
     """The environment of task `minigrid_{name}`.
 
-    `image` is the part of the grid that the agent sees, drawn. With `minigrid.direction` there is also where
-    it looks, one-hot [4], and with `minigrid.mission` what it is told, a one-hot row for each word.
+    `image` is the part of the grid that the agent sees, drawn. With `minigrid.grid` it is the vector `grid`
+    instead (see `encode_grid`), and nothing is drawn. With `minigrid.direction` there is also where it looks,
+    one-hot [4], and with `minigrid.mission` what it is told, a one-hot row for each word.
     """
     ids = list_ids()
     short = {re.sub(r"^MiniGrid-|-v\d+$", "", each): each for each in sorted(ids)}  # the latest version wins
     if name not in short and name not in ids:
         raise envs.unknown_task("minigrid", name, short)
     env = gymnasium.make(short.get(name, name), disable_env_checker=True, render_mode="rgb_array")
-    # Drawn a little too large and then shrunk to `size`.
-    env = RGBImgPartialObsWrapper(env, math.ceil(max(config.size) / env.unwrapped.agent_view_size))
-    keys = ["image", *(key for key in ("direction", "mission") if config.minigrid[key])]
+    if config.llm.enabled:
+        env = _with_symbolic(env)
+    if config.minigrid.grid:
+        own = env.observation_space
+        cells = spaces.MultiBinary((*own["image"].shape[:2], CELL))
+        env = TransformObservation(
+            env,
+            lambda obs: {**obs, "grid": encode_grid(obs["image"])},
+            spaces.Dict({**own.spaces, "grid": cells}),
+        )
+    else:  # drawn a little too large and then shrunk to `size`
+        env = RGBImgPartialObsWrapper(env, math.ceil(max(config.size) / env.unwrapped.agent_view_size))
+    first = "grid" if config.minigrid.grid else "image"
+    keys = [first, *(key for key in ("direction", "mission") if config.minigrid[key])]
+    keys += [symbolic.KEY] if config.llm.enabled else []
     env = FilterObservation(env, keys)
     if config.minigrid.mission:
         shown = {"mission": spaces.MultiBinary((MISSION_LENGTH, len(WORDS) + 1))}
@@ -49,15 +69,71 @@ def make(name: str, config: Any) -> Gymnasium:
     return Gymnasium(env, config.size)
 
 
+def layout(view_size: int) -> symbolic.Layout:
+    """Of the observation `symbolic`: what the agent sees, as minigrid numbers it.
+
+    `view` [X, Y, 3] is the grid in front of it: kind of object, colour, state. The agent is in the middle of
+    the last row, where the view shows what it carries. `on` is the kind of what it stands on. `direction` is
+    0 right, 1 down, 2 left, 3 up. `mission` has the number of each word in WORDS, one more than there are for
+    any other word, and 0 after the end.
+    """
+    return symbolic.Layout(view=(view_size, view_size, 3), direction=(), on=(), mission=(MISSION_LENGTH,))
+
+
+def _with_symbolic(env: gymnasium.Env) -> gymnasium.Env:
+    """Adds the observation `symbolic` to an environment that still observes its compact grid."""
+    inner = env.unwrapped
+    parts = layout(inner.agent_view_size)
+
+    @functools.lru_cache(maxsize=1)  # it stays the same for an episode
+    def numbers(mission: str) -> list[int]:
+        words = [WORDS.get(word, len(WORDS) + 1) for word in _words(mission)][:MISSION_LENGTH]
+        return words + [0] * (MISSION_LENGTH - len(words))
+
+    def observe(obs: dict) -> dict:
+        below = inner.grid.get(*inner.agent_pos)
+        vector = parts.pack(
+            view=obs["image"],
+            direction=obs["direction"],
+            on=OBJECT_TO_IDX[below.type if below else "empty"],
+            mission=numbers(obs["mission"]),
+        )
+        return {**obs, symbolic.KEY: vector}
+
+    return TransformObservation(
+        env, observe, spaces.Dict({**env.observation_space.spaces, symbolic.KEY: parts.space})
+    )
+
+
 def list_ids() -> list[str]:
     """The ids of MiniGrid and BabyAI, but for those of WFC, whose patterns are not in minigrid's wheel."""
     entries = {key: str(spec.entry_point) for key, spec in gymnasium.registry.items()}
     return [key for key, entry in entries.items() if entry.startswith("minigrid.") and ".wfc" not in entry]
 
 
+def encode_grid(view: np.ndarray) -> np.ndarray:
+    """The part of the grid that the agent sees, one-hot, int8 [X, Y, CELL].
+
+    `view` is MiniGrid's own: kind, colour and state of each cell, [X, Y, 3]. The agent is at the middle of
+    the last row (Y) and looks up; in its cell is what it carries. A cell that it does not see, or that is
+    empty, has no colour, and only a door has a state.
+    """
+    kind, colour, state = np.moveaxis(view, -1, 0)
+    grid = np.zeros((*kind.shape, CELL), np.int8)
+    x, y = np.indices(kind.shape)
+    grid[x, y, kind] = 1
+    grid[x, y, KINDS + colour] = ~np.isin(kind, PLAIN)
+    grid[x, y, KINDS + len(COLOR_TO_IDX) + state] = kind == DOOR
+    return grid
+
+
 def encode_mission(mission: str) -> np.ndarray:
     """A mission as a one-hot row for each word, int8 [MISSION_LENGTH, words + 1]; zeros after its end."""
     rows = np.zeros((MISSION_LENGTH, len(WORDS) + 1), np.int8)
-    for row, word in zip(rows, re.findall(r"\w+|,", mission.lower()), strict=False):
+    for row, word in zip(rows, _words(mission), strict=False):
         row[WORDS.get(word, 0)] = 1
     return rows
+
+
+def _words(mission: str) -> list[str]:
+    return re.findall(r"\w+|,", mission.lower())

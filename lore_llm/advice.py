@@ -188,7 +188,8 @@ def parse_reply(reply: str | bytes | Mapping, spec: AdviceSpec) -> tuple[Advice 
     """
     problems: Counter[str] = Counter()
     found = _to_dict(reply, spec.max_chars, problems)
-    return (None if found is None else _read(found, spec, problems)), problems
+    advice = None if found is None else _read(found, spec, problems)
+    return advice, +problems  # without zeros
 
 
 def parse_replies(reply: str | bytes | Mapping, spec: AdviceSpec, count: int) -> list[Answer]:
@@ -212,7 +213,7 @@ def parse_replies(reply: str | bytes | Mapping, spec: AdviceSpec, count: int) ->
         said = {key: value for key, value in item.items() if key != "number"}
         answers[number] = Answer(*parse_reply(said, spec))
     replies = [answers.get(number) or Answer(None, Counter(no_answer=1)) for number in range(1, count + 1)]
-    replies[0].problems.update(shared)
+    replies[0].problems.update(+shared)
     return replies
 
 
@@ -355,8 +356,6 @@ def _read(found: Mapping[str, Any], spec: AdviceSpec, problems: Counter[str]) ->
         )
     else:
         problems["empty"] += 1
-    for reason in [reason for reason, count in problems.items() if not count]:
-        del problems[reason]
     return advice
 
 

@@ -5,15 +5,20 @@
 """
 
 import asyncio
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from basics import UserError
+from envs import call_with_known, load_class, unknown_name
 from lore_llm.advice import Advice, AdviceSpec, AdviserFault, Answer, Request, parse_reply
 
-PROMPT_VERSION = 1  # goes up with every change of what a model is told: cached answers are of one version
+BACKENDS = ("auto", "gemini", "gemini_cli", "openai", "rules", "none")
+GEMINI_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")  # in the environment; the first that is set counts
+SLOW_START = 10.0  # seconds that the program gemini may need until it answers
 
 
 @dataclass
@@ -72,15 +77,14 @@ class LLMAdapter:
         """What `advise` says, checked. Raises AdviserFault, also for whatever the subclass's code raises."""
         try:
             said = self.advise(requests)
-        except AdviserFault:
-            raise
-        except Exception as error:  # of a user's code. Its text is not shown: it could hold a key
-            raise AdviserFault("adapter", f"{type(self).__name__} raised {type(error).__name__}") from None
-        if not isinstance(said, list | tuple) or len(said) != len(requests):
-            raise AdviserFault(
-                "adapter", f"{type(self).__name__}.advise does not give one answer for each of its requests"
-            )
-        return Reply([_checked(each, self.spec) for each in said])
+            if len(said) != len(requests):
+                raise AdviserFault("adapter", f"{len(said)} answers to {len(requests)} requests")
+            return Reply([_checked(each, self.spec) for each in said])
+        except AdviserFault as error:
+            fault = error
+        except Exception as error:  # of a user's code. Its text is not told: it could hold a key
+            fault = AdviserFault("adapter", f"{type(self).__name__} raised {type(error).__name__}")
+        raise fault.with_traceback(None)  # here, where no other exception goes along with it
 
     async def ask(self, requests: Sequence[Request]) -> Reply:
         """Answer the requests within `llm.timeout_s` seconds, or raise AdviserFault.
@@ -127,8 +131,10 @@ def _in_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future:
     def run() -> None:
         try:
             result, error = function(*args), None
-        except Exception as caught:
-            result, error = None, caught
+        except AdviserFault as fault:
+            result, error = None, fault
+        except BaseException as strange:  # sys.exit in a user's code would leave the caller waiting
+            result, error = None, AdviserFault("adapter", type(strange).__name__)
         try:
             loop.call_soon_threadsafe(settle, result, error)
         except RuntimeError:
@@ -147,11 +153,81 @@ def _in_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future:
     return future
 
 
+class NoAdviser(LLMAdapter):
+    """Never says anything."""
+
+    instant = True
+
+    def advise(self, requests: Sequence[Request]) -> list[Answer]:
+        return [Answer(None) for _ in requests]
+
+
 def make_adviser(
     config: Mapping[str, Any], spec: AdviceSpec, captioner: Any, seed: int
 ) -> tuple[LLMAdapter, list[str]]:
     """The adviser that `--llm.backend` names, and lines for the log.
 
+    `config` is the group `llm` of the options. A class of the user's own, `package.module:Class`, is given
+    those of `spec`, `config`, `captioner` and `seed` that it has parameters for.
     Raises UserError for what cannot work.
     """
-    raise NotImplementedError("follows with the back ends")
+    backend, why = config["backend"], ""
+    if backend == "auto":
+        if config["replay"]:
+            raise UserError("--llm.replay True needs --llm.backend as it was recorded, not auto.")
+        backend, why = _choose(captioner)
+    known = {"spec": spec, "config": config, "captioner": captioner, "seed": seed}
+    known["about"] = getattr(captioner, "about", "")
+    adviser = _adviser_class(backend)
+    made = call_with_known(adviser, f"--llm.backend {backend}", known)
+    made.spec, made.config = spec, config  # a user's class need not keep them itself
+    notes = [f"Adviser: {backend}{why}" + (f", model {made.model}." if getattr(made, "model", None) else ".")]
+    if config["send_image"] and backend != "gemini" and ":" not in backend:
+        notes.append(f"--llm.send_image True: {backend} gets no frames, only captions.")
+    if backend == "gemini_cli" and config["timeout_s"] < SLOW_START:
+        notes.append(
+            f"The program gemini takes seconds to start: with --llm.timeout_s {config['timeout_s']:g} "
+            "it may never answer in time. Try 30."
+        )
+    return made, notes
+
+
+def _choose(captioner: Any) -> tuple[str, str]:
+    """What `auto` means here, and why."""
+    for name in GEMINI_KEYS:
+        if os.environ.get(name, "").strip():
+            return "gemini", f" ({name} is set)"
+    if captioner.rules is not None:
+        return "rules", " (the embedded rules, since GEMINI_API_KEY is not set)"
+    return "none", " (GEMINI_API_KEY is not set, and there are no embedded rules for this task)"
+
+
+def _adviser_class(backend: str) -> Callable[..., LLMAdapter]:
+    if backend == "rules":
+        from lore_llm.rules import Rules
+
+        return Rules
+    if backend == "none":
+        return NoAdviser
+    if backend in ("gemini", "gemini_cli", "openai"):
+        from lore_llm import language_models
+
+        return {
+            "gemini": language_models.Gemini,
+            "gemini_cli": language_models.GeminiCLI,
+            "openai": language_models.OpenAI,
+        }[backend]
+    if ":" not in backend:
+        if "." in backend:
+            raise UserError(f"--llm.backend {backend} names no class: write {backend}:MyAdviser.")
+        raise unknown_name("adviser (--llm.backend)", backend, list(BACKENDS))
+    found = load_class(backend)
+    if not isinstance(found, type) or not issubclass(found, LLMAdapter):
+        raise UserError(f"--llm.backend {backend} is not a subclass of lore_llm.LLMAdapter.")
+    forms = ("infer", "advise", "ask")
+    if all(getattr(found, form) is getattr(LLMAdapter, form) for form in forms):
+        raise UserError(
+            f"--llm.backend {backend} defines neither infer(self, obs_np, num_actions) nor "
+            "advise(self, requests)."
+        )
+    return found

@@ -144,6 +144,7 @@ def _close(connection: Any) -> None:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # it holds back the body for 40 ms
 
     def setup(self) -> None:
         super().setup()
