@@ -188,8 +188,8 @@ class Guide(Unguided):
             decided = torch.as_tensor(dream.decided, device=kl.device).expand_as(kl)
             mean = (kl.detach() * decided).sum() / decided.sum().clamp(min=1)
             self.prior.limit(mean)
-            # In units of the entropy bonus: that is on the mix, and alone it would teach the actor to undo the
-            # prior as long as there is nothing else to learn.
+            # In units of the entropy bonus: that is on the mix, and alone it would teach the actor to undo
+            # the prior as long as there is nothing else to learn.
             pull = self.config.prior.lambda_kl * self.config.actor.entropy
             losses["advice_kl"] = pull * kl * weight
             gate = {"beta": seen.beta, **seen.parts}
