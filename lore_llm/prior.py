@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import networks
 
+SMALLEST_TARGET = 1e-6  # nats
 GAIN_FLOOR = 0.02  # gains, in units of the scale of returns, that are too small to tell anything
 
 
@@ -103,8 +104,13 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def limit(self, kl: Tensor) -> None:
-        """Lower the weight where the mean KL(mix, actor) is above `delta_target`, else let it rise again."""
-        dual = (self.dual + self.config.dual_lr * (kl - self.config.delta_target)).clamp(min=0)
+        """Lower the weight where the mean KL(mix, actor) is above `delta_target`, else let it rise again.
+
+        By a share of itself, so that it takes as long whatever the target and the strength of the advice.
+        """
+        c = self.config
+        excess = (kl / max(c.delta_target, SMALLEST_TARGET) - 1).clamp(max=1)
+        dual = ((1 + self.dual) * (c.dual_lr * excess).exp() - 1).clamp(min=0)
         self.dual.copy_(torch.where(dual.isfinite(), dual, self.dual))
 
 
