@@ -321,7 +321,7 @@ def test_end_loss_by_hand_and_without_executions():
     agent = options_agent()
     end_always(agent, 1.0)
     data = steps([1, 0, 1, 0, 0, 1], [11, 11, 11, 11, 11, 0])
-    loss = agent.guide.options.end_loss(some_feat(agent, 1, 6), data)
+    loss = agent.guide.options.end_loss(some_feat(agent, 1, 6), data).detach()
     p = 1 / (1 + np.exp(-1.0))
     assert float(loss) == pytest.approx(-(2 * np.log(p) + 3 * np.log(1 - p)) / 5, rel=1e-5)
     assert float(agent.guide.options.end_loss(some_feat(agent, 1, 3), steps([1, 1, 1], [0, 0, 0]))) == 0
