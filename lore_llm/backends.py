@@ -77,15 +77,14 @@ class LLMAdapter:
         """What `advise` says, checked. Raises AdviserFault, also for whatever the subclass's code raises."""
         try:
             said = self.advise(requests)
-        except AdviserFault:
-            raise
-        except Exception as error:  # of a user's code. Its text is not shown: it could hold a key
-            raise AdviserFault("adapter", f"{type(self).__name__} raised {type(error).__name__}") from None
-        if not isinstance(said, list | tuple) or len(said) != len(requests):
-            raise AdviserFault(
-                "adapter", f"{type(self).__name__}.advise does not give one answer for each of its requests"
-            )
-        return Reply([_checked(each, self.spec) for each in said])
+            if len(said) != len(requests):
+                raise AdviserFault("adapter", f"{len(said)} answers to {len(requests)} requests")
+            return Reply([_checked(each, self.spec) for each in said])
+        except AdviserFault as error:
+            fault = error
+        except Exception as error:  # of a user's code. Its text is not told: it could hold a key
+            fault = AdviserFault("adapter", f"{type(self).__name__} raised {type(error).__name__}")
+        raise fault.with_traceback(None)  # here, where no other exception goes along with it
 
     async def ask(self, requests: Sequence[Request]) -> Reply:
         """Answer the requests within `llm.timeout_s` seconds, or raise AdviserFault.
@@ -132,8 +131,10 @@ def _in_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future:
     def run() -> None:
         try:
             result, error = function(*args), None
-        except Exception as caught:
-            result, error = None, caught
+        except AdviserFault as fault:
+            result, error = None, fault
+        except BaseException as strange:  # sys.exit in a user's code would leave the caller waiting
+            result, error = None, AdviserFault("adapter", type(strange).__name__)
         try:
             loop.call_soon_threadsafe(settle, result, error)
         except RuntimeError:
@@ -172,6 +173,8 @@ def make_adviser(
     """
     backend, why = config["backend"], ""
     if backend == "auto":
+        if config["replay"]:
+            raise UserError("--llm.replay True needs --llm.backend as it was recorded, not auto.")
         backend, why = _choose(captioner)
     known = {"spec": spec, "config": config, "captioner": captioner, "seed": seed}
     known["about"] = getattr(captioner, "about", "")
