@@ -42,7 +42,7 @@ RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
 # What a resumed run cannot change, and why.
 FROZEN = {
     "task": (
-        *("task", "action_repeat", "clip_reward", "obs", "dmc.*", "atari.*", "minigrid.*"),
+        *("task", "action_repeat", "clip_reward", "obs", "dmc.*", "atari.*", "crafter.*", "minigrid.*"),
         *("noisy_tv.enabled", "noisy_tv.actions", "noisy_tv.threshold", "noisy_tv.no*"),
     ),
     "network": (
@@ -57,11 +57,17 @@ FROZEN = {
         *("expl_behavior", "expl_task_actor", "disag_models", "disag_target", "disag_layers", "disag_units"),
         *("lpm.layers", "lpm.units", "lpm.error", "lpm.error_floor"),
     ),
+    "advice": (
+        *("llm.enabled", "llm.features", "prior.enabled", "prior.layers", "prior.units"),
+        *("synthetic.enabled", "options.enabled", "options.max_options", "options.option_max_length"),
+        *("options.layers", "options.units"),
+    ),
 }
 FROZEN_REASONS = {
     "task": "the replay and the step count belong to the old task",
     "network": "the checkpoint's networks have the old shape",
     "explorer": "the checkpoint's explorer is the old one",
+    "advice": "the checkpoint's agent has been advised otherwise",
 }
 # Frozen options that only count for some explorers.
 ONLY_FOR = {"disag_*": ("plan2explore",), "lpm.*": ("lpm",)}
@@ -144,6 +150,11 @@ RENAMED = {
     "agent.retnorm.perchi": "retnorm.high",
     "pmin": "opt.agc_floor",
     "noisy-tv": "noisy_tv.enabled",
+    "use_llm": "llm.enabled",
+    "llm_use_cli": "llm.backend (gemini_cli)",
+    "llm_model": "llm.model",
+    "enable_synthetic_replay": "synthetic.enabled",
+    "enable_hierarchical_options": "options.enabled",
     "stickey": "atari.sticky",
     "env.atari.repeat": "action_repeat",
     "env.dmc.repeat": "action_repeat",
@@ -670,6 +681,8 @@ def _group_values(schema: Schema, group: str, words: list[str], where: str) -> d
     with contextlib.suppress(UserError):
         _value(schema.options[names[0]], words, where)
         hint = f"the nearest is --{names[0]} {text}"  # `--envs 4` of old commands
+    if not words and any(group in presets for presets in schema.presets.values()):
+        hint += f"; for the preset of that name write --configs {group}"
     raise UserError(f"{where}: {group} is a group of options; {hint}")
 
 
@@ -865,12 +878,40 @@ def _problems(config: Config) -> Iterator[str]:
             f"audio.hop_length {config.audio.hop_length} must be at most audio.n_fft {config.audio.n_fft}, "
             "or what lies between two windows is not heard"
         )
+    yield from _advice_problems(config)
     needed = config.envs.amount * (config.batch_length + config.replay_context)
     if config.replay.capacity != "auto" and config.replay.capacity < needed:
         yield (
             f"replay.capacity {config.replay.capacity} must be at least {needed}: "
             "one sequence of batch_length + replay_context steps for each of envs.amount"
         )
+
+
+def _advice_problems(config: Config) -> Iterator[str]:
+    paths = [name for name in ("prior", "synthetic", "options") if config[name].enabled]
+    if paths and not config.llm.enabled:
+        yield f"{paths[0]}.enabled True needs an adviser: add llm.enabled True"
+    if config.llm.enabled and not (paths or config.llm.features):
+        yield (
+            "llm.enabled True says who is asked but not what for: add prior.enabled, synthetic.enabled or "
+            "options.enabled True, or --configs lore_full for all three"
+        )
+    own = config.expl_behavior == "random" or (
+        config.expl_task_actor == "separate" and config.expl_behavior != "greedy"
+    )
+    for name in ("prior", "options"):
+        if own and config[name].enabled:
+            yield (
+                f"{name}.enabled True works on the task's actor, which does not act with expl_behavior "
+                f"{config.expl_behavior} and expl_task_actor {config.expl_task_actor}: use greedy, or shared"
+            )
+    if config.options.enabled and config.expl_behavior != "greedy":
+        yield (
+            f"options.enabled True measures skills by the task's reward alone, which is not what "
+            f"expl_behavior {config.expl_behavior} seeks: use greedy"
+        )
+    if config.options.enabled and config.imag_gradient != "reinforce":
+        yield f"options.enabled True needs imag_gradient reinforce, not {config.imag_gradient}"
 
 
 def _size_problems(size: list[int], layers: int) -> Iterator[str]:

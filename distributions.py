@@ -96,6 +96,30 @@ class OneHot:
         return copy
 
 
+class MaskedOneHot(OneHot):
+    """Categorical over those classes that are `available` (bool [..., K]); the others have probability 0.
+
+    The last class must be available. The uniform share is spread on what is available only.
+    """
+
+    def __init__(self, logits: Tensor, unimix: float, available: Tensor):
+        super().__init__(logits.float().masked_fill(~available, -torch.inf), unimix)
+        self.available = available
+
+    @cached_property
+    def probs(self) -> Tensor:
+        uniform = self.available / self.available.sum(-1, keepdim=True)
+        return (1 - self.unimix) * softmax(self.logits) + self.unimix * uniform
+
+    @cached_property
+    def log_probs(self) -> Tensor:
+        """0 where nothing is available: nobody chooses it, and its probability is 0."""
+        return torch.where(self.available, self.probs, 1.0).log()
+
+    def detach(self) -> "MaskedOneHot":
+        return MaskedOneHot(self.logits.detach(), self.unimix, self.available)
+
+
 class Normal:
     """Independent Gaussians [..., A]; log-probability, entropy and KL are summed over the last dimension."""
 
@@ -187,6 +211,18 @@ class TwoHot:
         pairs = terms[..., :half].flip(-1) + terms[..., -half:]
         mean = terms[..., half:-half].sum(-1) + pairs.sum(-1)
         return symexp(mean) if self.symlog_space else mean
+
+    @property
+    def spread(self) -> Tensor:
+        """How uncertain the value is [...]: half of what lies between its 16 % and its 84 % quantile.
+
+        For a Gaussian that is the standard deviation. The bins' own one would be ruled by the outermost: a
+        millionth of the probability at 5e8 makes half a million of it.
+        """
+        cumulative = F.softmax(self.logits, -1).cumsum(-1)
+        low, high = ((cumulative < share).sum(-1).clamp(max=len(self.bins) - 1) for share in (0.16, 0.84))
+        bins = symexp(self.bins) if self.symlog_space else self.bins
+        return (bins[high] - bins[low]) / 2
 
     @cached_property
     def _log_total(self) -> Tensor:

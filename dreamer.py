@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import gymnasium
 import numpy as np
@@ -33,12 +34,17 @@ from envs import make_env
 from episodes import EpisodeWriter
 from exploration import EXPLORERS, Greedy, Random, param_group
 from logger import Logger, Timer, WandbRun, add_heat_strip, write_mp4, write_wav
+from lore_llm import synthetic
+from lore_llm.captions import make_captioner
+from lore_llm.coach import Coach, NoCoach, advice_spaces
+from lore_llm.guide import Guide
 from parallel import VecEnv, make_vec
 from replay import Replay
 from stats import ACHIEVEMENT, EpisodeStats, SuccessRates
 
 OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
 OPEN_LOOP_ROWS = 6  # sequences shown in it
+EXPLAIN_ROLLOUTS = 8  # imagined for a predicted return
 REPLAY_STATE = "replay_state"  # folder in the logdir, with one folder for each checkpoint
 REPLAY_RING = "replay_ring"  # folder in the logdir for a ring on the disk
 ESTIMATE_UPDATES = 20  # updates after which the run's duration is estimated
@@ -65,6 +71,8 @@ class Dreamer:
     ):
         self.config, self.device = config, device
         check_actions(act_space, config.actor_dist)
+        advised = advice_spaces(config, act_space)[0]
+        obs_space = dict(obs_space) | {k: v for k, v in advised.items() if k == "llm_features"}
         self.actions = networks.ActionVector(act_space)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(tools.derive_seed(config.seed, "weights"))
@@ -73,6 +81,13 @@ class Dreamer:
             torch.manual_seed(tools.derive_seed(config.seed, "explorer"))
             self.explorer = EXPLORERS[config.expl_behavior](self.world_model, config).to(device)
         self.greedy = Greedy(self.world_model, config)  # who explores when nobody does any more
+        names = ("act", "train", "explore", "report", "synthetic", "options", "features")
+        self.rngs = {name: tools.torch_rng(config.seed, name, device=device) for name in names}
+        self.obs_space = dict(obs_space)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(tools.derive_seed(config.seed, "guide"))
+            spaces = self.obs_space, act_space
+            self.guide = make_guide(self.world_model, self.explorer, config, spaces, self.rngs).to(device)
         self.exploring = True
         self.unseen = networks.unrouted(obs_space, self.world_model.encoder.keys)
         if not any(self.world_model.encoder.keys):
@@ -81,11 +96,7 @@ class Dreamer:
             )
         self.opt = tools.LaProp(self._param_groups(), **config.opt)
         seen = {key for key in obs_space if not key.startswith("log_")}
-        self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal"})
-        self.rngs = {
-            name: tools.torch_rng(config.seed, name, device=device)
-            for name in ("act", "train", "explore", "report")
-        }
+        self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal", "symbolic", "llm_features"})
         self.autocast = functools.partial(
             torch.autocast, device.type, torch.bfloat16, enabled=precision(config, device) == "bfloat16"
         )
@@ -101,7 +112,8 @@ class Dreamer:
     def _record(self) -> None:
         """On CUDA, record the update anew as a graph."""
         if compiles(self.config, self.device) and self.device.type == "cuda":
-            self.update = cuda_graph.GraphedUpdate(self._update, self.rngs["train"], self.rngs["explore"])
+            drawn = [rng for name, rng in self.rngs.items() if name not in ("act", "report")]
+            self.update = cuda_graph.GraphedUpdate(self._update, *drawn)
 
     def explore(self, exploring: bool) -> None:
         """Let the explorer act and learn, or not any more (`expl_until`)."""
@@ -121,7 +133,11 @@ class Dreamer:
             param_group(self.behavior.actor, c.actor_lr),
             param_group(self.behavior.critic, c.critic_lr),
             *self.explorer.param_groups(),
+            *self._guide_groups(),
         ]
+
+    def _guide_groups(self) -> list[dict]:
+        return self.guide.param_groups(self.config.actor_lr, self.config.model_lr)
 
     def _compile(self) -> None:
         """Compile the functions that training calls, in place: so checkpoints keep their names."""
@@ -143,20 +159,29 @@ class Dreamer:
 
     def initial_state(self, envs: int) -> dict[str, Tensor]:
         """The state before the first observation: deter, stoch, previous action, each [envs, ...]."""
-        return {**self.rssm.initial(envs), "action": torch.zeros(envs, self.actions.size, device=self.device)}
+        action = torch.zeros(envs, self.actions.size, device=self.device)
+        return {**self.rssm.initial(envs), "action": action, **self.guide.initial(self.obs_space, envs)}
 
     @torch.no_grad()
     def act(
-        self, obs: Arrays, state: dict[str, Tensor], generator: torch.Generator, explore: bool = False
+        self,
+        obs: Arrays,
+        state: dict[str, Tensor],
+        generator: torch.Generator,
+        explore: bool = False,
+        advised: bool = False,
+        plans: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ) -> tuple[Arrays, dict[str, Tensor], Arrays]:
         """Actions for observations [n, ...]: (action, next state, latents to store with the step).
 
-        They are those of the task's actor; with `explore` of who explores, as long as someone does.
+        They are those of the task's actor; with `explore` of who explores, as long as someone does, and then,
+        or if `advised`, the actor is seen through the prior. `plans` (env: actions) begin to be executed.
         """
         explorer = self.explorer if explore and self.exploring else self.greedy
         actor = explorer.actor(self.behavior)
         data = {k: torch.from_numpy(obs[k]).to(self.device) for k in self.obs_keys}
         amount, rssm = len(data["is_first"]), self.rssm
+        data |= self._features(obs, amount)
         # On a CPU, rounding all weights for so few rows would take longer than it saves.
         with self.autocast() if self.device.type == "cuda" else contextlib.nullcontext():
             data = self.world_model.hearing({k: v[:, None] for k, v in data.items()})
@@ -164,11 +189,24 @@ class Dreamer:
             noise = rssm.noise(amount, 1, generator=generator)
             post = rssm.observe(state, embed, state["action"][:, None], data["is_first"], noise)
             post = {k: post[k][:, 0] for k in ("deter", "stoch")}
-            policy = actor(rssm.feat(post))
-        action = policy.sample(actor.noise(amount, generator=generator))
+            feat = rssm.feat(post)
+            guided = actor is self.behavior.actor
+            advised = advised or explore
+            policy = self.guide.act(self.behavior, feat, advised, explore) if guided else actor(feat)
+            choice = policy.sample(actor.noise(amount, generator=generator))
+            action, running, stored = self.guide.execute(
+                self.behavior, feat, choice, obs, state, plans, explore
+            )
         deter, stoch = rssm.pack(post)
-        latents = {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy()}
-        return self.actions.decode(action), {**post, "action": action}, latents
+        latents = {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy(), **stored}
+        return self.actions.decode(action), {**post, "action": action, **running}, latents
+
+    def _features(self, obs: Arrays, amount: int) -> dict[str, Tensor]:
+        """What the adviser says of the situation, as an observation; zeros where it says nothing."""
+        if "llm_features" not in self.obs_space:
+            return {}
+        blank = np.zeros((amount, *self.obs_space["llm_features"].shape), np.float32)
+        return {"llm_features": torch.from_numpy(obs.get("llm_features", blank)).to(self.device)}
 
     @torch.no_grad()
     def curiosity(self, state: dict[str, Tensor]) -> np.ndarray | None:
@@ -201,6 +239,9 @@ class Dreamer:
         """An update without waiting for the GPU: its metrics, and what the replay keeps."""
         scales, generator = self.config.loss_scales, self.rngs["train"]
         data = {**data, "reward": data["reward"] * self.config.reward_scale}
+        self.guide.items = {k[5:]: data.pop(k) for k in list(data) if k.startswith("item_")}
+        if "llm_features" in data:
+            data["llm_features"] = self._drop_features(data)
         with self.autocast():
             post, data = self.world_model.observe(data, generator)
             losses, metrics = self.world_model.loss(post, data)
@@ -210,20 +251,71 @@ class Dreamer:
                 self.world_model, post, data, self.rngs["explore"]
             )
             more, more_metrics = self.behavior.loss(
-                self.world_model, post, data, generator, explorer.task_reward
+                self.world_model, post, data, generator, explorer.task_reward, self.guide
             )
+            guide_losses, guide_metrics = self.guide.learn(self.world_model, self.behavior, post, data)
         losses |= more
-        total = sum(scales[name] * loss.mean() for name, loss in losses.items())
-        total = total + sum(expl_losses.values())
-        losses |= expl_losses
+        # Those of explorer and guide come weighted.
+        total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
+        total = total + sum(expl_losses.values()) + sum(guide_losses.values())
+        losses |= expl_losses | guide_losses
         self.opt.zero_grad()
         total.backward()
         outcome = self.opt.step()
-        metrics |= more_metrics | expl_metrics
+        metrics |= more_metrics | expl_metrics | guide_metrics
         metrics |= {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
         metrics |= {"opt/loss": total.detach()} | {f"opt/{name}": value for name, value in outcome.items()}
         deter, stoch = self.rssm.pack({k: post[k].detach() for k in ("deter", "stoch")})
         return metrics, {"deter": deter, "stoch": stoch, "loss": model_loss}
+
+    def _drop_features(self, data: Mapping[str, Tensor]) -> Tensor:
+        """The adviser's features as training sees them: only where there are any, and not always."""
+        draws = torch.rand(data["is_first"].shape, device=self.device, generator=self.rngs["features"])
+        seen = data["llm_mask"] & (draws >= self.config.llm.features_dropout)
+        return data["llm_features"] * seen[..., None]
+
+    @torch.no_grad()
+    def judge(self, items: Arrays) -> dict[str, np.ndarray]:
+        """What the world model expects of plans: see `synthetic.judge`."""
+        rollouts, generator = self.config.synthetic.synthetic_rollouts, self.rngs["synthetic"]
+        with self.autocast():
+            judged = synthetic.judge(
+                self.guide, self.behavior, self.world_model, self.upload(items), rollouts, generator
+            )
+        return {name: value.float().cpu().numpy() for name, value in judged.items()}
+
+    @torch.no_grad()
+    def model_loss(self, batch: Arrays) -> float:
+        """The world model's loss on sequences [B, context + T, ...], without learning from them."""
+        data = self.upload(batch)
+        with self.autocast():
+            post, data = self.world_model.observe(data, self.rngs["report"])
+            losses, _ = self.world_model.loss(post, data)
+        return float(sum(self.config.loss_scales[name] * loss.mean() for name, loss in losses.items()))
+
+    @torch.no_grad()
+    def explain(self, state: dict[str, Tensor]) -> list[dict]:
+        """Of each env, in a state that `act` returned, why the agent does what it does: see docs/llm.md."""
+        feat, amount = self.rssm.feat(state), len(state["deter"])
+        with self.autocast():
+            seen = self.guide.seen(self.behavior, feat)
+            value = self.behavior.critic(feat).mean
+            start = {k: state[k].repeat_interleave(EXPLAIN_ROLLOUTS, 0) for k in ("deter", "stoch")}
+            dream = self.guide.imagine(self.behavior, self.rssm, start, self.rngs["report"])
+            reward = self.world_model.reward_head(dream.feat).mean
+            cont = self.world_model.cont_head(dream.feat).prob
+            values = self.behavior.critic(dream.feat).mean
+            ret = models.lambda_return(torch.zeros_like(cont), 1 - cont, reward, values, 1.0, 1.0)
+        expected = ret[:, 0].unflatten(0, (amount, EXPLAIN_ROLLOUTS)).mean(1)
+        return [
+            {
+                **self.guide.explain(seen, state, env),
+                "action": int(state["action"][env].argmax()),
+                "value": float(value[env]),
+                "predicted_return": float(expected[env]),
+            }
+            for env in range(amount)
+        ]
 
     def report(self, batch: Arrays) -> dict[str, np.ndarray]:
         """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image and audio key."""
@@ -249,7 +341,7 @@ class Dreamer:
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The learned parameters and the return normaliser, by module."""
-        parts = ("world_model", "behavior", "explorer")
+        parts = ("world_model", "behavior", "explorer", "guide")
         return {name: getattr(self, name).state_dict() for name in parts}
 
     def state_dict(self) -> dict:
@@ -258,6 +350,7 @@ class Dreamer:
             "optimizer": self.opt.state_dict(),
             "updates": self.updates,
             "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
+            "skills": self.guide.skills(),
         }
 
     def load_state_dict(self, state: dict, *, resume: bool = True) -> list[str]:
@@ -267,14 +360,21 @@ class Dreamer:
         checkpoint's. Raises UserError where a shape differs.
         """
         notes, groups = [], None
-        weights = {name: state[name] for name in self.weights()}
+        weights = {name: state.get(name, {}) for name in self.weights()}
         weights["explorer"] = self.explorer.adopt(state["explorer"], resume)
+        if not resume and _shapes(self.guide.state_dict()) != _shapes(weights["guide"]):
+            notes.append("The checkpoint's agent was advised otherwise; what advice teaches starts anew")
+            del weights["guide"]
+            groups = len(self.opt.param_groups) - len(self._guide_groups())
         if not resume and _shapes(self.explorer.state_dict()) != _shapes(weights["explorer"]):
-            notes = [
+            notes.append(
                 f"The checkpoint has another explorer than {self.config.expl_behavior}, which starts anew"
-            ]
+            )
             del weights["explorer"]
-            groups = len(self.opt.param_groups) - len(self.explorer.param_groups())
+            groups = len(self.opt.param_groups) - len(self._guide_groups())
+            groups -= len(self.explorer.param_groups())
+        if "guide" in weights:
+            self.guide.set_names(state.get("skills", []))
         for name, value in weights.items():
             _load_weights(getattr(self, name), value, name)
         self.opt.load_state_dict(state["optimizer"], groups)
@@ -283,7 +383,7 @@ class Dreamer:
         if resume:
             for name, rng in self.rngs.items():
                 # A run may go on with another kind of device, whose generators have other states.
-                if state["rngs"][name].shape == rng.get_state().shape:
+                if name in state["rngs"] and state["rngs"][name].shape == rng.get_state().shape:
                     rng.set_state(state["rngs"][name])
         return notes
 
@@ -303,6 +403,20 @@ def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> 
             raise UserError(
                 f"--actor_dist {actor_dist} does not fit action {key!r} ({space}): use {dist} or auto."
             )
+
+
+def make_guide(
+    world_model: models.WorldModel,
+    explorer: Greedy,
+    config: Config,
+    spaces: tuple[Mapping[str, gymnasium.Space], Mapping[str, gymnasium.Space]],
+    rngs: Mapping[str, torch.Generator],
+) -> models.Unguided:
+    """Who stands between the actor and the envs: nobody, or the one that heeds the advice."""
+    if not config.llm.enabled:
+        return models.Unguided()
+    ensemble = getattr(explorer, "disagreement", None)
+    return Guide(world_model, make_captioner(config, *spaces), config, ensemble, rngs)
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -446,14 +560,18 @@ class Run:
     def _build(self, checkpoint: dict | None, resume: bool, notes: Sequence[str]) -> None:
         config, saved = self.config, checkpoint if resume else None
         self.envs = self._make_envs("train")
-        obs_space, act_space = self.envs.obs_space, self.envs.act_space
+        act_space = self.envs.act_space
+        advised, defaults = advice_spaces(config, act_space)
+        obs_space = self.envs.obs_space
         self.agent = Dreamer(obs_space, act_space, config, self.device)
         if checkpoint:
             notes = [*notes, *self.agent.load_state_dict(checkpoint["agent"], resume=resume)]
-        plan = self._plan_replay(obs_space | act_space, saved)
+        stored = obs_space | act_space | advised
+        plan = self._plan_replay(stored, saved)
         self.prefill = Random(act_space, numpy_rng(config.seed, "prefill"))
         self.stats = EpisodeStats(config.envs.amount, config.action_repeat)
         self.success = SuccessRates(config.task.partition("_")[0])
+        self.coach = NoCoach()
         every = {"log": config.log_every, "eval": config.eval_every, "save": config.save_every}
         self.every = {name: tools.Every(steps) for name, steps in every.items()}
         self.ratio = tools.Ratio(config.train_ratio / (config.batch_size * config.batch_length))
@@ -482,7 +600,10 @@ class Run:
                 f"Not encoded, so the agent does not see: {', '.join(self.agent.unseen)} "
                 "(no pattern of --encoder.*_keys fits)"
             )
-        self.replay = self._make_replay(obs_space | act_space, plan)
+        self.replay = self._make_replay(stored, plan, defaults)
+        if config.llm.enabled:
+            self.coach = Coach(self.agent, self.replay, config, self.logdir, self.timer)
+            self._parts.callback(self.coach.close)
         # Not earlier: the ring's memory is to be taken as it fills.
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
@@ -495,7 +616,8 @@ class Run:
 
     def _make_envs(self, mode: str) -> VecEnv:
         options = self.config.envs
-        make = functools.partial(make_env, self.config, mode, video=mode == "eval")
+        video = mode == "eval" and self.config.eval_videos
+        make = functools.partial(make_env, self.config, mode, video=video)
         amount = options.amount if mode == "train" else options.eval_amount
         envs = make_vec(
             make, amount, options.parallel,
@@ -506,7 +628,7 @@ class Run:
 
     def _print_notes(self, envs: VecEnv) -> None:
         """Tell what the envs have to say of themselves, each line once."""
-        for line in envs.notes():
+        for line in [*envs.notes(), *self.coach.notes()]:
             if line not in self._noted:
                 self._noted.add(line)
                 self.print(line)
@@ -522,7 +644,9 @@ class Run:
         ring = self.logdir / REPLAY_RING
         return replays.plan(layout, len(self.envs), window, capacity, backend, ring, sampler)
 
-    def _make_replay(self, spaces: Mapping[str, gymnasium.Space], plan: replays.Plan) -> Replay:
+    def _make_replay(
+        self, spaces: Mapping[str, gymnasium.Space], plan: replays.Plan, defaults: Mapping[str, float]
+    ) -> Replay:
         config, rssm, c = self.config, self.config.rssm, self.config.replay
         folder = Path(config.traindir) if config.traindir else self.logdir / "train_eps"
         replay = Replay(
@@ -530,7 +654,7 @@ class Run:
             deter_size=rssm.deter, stoch_size=rssm.stoch, classes=rssm.classes, backend=plan.backend,
             folder=self.logdir / REPLAY_RING, sampler=c.sampler, online=c.online,
             curious={k.removeprefix("curious_"): v for k, v in c.items() if k.startswith("curious_")},
-            writer=EpisodeWriter(folder, spaces, len(self.envs), c.keep_steps),
+            writer=EpisodeWriter(folder, spaces, len(self.envs), c.keep_steps), defaults=defaults,
         )  # fmt: skip
         self._parts.callback(replay.close)
         self._parts.callback(self.sampler.shutdown)  # before the replay that it reads is closed
@@ -610,6 +734,7 @@ class Run:
             "success": self.success.state_dict(),
             "every": {name: clock.state_dict() for name, clock in self.every.items()},
             "ratio": self.ratio.state_dict(),
+            "coach": self.coach.state_dict(),
             "rng": tools.rng_state(),
         }
 
@@ -626,6 +751,8 @@ class Run:
         loaded = self.replay.load(saved["replay"], self._replay_state(self.step))
         for line in loaded.lines:
             self.print(line)
+        if saved.get("coach"):
+            self.coach.load_state_dict(saved["coach"], self.step)
         if loaded.exact and self._restore_envs(saved):
             self.stats.load_state_dict(saved["stats"])
             self.state = {k: v.to(self.device) for k, v in saved["acting"].items()}
@@ -654,16 +781,19 @@ class Run:
 
     def interact(self) -> None:
         """One step in each training env: act, store, count, and see what comes of it."""
-        obs, until = self.obs, self.config.expl_until
+        until = self.config.expl_until
         self.agent.explore(not until or self.step < until)
+        advice, plans = self.coach.before(self.obs, self.step)
+        obs = {**self.obs, **advice}
         if self.step < self.config.prefill:
             action, latents = self.prefill.act(len(self.envs)), {}
         else:
             with self.timer("policy"):
                 rng = self.agent.rngs["act"]
-                action, self.state, latents = self.agent.act(obs, self.state, rng, explore=True)
+                action, self.state, latents = self.agent.act(obs, self.state, rng, explore=True, plans=plans)
         with self.timer("replay"):
             self.replay.add({k: v for k, v in {**obs, **action, **latents}.items() if k[:4] != "log_"})
+        self.coach.after(obs, self.state, self.step)
         self._count(obs)
         self._plan_updates()
         with self.timer("env"):
@@ -696,10 +826,12 @@ class Run:
     def _draw(self) -> None:
         """Let the next batch be drawn and brought to the device, beside whatever happens meanwhile."""
 
+        items = self.coach.items()
+
         def draw() -> tuple[Arrays, Arrays, dict[str, Tensor]]:
             batch = self.replay.sample(self.config.batch_size)
             where = batch.pop("where")
-            return batch, where, self.agent.upload(batch)
+            return batch, where, self.agent.upload({**batch, **items()})
 
         self.next_batch = self.sampler.submit(draw)
 
@@ -767,15 +899,29 @@ class Run:
         rng = tools.torch_rng(config.seed, "eval", self.evaluations, device=self.device)
         first = self.evaluations * share  # each evaluation counts other episodes, with seeds of their own
         done: list[EvalEpisode] = []
+        advised = []
         with self.timer("eval"):
             curiosity = self.agent.curiosity
             for episode in play_episodes(self.agent, self.eval_envs, share, rng, first, curiosity):
                 if stop:
                     return False
                 done.append(episode)
+            if self.agent.guide.weighs():  # the same worlds once more, through the prior
+                rng = tools.torch_rng(config.seed, "eval_advised", self.evaluations, device=self.device)
+                follower = AdvisedAgent(self.agent)
+                for episode in play_episodes(follower, self.eval_envs, share, rng, first):
+                    if stop:
+                        return False
+                    advised.append(episode)
             self._write_eval_episodes(done)
-            self._write_eval_videos(done)
+            if config.eval_videos:
+                self._write_eval_videos(done)
+            self.coach.evaluated([episode.steps for episode in done])
         self.evaluations += 1
+        for episode in advised:
+            length = episode.length * config.action_repeat
+            self.logger.add({"eval_advised/episode_return": episode.score})
+            self.logger.add({"eval_advised/episode_length": length})
         for episode in done:
             length = episode.length * config.action_repeat
             self.logger.add({"eval/episode_return": episode.score, "eval/episode_length": length})
@@ -806,10 +952,18 @@ class Run:
     def log(self) -> None:
         """Write what was collected since the last time."""
         self.logger.add({"replay/size": self.replay.size, "opt/updates": self.agent.updates})
-        self.logger.add(self.success.metrics())
+        self.logger.add(self.success.metrics() | self.coach.metrics())
         self.logger.add(self.timer.shares())
         self.logger.write(self.step)
         self._print_notes(self.envs)
+
+
+class AdvisedAgent:
+    """The agent behind `play_episodes`' interface, seen through the prior: its actor as it is in training."""
+
+    def __init__(self, agent: Dreamer):
+        self.initial_state = agent.initial_state
+        self.act = functools.partial(agent.act, advised=True)
 
 
 @dataclass

@@ -39,12 +39,12 @@ class EpisodeFile(NamedTuple):
 def step_layout(spaces: Mapping) -> Layout:
     """How each key of a step is stored: uint8, int16 and bool stay, other integers int32, floats float32.
 
-    `spaces` maps keys to gymnasium spaces or (shape, dtype) pairs; `log_*` keys are left out.
-    Raises UserError for a space that is not an array.
+    `spaces` maps keys to gymnasium spaces or (shape, dtype) pairs; `log_*` keys and `symbolic`, by which an
+    environment describes itself, are left out. Raises UserError for a space that is not an array.
     """
     layout = {}
     for key, space in spaces.items():
-        if key.startswith("log_"):
+        if key.startswith("log_") or key == "symbolic":
             continue
         shape, dtype = space if isinstance(space, tuple) else (space.shape, space.dtype)
         if shape is None or dtype is None or np.dtype(dtype).kind not in "buif":
@@ -66,8 +66,12 @@ def list_episodes(folder: str | os.PathLike) -> list[EpisodeFile]:
     return [EpisodeFile(folder / match[0], match[1], int(match[2])) for match in matches]
 
 
-def read_episode(path: Path, layout: Layout, length: int | None = None) -> Rows:
+def read_episode(
+    path: Path, layout: Layout, length: int | None = None, defaults: Mapping[str, np.generic] | None = None
+) -> Rows:
     """Read one file and check it against the layout. Keys that are not in the layout are left out.
+
+    A key of `defaults` that the file lacks has that value at each step.
 
     Raises BrokenEpisode with the reason if the content is damaged or does not fit (keys, shapes, dtypes,
     `length` steps, finite numbers, is_first at the start), UserError if the file cannot be opened.
@@ -82,6 +86,9 @@ def read_episode(path: Path, layout: Layout, length: int | None = None) -> Rows:
                 rows = {key: archive[key] for key in layout if key in archive.files}
         except BROKEN as error:
             raise BrokenEpisode(f"not a whole .npz file ({error})") from error
+    for key, value in (defaults or {}).items():
+        if key not in rows and "is_first" in rows:
+            rows[key] = np.full((*rows["is_first"].shape[:1], *layout[key][0]), value)
     if missing := sorted(layout.keys() - rows.keys()):
         raise BrokenEpisode(f"lacks {', '.join(missing)}")
     length = len(rows["is_first"]) if length is None else length

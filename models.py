@@ -7,11 +7,13 @@ Letters: B batch, T time, H horizon, N = B * T imagined starts, A actions, F fea
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any, NamedTuple
 
 import gymnasium
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,12 +46,13 @@ def kl_losses(
 
 
 def lambda_return(
-    last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc: float, lam: float
+    last: Tensor, term: Tensor, reward: Tensor, boot: Tensor, disc: float, lam: float | Tensor
 ) -> Tensor:
     """Lambda-returns [N, H] of steps 0 … H-1 from inputs [N, H+1] (DreamerV3, eq. 7).
 
     reward[t] and the flags arrive with state t. `boot` holds the values to bootstrap from: a share 1 - lam
     of them at each step, and all of it where `last` cuts the return. `term` (or 1 - continuation) ends it.
+    `lam` is one number, or [N, H] that of the states 1 … H.
     """
     live = (1 - term.float())[:, 1:] * disc
     cont = (1 - last.float())[:, 1:] * lam
@@ -96,16 +99,18 @@ def value_loss(
 def imagination_losses(
     policy: Policy, action: Tensor, reward: Tensor, cont: Tensor, target: Tensor,
     value: dists.TwoHot, slow_value: dists.TwoHot, retnorm: "ReturnNorm",
-    *, lam: float, entropy_scale: float, slow_reg: float, gradient: str = "reinforce", mix: float = 0.0,
+    *, lam: float | Tensor, entropy_scale: float, slow_reg: float, gradient: str = "reinforce",
+    mix: float = 0.0, weight: float | Tensor = 1.0, rows: int | None = None,
 ) -> tuple[Losses, Tensor, Tensor]:  # fmt: skip
     """Policy and value losses of imagined trajectories, returns and normalised advantages, all [N, H].
 
     policy and action [N, H, A]; reward, cont, target, value, slow_value [N, H+1]. cont holds the discount;
-    target is what returns bootstrap from and advantages are measured against.
+    target is what returns bootstrap from and advantages are measured against. `weight` (to [N, H]) multiplies
+    the losses. Returns are normalised by those of the first `rows`, of all if None.
     """
     ret = lambda_return(torch.zeros_like(cont), 1 - cont, reward, target, 1.0, lam)
-    retnorm.update(ret)
-    weight = cont.detach().cumprod(1)[:, :-1]
+    retnorm.update(ret[:rows])
+    weight = cont.detach().cumprod(1)[:, :-1] * weight
     advantage = (ret - target[:, :-1]) / retnorm.scale
     losses = {
         "policy": policy_loss(policy, action, advantage, weight, entropy_scale, gradient, mix),
@@ -116,14 +121,15 @@ def imagination_losses(
 
 def replay_value_loss(
     last: Tensor, term: Tensor, reward: Tensor, boot: Tensor,
-    value: dists.TwoHot, slow_value: dists.TwoHot, disc: float, lam: float, slow_reg: float,
+    value: dists.TwoHot, slow_value: dists.TwoHot, disc: float, lam: float | Tensor, slow_reg: float,
+    weight: float | Tensor = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Critic loss [B, K-1] along replayed rewards.
+    """Critic loss [B, K-1] along replayed rewards, times `weight`.
 
     last, term, reward, boot [B, K]; boot are the imagined returns; value and slow_value [B, K-1].
     """
     ret = lambda_return(last, term, reward, boot, disc, lam)
-    return value_loss(value, slow_value, ret, (~last[:, :-1]).float(), slow_reg)
+    return value_loss(value, slow_value, ret, (~last[:, :-1]).float() * weight, slow_reg)
 
 
 class ReturnNorm(nn.Module):
@@ -175,6 +181,7 @@ class WorldModel(nn.Module):
         self.hearing = audio.Hearing(obs_space, config)
         obs_space = self.hearing.obs_space
         self.encoder = networks.MultiEncoder(obs_space, config.encoder)
+        obs_space = {key: space for key, space in obs_space.items() if key != "llm_features"}
         self.rssm = networks.RSSM(self.encoder.size, actions.size, config.rssm)
         rssm = self.rssm
         self.decoder = networks.MultiDecoder(obs_space, rssm.deter, rssm.stoch_size, config.decoder)
@@ -311,6 +318,105 @@ def task_reward(feat: Tensor, action: Tensor, reward: Tensor) -> Tensor:
     return reward
 
 
+class Imagined(NamedTuple):
+    """Trajectories of H steps from N start states."""
+
+    feat: Tensor  # [N, H+1, F]
+    action: Tensor  # [N, H, A] what the world model was given
+    choice: Tensor  # [N, H, C] what the actor chose: the action, unless it has more to choose from
+    decided: float | Tensor = 1.0  # [N, H] 1 where the actor decided, 0 where an earlier choice went on
+    decides_next: float | Tensor = 1.0  # [N, H] the same of the next state
+
+
+class Unguided(nn.Module):
+    """Nobody advises: the actor decides at every step, from replayed states only. The base of guides.
+
+    A guide stands between the actor and whoever asks it. lore_llm/guide.py has the one that heeds advice.
+    """
+
+    def policy(self, behavior: "ImagBehavior", feat: Tensor) -> Policy:
+        """The distribution over the actor's choices in feat [..., F]."""
+        return behavior.actor(feat)
+
+    def act(self, behavior: "ImagBehavior", feat: Tensor, advised: bool, training: bool) -> Policy:
+        """The policy [n] that acts in the envs, of training or not, seen through the prior if `advised`."""
+        return self.policy(behavior, feat)
+
+    def starts(
+        self, behavior: "ImagBehavior", world_model: WorldModel, start: State
+    ) -> tuple[State, float | Tensor]:
+        """Where imagination starts: `start` [N, ...] and perhaps more behind it; weights, to [N', 1]."""
+        return start, 1.0
+
+    def imagine(
+        self, behavior: "ImagBehavior", rssm: networks.RSSM, start: State, generator: torch.Generator | None
+    ) -> Imagined:
+        """Follow the policy from start states [N, ...]."""
+        horizon, batch = behavior.config.imag_horizon, len(start["deter"])
+        noise = rssm.noise(horizon, batch, generator=generator)
+        policy_noise = behavior.actor.noise(horizon, batch, generator=generator)
+        state, feats, actions = start, [rssm.feat(start)], []
+        weights = rssm.split_weights()
+        for t in range(horizon):
+            action = self.policy(behavior, feats[-1].detach()).sample([n[t] for n in policy_noise])
+            state = rssm.imagine(state, action, noise[t], weights)
+            feats.append(rssm.feat(state))
+            actions.append(action)
+        action = torch.stack(actions, 1)
+        return Imagined(torch.stack(feats, 1), action, action)
+
+    def replayed(self, data: Data) -> tuple[float | Tensor, float | Tensor]:
+        """Of replayed steps, whether the actor decided [B, K-1], and whether in the next ones [B, K-1]."""
+        return 1.0, 1.0
+
+    def loss(
+        self, behavior: "ImagBehavior", dream: Imagined, policy: Policy, weight: float | Tensor
+    ) -> tuple[Losses, Metrics]:
+        """More losses of what was imagined: `policy` is that of its first H states, `weight` to [N, H]."""
+        return {}, {}
+
+    def learn(
+        self, world_model: WorldModel, behavior: "ImagBehavior", post: State, data: Data
+    ) -> tuple[Losses, Metrics]:
+        """Losses (scalars) of its own nets from replayed steps [B, T, ...]."""
+        return {}, {}
+
+    def weighs(self) -> bool:
+        """Whether there is a prior that has any weight."""
+        return False
+
+    def skills(self) -> list[list[str | None]]:
+        """Name and subgoal of the skill in each slot."""
+        return []
+
+    def set_names(self, skills: Sequence[Sequence[str | None]]) -> None:
+        """Take what `skills` gave."""
+
+    def param_groups(self, actor_lr: float | None, model_lr: float | None) -> list[dict[str, Any]]:
+        """Its parameters for the optimiser: what belongs to the actor, and the rest."""
+        return []
+
+    def initial(self, obs_space: Mapping[str, gymnasium.Space], envs: int) -> State:
+        """What goes on in each env before the first step, as part of the acting state [envs, ...]."""
+        return {}
+
+    def execute(
+        self,
+        behavior: "ImagBehavior",
+        feat: Tensor,
+        choice: Tensor,
+        obs: Mapping[str, np.ndarray],
+        state: State,
+        plans: Mapping[int, Sequence[int]],
+        training: bool,
+    ) -> tuple[Tensor, State, dict[str, np.ndarray]]:
+        """What is done in the envs: actions [n, A], what goes on now, and what is stored with the step."""
+        return choice, {}, {}
+
+
+UNGUIDED = Unguided()
+
+
 class ImagBehavior(nn.Module):
     """Actor and critic, learned in imagination from every replayed state."""
 
@@ -322,22 +428,11 @@ class ImagBehavior(nn.Module):
         self.slow_critic = deepcopy(self.critic).requires_grad_(False)
         self.retnorm = ReturnNorm(**config.retnorm)
         self.disc = 1 - 1 / config.horizon
+        self.lam = config.discount_lambda
 
-    def imagine(
-        self, rssm: networks.RSSM, start: State, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        """Follow the actor from start states [N, ...]: feat [N, H+1, F] and action [N, H, A]."""
-        horizon, batch = self.config.imag_horizon, len(start["deter"])
-        noise = rssm.noise(horizon, batch, generator=generator)
-        policy_noise = self.actor.noise(horizon, batch, generator=generator)
-        state, feats, actions = start, [rssm.feat(start)], []
-        weights = rssm.split_weights()
-        for t in range(horizon):
-            action = self.actor(feats[-1].detach()).sample([n[t] for n in policy_noise])
-            state = rssm.imagine(state, action, noise[t], weights)
-            feats.append(rssm.feat(state))
-            actions.append(action)
-        return torch.stack(feats, 1), torch.stack(actions, 1)
+    def trace_decay(self, decides: float | Tensor) -> float | Tensor:
+        """Lambda where the actor decides, 1 where it does not: no value is learned of those states."""
+        return self.lam * decides + (1 - decides)
 
     def loss(
         self,
@@ -346,20 +441,25 @@ class ImagBehavior(nn.Module):
         data: Data,
         generator: torch.Generator | None,
         reward_sum: RewardSum = task_reward,
+        guide: Unguided = UNGUIDED,
     ) -> tuple[Losses, Metrics]:
         """Policy and value losses [N, H], the replay value loss [B, K-1], and metrics.
 
-        Imagination starts from the last K states of each sequence (`imag_last`, or all T). `reward_sum` is
-        what is sought there; data["reward"] must be the same of the replayed steps.
+        Imagination starts from the last K states of each sequence (`imag_last`, or all T), and where the
+        guide wants it to. `reward_sum` is what is sought there; data["reward"] must be the same of the
+        replayed steps.
         """
         c = self.config
         last = c.imag_last or post["deter"].shape[1]
         recent = {k: post[k][:, -last:] for k in ("deter", "stoch")}  # [B, K, ...]
         start = {k: v.detach().flatten(0, 1) for k, v in recent.items()}  # [N, ...]
+        rows = len(start["deter"])
         dynamics = c.imag_gradient != "reinforce"
         with torch.set_grad_enabled(dynamics), frozen(world_model, self.critic):
-            feat, action = self.imagine(world_model.rssm, start, generator)
-            reward = reward_sum(feat, action, world_model.reward_head(feat).mean)  # [N, H+1]
+            starts, weight = guide.starts(self, world_model, start)
+            dream = guide.imagine(self, world_model.rssm, starts, generator)
+            feat = dream.feat
+            reward = reward_sum(feat, dream.action, world_model.reward_head(feat).mean)  # [N, H+1]
             cont = world_model.cont_head(feat).prob
             target = self.critic(feat).mean if dynamics else None
         feat = feat.detach()
@@ -368,19 +468,23 @@ class ImagBehavior(nn.Module):
             target = slow_value.mean
         elif not dynamics:
             target = value.mean.detach()
-        policy = self.actor(feat[:, :-1])
+        policy, weight = guide.policy(self, feat[:, :-1]), weight * dream.decided
         losses, ret, advantage = imagination_losses(
-            policy, action, reward, cont, target, value, slow_value, self.retnorm,
-            lam=c.discount_lambda, entropy_scale=c.actor.entropy, slow_reg=c.slow_reg,
-            gradient=c.imag_gradient, mix=c.imag_gradient_mix,
+            policy, dream.choice, reward, cont, target, value, slow_value, self.retnorm,
+            lam=self.trace_decay(dream.decides_next), entropy_scale=c.actor.entropy, slow_reg=c.slow_reg,
+            gradient=c.imag_gradient, mix=c.imag_gradient_mix, weight=weight, rows=rows,
         )  # fmt: skip
         value = self.critic(world_model.rssm.feat(recent)[:, :-1])
         slow_value = self.slow_critic(world_model.rssm.feat(start).unflatten(0, (-1, last))[:, :-1])
         is_last, term, rewards = (data[k][:, -last:] for k in ("is_last", "is_terminal", "reward"))
-        boot = ret[:, 0].detach().unflatten(0, (-1, last))  # [B, K]
+        boot = ret[:rows, 0].detach().unflatten(0, (-1, last))  # [B, K]
+        decided, decides_next = guide.replayed({k: v[:, -last:] for k, v in data.items()})
         losses["repval"] = replay_value_loss(
-            is_last, term, rewards, boot, value, slow_value, self.disc, c.discount_lambda, c.slow_reg
-        )
+            is_last, term, rewards, boot, value, slow_value, self.disc, self.trace_decay(decides_next),
+            c.slow_reg, decided,
+        )  # fmt: skip
+        more, more_metrics = guide.loss(self, dream, policy, weight)
+        losses |= more
         metrics = {
             "imag/return": ret.mean(),
             "imag/reward": reward.mean(),
@@ -389,6 +493,7 @@ class ImagBehavior(nn.Module):
             "imag/return_scale": self.retnorm.scale,
             "imag/advantage_mag": advantage.abs().mean(),
             "actor/entropy": policy.entropy().mean(),
+            **more_metrics,
         }
         return losses, {k: v.detach() for k, v in metrics.items()}
 

@@ -128,6 +128,7 @@ class Replay:
         sampler: uniform or curious, with `curious` = its options c, beta, alpha, eps.
         online: serve each fresh window once before the sampler fills the batch.
         writer: gets every step too, and is needed to save and load; `close` closes it.
+        defaults: values of keys that a step or a file may lack.
     """
 
     def __init__(
@@ -148,9 +149,11 @@ class Replay:
         curious: Mapping[str, float] | None = None,
         online: bool = True,
         writer: EpisodeWriter | None = None,
+        defaults: Mapping[str, float] | None = None,
     ):
         self.layout = ring_layout(spaces, deter_size, stoch_size, classes)
         self.step_layout = step_layout(spaces)  # of add and of the files: no latents
+        self.defaults = {key: self.step_layout[key][1].type(value) for key, value in (defaults or {}).items()}
         self.no_latents = {"deter": np.float16(0), "stoch": np.uint8(NO_CLASS) if classes else np.float16(0)}
         self.n_envs, self.rows = n_envs, capacity // n_envs
         self.context, self.window = context, context + batch_length
@@ -207,6 +210,7 @@ class Replay:
         Raises UserError for a key that is missing, breaks its space or is not finite, and for an episode
         that does not begin with is_first.
         """
+        step = {**self._blank((self.n_envs,)), **step}
         for key in self.step_layout:
             self._check(key, step)
         first, last = step["is_first"], step["is_last"]
@@ -229,6 +233,37 @@ class Replay:
         self.heads += 1
         if self.online:
             self._queue_fresh()
+
+    def _blank(self, batch: tuple[int, ...]) -> Rows:
+        """The defaults as arrays [*batch, ...]."""
+        return {
+            key: np.full((*batch, *self.step_layout[key][0]), value) for key, value in self.defaults.items()
+        }
+
+    def holds(self, env: int, position: int) -> bool:
+        """Whether the step at a position of a stream is in the ring."""
+        return self.heads[env] - self.rows <= position < self.heads[env]
+
+    def latents(self, env: np.ndarray, position: np.ndarray) -> Rows:
+        """deter [M, D] and stoch [M, S] of steps that the ring holds; env and position int64 [M]."""
+        slots = position % self.rows + self.offsets[env]
+        return {key: self.ring[key][slots] for key in self.no_latents}
+
+    def amend(self, env: int, position: int, values: Mapping[str, np.ndarray]) -> bool:
+        """Put late values to a step; False if it is no longer there.
+
+        The episode's file gets them too, unless it has been written already.
+        """
+        if not self.holds(env, position):
+            return False
+        slot = position % self.rows + self.offsets[env]
+        for key, value in values.items():
+            self.ring[key][slot] = value
+        name, start = self.segments[env][-1]
+        rows = self.writer.open[env] if self.writer else []
+        if rows and start <= position and name == self.writer.names[env]:
+            rows[position - start].update({k: np.array(v, self.layout[k][1]) for k, v in values.items()})
+        return True
 
     def _check(self, key: str, step: Mapping[str, np.ndarray]) -> None:
         shape, dtype = self.layout[key]
@@ -353,7 +388,7 @@ class Replay:
             found = len(broken)
             for file in chosen:
                 try:
-                    rows = episodes.read_episode(file.path, self.step_layout, file.length)
+                    rows = episodes.read_episode(file.path, self.step_layout, file.length, self.defaults)
                 except BrokenEpisode as error:
                     broken.append(file)
                     reasons.append(str(error))
@@ -432,7 +467,8 @@ class Replay:
         opened: dict[int, Rows] = {}
         for env in state["open"]:
             try:
-                opened[env] = episodes.read_episode(place / f"open-{env}.npz", self.step_layout)
+                path = place / f"open-{env}.npz"
+                opened[env] = episodes.read_episode(path, self.step_layout, defaults=self.defaults)
             except (BrokenEpisode, UserError) as error:
                 lines.append(f"The open episode of environment {env} is lost: {error}")
         if lost := self._restore(state, opened):
@@ -475,7 +511,7 @@ class Replay:
                 path = self.writer.folder / f"{name}-{end - start}.npz"
                 if name != state["open"].get(env):
                     try:
-                        rows = episodes.read_episode(path, self.step_layout, end - start)
+                        rows = episodes.read_episode(path, self.step_layout, end - start, self.defaults)
                     except (BrokenEpisode, UserError) as error:
                         return f"{path.name} is lost ({error})"
                 elif env in opened and len(opened[env]["is_first"]) == end - start:

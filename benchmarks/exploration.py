@@ -16,28 +16,26 @@ go to dreamer.py.
 import argparse
 import json
 import math
-import os
-import shlex
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first: it has an exploration.py, too
+
+import runs
+from runs import Measures
 
 import plot
-from basics import UserError, atomic_write
+from basics import UserError
 from config import Config
 from envs import tv_room
 from episodes import list_episodes
 from stats import bootstrap_interval, ratio_interval
-
-ROOT = Path(__file__).resolve().parent.parent
 
 # --- The protocol: options of dreamer.py ---------------------------------------------------------------
 
@@ -82,9 +80,6 @@ QUICK = (
 )
 QUICK_SEEDS = (100,)
 DIGITS_SEEDS, DIGITS_UPDATES, DIGITS_QUICK_UPDATES = range(10), 600, 60
-POLL = 0.2  # seconds between looks at the runs
-
-Measures = dict[str, Any]  # of a run: numbers, which are averaged over seeds, and curves for the figure
 
 
 class Study(NamedTuple):
@@ -409,103 +404,21 @@ def run_study(
         for condition in study.conditions
     }
     commands = {place: [*command(name, *run, place, quick), *more] for run, place in places.items()}
-    todo = [place for place, words in commands.items() if not _finished(place, words)]
-    for place in run_all({place: commands[place] for place in todo}, jobs):
-        measures = study.measure(place)
-        _write_json(_result(place), {"options": _options(commands[place]), "measures": measures})
-    runs: dict[str, dict[int, Measures]] = {condition: {} for condition in study.conditions}
+    measured = runs.do(commands, jobs, study.measure)
+    by_seed: dict[str, dict[int, Measures]] = {condition: {} for condition in study.conditions}
     for (condition, seed), place in places.items():
-        runs[condition][seed] = _read_json(_result(place))["measures"]
-    summary = summarise(runs)
+        by_seed[condition][seed] = measured[place]
+    summary = summarise(by_seed)
     result = {
         "study": name,
         "seeds": list(seeds),
         "summary": summary,
         "bars": study.bars(summary),
-        "runs": runs,
+        "runs": by_seed,
     }
-    _write_json(out / f"{name}.json", result)
+    runs.write_json(out / f"{name}.json", result)
     study.draw(result, out / f"{name}.png")
     return result
-
-
-def _result(place: Path) -> Path:
-    """The file that says that the run in the folder `place` has finished."""
-    return place.with_name(f"{place.name}.json")
-
-
-def _options(words: Sequence[str]) -> list[str]:
-    """Those of a command that decide what comes out: not the folder."""
-    where = words.index("--logdir")
-    return [*words[2:where], *words[where + 2 :]]
-
-
-def _finished(place: Path, words: Sequence[str]) -> bool:
-    if not _result(place).exists():
-        return False
-    if _read_json(_result(place))["options"] != _options(words):
-        raise UserError(
-            f"{place} was run with other options: give another --out, or delete {_result(place)} and it."
-        )
-    return True
-
-
-def run_all(commands: Mapping[Path, Sequence[str]], jobs: int) -> Iterable[Path]:
-    """Run the commands of dreamer.py, `jobs` at a time, and yield the folder of each that has finished.
-
-    If anything stops this, the runs save and end. Raises UserError if a run fails.
-    """
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    left, running = dict(commands), dict[Path, subprocess.Popen]()
-    try:
-        while left or running:
-            while left and len(running) < jobs:
-                place = next(iter(left))
-                running[place] = _start(place, left.pop(place))
-                print(
-                    f"[{len(commands) - len(left)}/{len(commands)}]",
-                    shlex.join(commands[place]),
-                    file=sys.stderr,
-                )
-            for place, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[place]
-                    if process.returncode:
-                        last = _log(place).read_text(encoding="utf-8").splitlines()[-1:]
-                        raise UserError(f"The run in {place} failed: {' '.join(last)} (see {_log(place)})")
-                    yield place
-            time.sleep(POLL)
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
-        signal.signal(signal.SIGTERM, before)
-
-
-def _start(place: Path, words: Sequence[str]) -> subprocess.Popen:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(_log(place), "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / words[1]), *words[2:]],
-            stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is for us, who stop it: a second signal would not let it save
-        )  # fmt: skip
-
-
-def _log(place: Path) -> Path:
-    return place.with_name(f"{place.name}.log")
-
-
-def _write_json(path: Path, value: dict) -> None:
-    atomic_write(path, lambda file: file.write((json.dumps(value) + "\n").encode()))
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}. Delete it, and the run is summed up again.") from error
 
 
 # --- The command ---------------------------------------------------------------------------------------
@@ -528,11 +441,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
     )
     add = parser.add_argument
     add("study", choices=["digits", *STUDIES])
-    add("--out", type=Path, default=Path("logdir/exploration"), help="default: %(default)s")
-    add("--seeds", nargs="+", type=int, help="default: those of docs/exploration.md")
-    add("--jobs", type=int, default=1, help="runs at a time, each on one thread; default: 1")
-    add("--quick", action="store_true", help="seconds a run, in OUT/quick: a test, nothing is learned")
-    add("--json", action="store_true", help="one JSON object instead of a table")
+    runs.add_options(add, "logdir/exploration", "docs/exploration.md")
     args, more = parser.parse_known_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")

@@ -41,7 +41,8 @@ def make(name: str, config: Any) -> "Crafter":
         raise UserError(
             f"Crafter draws images of at least {MIN_SIZE} x {MIN_SIZE} pixels; size is {config.size}."
         )
-    return Crafter(TASKS[name], config.size, config.time_limit or DEFAULT_LENGTH, config.llm.enabled)
+    length = config.time_limit or DEFAULT_LENGTH
+    return Crafter(TASKS[name], config.size, length, config.llm.enabled, config.crafter.area)
 
 
 class Crafter:
@@ -55,6 +56,7 @@ class Crafter:
         size: height and width of the image.
         length: env steps of an episode.
         symbolic: also observe `symbolic`, the vector SYMBOLIC of what the image shows.
+        area: width and height of the world in cells.
     """
 
     def __init__(
@@ -63,10 +65,11 @@ class Crafter:
         size: tuple[int, int] = (64, 64),
         length: int = DEFAULT_LENGTH,
         symbolic: bool = False,
+        area: tuple[int, int] = (64, 64),
     ):
         height, width = size
         # The seed is set at each reset. Without one here, Crafter would draw from NumPy's global generator.
-        self._env = _Env(size=(width, height), reward=reward, length=length, seed=0)
+        self._env = _Env(tuple(area), size=(width, height), reward=reward, length=length, seed=0)
         self._achievements = {name: f"log_achievement_{name}" for name in crafter.constants.achievements}
         self.obs_space: dict[str, spaces.Space] = {"image": spaces.Box(0, 255, (height, width, 3), np.uint8)}
         self.obs_space |= {key: spaces.Box(0, 1, (), np.float32) for key in self._achievements.values()}

@@ -6,6 +6,8 @@ import pytest
 from crafter import constants, engine, objects, worldgen
 from opensimplex import OpenSimplex, internals
 
+import config
+import envs
 from envs import crafter_worldgen
 from envs.crafter import Crafter, _World
 
@@ -171,6 +173,16 @@ def test_trajectory_over_many_episodes_is_the_originals(quick_original):
             ends += 1
             np.testing.assert_array_equal(ours.reset()[0]["image"], original.reset())
     assert ends >= 5
+    assert_same_world(ours._env._world, original._world)
+
+
+def test_a_smaller_world_is_the_originals(quick_original):
+    made = envs.make_raw(config.load(["--crafter.area", "20", "32"]), 0)
+    assert made._env._world.area == (20, 32)
+    ours, original = make_pair(3, length=80, area=(20, 32))
+    for action in np.random.default_rng(3).integers(17, size=200).tolist():
+        if assert_same_step(ours, original, action):
+            np.testing.assert_array_equal(ours.reset()[0]["image"], original.reset())
     assert_same_world(ours._env._world, original._world)
 
 

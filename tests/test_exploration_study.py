@@ -247,7 +247,7 @@ def test_a_finished_run_is_not_done_again_and_other_options_are_refused(tmp_path
         bars=lambda summary: {},
     )
     monkeypatch.setitem(study.STUDIES, "room", fake)
-    monkeypatch.setattr(study, "run_all", run_all)
+    monkeypatch.setattr(study.runs, "run_all", run_all)
     for seeds in ([0], [0, 1]):
         result = study.run_study("room", tmp_path, seeds, 1, False, [])
     assert started == ["lpm_noise_0", "lpm_noise_1"]
@@ -267,7 +267,7 @@ TINY = (
 def test_a_run_that_fails_names_its_log(tmp_path):
     words = ["python3", "dreamer.py", "--task", "tvroom_nose", "--logdir", str(tmp_path / "run")]
     with pytest.raises(UserError, match=r"run failed: .*Did you mean tvroom_noise.*run\.log"):
-        list(study.run_all({tmp_path / "run": words}, 2))
+        list(study.runs.run_all({tmp_path / "run": words}, 2))
 
 
 @pytest.mark.slow
@@ -280,7 +280,7 @@ def test_stopping_the_study_lets_its_runs_save(tmp_path):
         "study = importlib.util.module_from_spec(spec); spec.loader.exec_module(study)\n"
         f"place = pathlib.Path({str(tmp_path / 'run')!r})\n"
         f"words = ['python3', 'dreamer.py', *{TINY!r}, '--logdir', str(place)]\n"
-        "list(study.run_all({place: words}, 1))"
+        "list(study.runs.run_all({place: words}, 1))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "run" / "metrics.jsonl"

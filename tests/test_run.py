@@ -168,6 +168,32 @@ def uneven(monkeypatch):
     return "--task uneven_x --envs.eval_amount 2 --eval_episodes 6 --steps 100".split()
 
 
+class Drawn(Dummy):
+    """Observes no image, and counts how often it is drawn."""
+
+    frames = 0
+
+    def __init__(self):
+        super().__init__(image=False, vectors=("vector",))
+
+    def render(self):
+        Drawn.frames += 1
+        return np.zeros((16, 16, 3), np.uint8)
+
+
+def test_evaluations_without_videos_draw_nothing_and_return_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(envs.REGISTRY, "drawn", lambda name: Drawn())
+    returns = {}
+    for videos in (True, False):
+        Drawn.frames = 0
+        options = f"--task drawn_x --steps 60 --eval_every 30 --eval_videos {videos}"
+        assert train(tmp_path / str(videos), *options.split()) == 0
+        assert bool(Drawn.frames) == (tmp_path / str(videos) / "videos").exists() == videos
+        lines = (tmp_path / str(videos) / "metrics.jsonl").read_text().splitlines()
+        returns[videos] = [json.loads(line).get("eval/episode_return") for line in lines]
+    assert returns[True] == returns[False] and any(returns[True])
+
+
 def test_each_env_gives_the_same_number_of_evaluation_episodes(tmp_path, uneven):
     assert train(tmp_path, *uneven) == 0
     lengths = [file.length for file in list_episodes(tmp_path / "eval_eps")]

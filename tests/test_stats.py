@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from stats import EpisodeStats, SuccessRates, achievement_score, bootstrap_interval, ratio_interval
+from stats import (
+    EpisodeStats,
+    SuccessRates,
+    achievement_score,
+    bootstrap_interval,
+    interquartile_mean,
+    ratio_interval,
+)
 
 
 def _steps(*rows):
@@ -156,6 +163,19 @@ def test_interval_of_a_ratio():
     half = 1.96 * math.hypot(1 / 6, 3 / 36) / 20  # by the delta method
     assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.02) and high - low < 3 * half
     assert np.isnan(ratio_interval([1, 3], [2])).all() and np.isnan(ratio_interval([1, 3], [0, 2])).all()
+
+
+def test_interquartile_mean_cuts_a_quarter_off_each_end():
+    assert interquartile_mean([1000, 3, -1000, 1]) == 2
+    assert interquartile_mean([0, 3, 90]) == pytest.approx((0.25 * 0 + 3 + 0.25 * 90) / 1.5)
+    assert interquartile_mean([-900, 1, 2, 3, 70]) == pytest.approx((0.75 * 1 + 2 + 0.75 * 3) / 2.5)
+    assert interquartile_mean([4, 5]) == 4.5 and interquartile_mean([7]) == 7
+
+
+def test_interval_of_another_statistic():
+    # The maxima of the resamples of [0, 1] are 0, 1, 1, 1.
+    assert bootstrap_interval([0, 1], confidence=0.4, statistic=max) == (1.0, 1.0)
+    assert ratio_interval([0, 1], [2, 2], confidence=0.4, statistic=max) == (0.5, 0.5)
 
 
 def test_one_value_has_no_interval_and_none_is_an_error():

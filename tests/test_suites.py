@@ -392,6 +392,44 @@ def test_minigrid_shows_direction_and_mission_if_asked():
     }
 
 
+def test_minigrid_shows_its_cells_as_a_vector_and_draws_nothing(monkeypatch):
+    import minigrid.minigrid_env
+    from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
+
+    from envs.minigrid import CELL, KINDS
+
+    drawn = []
+    monkeypatch.setattr(minigrid.minigrid_env.MiniGridEnv, "get_frame", lambda *a, **k: drawn.append(a))
+    env = make(
+        "minigrid_DoorKey-5x5", ("minigrid",), "--minigrid.grid", "True", "--minigrid.direction", "True"
+    )
+    assert env.obs_space.keys() - wrappers.EPISODE_SPACES.keys() == {"grid", "direction"}
+    game = env.env.env._env.unwrapped
+    seen = env.reset()[0]
+    rng = np.random.default_rng(0)
+    found = set()
+    for _ in range(3000):
+        if seen["is_last"]:
+            env.reset()
+        seen = env.step({"action": int(rng.integers(6))})[0]
+        grid = seen["grid"].reshape(7, 7, CELL)
+        view, carried = game.gen_obs()["image"], game.carrying
+        assert np.array_equal(grid[..., :KINDS].argmax(-1), view[..., 0])
+        assert (grid[..., :KINDS].sum(-1) == 1).all()
+        assert bool(carried) == bool(grid[3, 6, OBJECT_TO_IDX["key"]])
+        doors = grid[..., OBJECT_TO_IDX["door"]] == 1
+        states = grid[..., KINDS + len(COLOR_TO_IDX) :]
+        assert np.array_equal(states.sum(-1), doors)
+        assert np.array_equal(states[doors].argmax(-1), view[doors][:, 2])
+        coloured = grid[..., KINDS : KINDS + len(COLOR_TO_IDX)]
+        assert np.array_equal(coloured.sum(-1), view[..., 0] > OBJECT_TO_IDX["empty"])
+        assert (coloured[doors].argmax(-1) == COLOR_TO_IDX["yellow"]).all()
+        found |= {("door", int(each)) for each in view[doors][:, 2]} | {("carried", bool(carried))}
+    carrying = {("carried", False), ("carried", True)}
+    assert found == {("door", each) for each in STATE_TO_IDX.values()} | carrying
+    assert not drawn
+
+
 def test_minigrid_takes_whole_ids_and_the_end_of_time_is_a_truncation():
     env = make("minigrid_MiniGrid-Empty-5x5-v0", ("minigrid",))
     seen = play(env, [{"action": 0}] * 200)  # turns for ever

@@ -1,0 +1,388 @@
+"""The run's side of advice: asks about what happens, and brings the answers to where they are used.
+
+Each answer belongs to the step that was asked about: its logits go to the replay there, its plan becomes an
+item of imagination from there, and its skills go to the library. `NoCoach` is there when nobody advises.
+"""
+
+import json
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from basics import UserError, atomic_write, numpy_rng
+from logger import Timer
+from lore_llm.advice import AdviceSpec
+from lore_llm.advisor import Advisor, Answered
+from lore_llm.backends import make_adviser
+from lore_llm.guide import PLAN, Guide
+from lore_llm.options import SkillLibrary
+from lore_llm.prior import Reliability, bounded
+from lore_llm.synthetic import Item, SyntheticItems, tensors
+from replay import Replay
+
+CACHE = "llm_cache.sqlite"  # files in the logdir
+SKILLS = "skills.yaml"
+DECISIONS = "decisions.jsonl"
+JUDGED = 8  # plans that are judged in a step at most, the newest
+POLL_STEPS = 100  # env steps between two looks at skills.yaml
+
+Arrays = dict[str, np.ndarray]
+
+
+def advice_spaces(
+    config: Mapping, act_space: Mapping[str, spaces.Space]
+) -> tuple[dict[str, spaces.Space], dict[str, float]]:
+    """Spaces of what is stored with each step for advice, and the values of steps that lack it."""
+    found: dict[str, spaces.Space] = {}
+    actions = sum(getattr(space, "n", 0) for space in act_space.values())
+    defaults: dict[str, float] = {}
+    flag = spaces.Box(0, 1, (), np.bool_)
+    if config.prior.enabled:
+        found["llm_logits"] = spaces.Box(-np.inf, np.inf, (actions,), np.float32)
+    if config.llm.enabled and config.llm.features:
+        found["llm_features"] = spaces.Box(-np.inf, np.inf, (config.llm.features,), np.float32)
+    if found:
+        found["llm_mask"] = flag
+    if config.options.enabled:
+        found |= {"decision": flag, "option": spaces.Box(0, 2**31 - 1, (), np.int32)}
+    for key in found:
+        defaults[key] = float(key == "decision")
+    return found, defaults
+
+
+class NoCoach:
+    """Nobody advises."""
+
+    def before(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
+        """What is known before the agent acts on observations [n, ...]: entries of the step, and plans."""
+        return {}, {}
+
+    def after(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Look at what came of it, when the step is in the replay."""
+
+    def items(self) -> Any:
+        """A function that gives the synthetic items of the next batch; any thread may call it."""
+        return dict
+
+    def evaluated(self, episodes: Sequence[Arrays]) -> None:
+        """Learn from evaluation episodes, each arrays [L, ...], how good the world model is."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def notes(self) -> list[str]:
+        """New lines for the log."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Go on from what `state_dict` gave at this env step."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class Proposal(NamedTuple):
+    """A plan that waits to be judged."""
+
+    env: int
+    place: int
+    plan: list[int]
+    confidence: float
+
+
+class Coach(NoCoach):
+    """Asks an adviser and hands its answers out."""
+
+    def __init__(self, agent: Any, replay: Replay, config: Mapping, logdir: Path, timer: Timer):
+        self.agent, self.replay, self.config, self.logdir, self.timer = agent, replay, config, logdir, timer
+        self.guide: Guide = agent.guide
+        self.captioner = self.guide.captioner
+        llm, self.n_envs = config.llm, replay.n_envs
+        self.until = config.steps / 2 if llm.until is None else llm.until
+        self.actions = {name: index for index, name in enumerate(self.captioner.actions)}
+        spec = AdviceSpec(
+            tuple(self.captioner.actions), tuple(self.captioner.subgoals), llm.features, llm.max_reply_chars,
+            config.options.max_options,
+        )  # fmt: skip
+        adviser, self._notes = make_adviser(llm, spec, self.captioner, config.seed)
+        wants = {"prior": config.prior.enabled, "plan": config.synthetic.enabled, "features": llm.features}
+        self.advisor = Advisor(
+            adviser, self.captioner, llm, cache_path=Path(llm.cache or logdir / CACHE), n_envs=self.n_envs,
+            deterministic=config.deterministic, wants=frozenset(k for k, v in wants.items() if v),
+        )  # fmt: skip
+        self.rng = numpy_rng(config.seed, "coach")
+        self.spaces = advice_spaces(config, agent.actions.space)
+        self.synthetic = SyntheticItems(config, numpy_rng(config.seed, "synthetic"))
+        self.reliability = Reliability(config.prior.reliability_rate)  # of executed plans
+        self.proposals: deque[Proposal] = deque(maxlen=JUDGED)
+        self.started: dict[int, int] = {}  # env -> place where a plan began in this step
+        self.model_losses: list[float] = []  # of the last two evaluations
+        self.library: SkillLibrary | None = None
+        self.next_skills = self.next_poll = self.next_decision = 0
+        if config.options.enabled:
+            self.library = SkillLibrary(logdir / SKILLS, self.captioner, config.options)
+            self.guide.set_skills(self.library)
+        self.counts: dict[str, list[float]] = {}
+
+    # --- Around a step ---------------------------------------------------------------------------------
+
+    def before(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
+        with self.timer("advice"):
+            return self._ask(obs, step)
+
+    def _ask(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
+        c = self.config
+        self.guide.set_share(max(0.0, 1 - step / self.until) if self.until else 0.0)
+        entries, plans = self._blank(), {}
+        self.started = {}
+        if step >= self.until:
+            return entries, plans
+        skills = self.library is not None and step >= self.next_skills
+        if skills:
+            self.next_skills = step + c.options.option_generation_interval
+        places = self.replay.heads.tolist()
+        for answered in self.advisor.ask(obs, places, self.guide.doubt, step=step, skills=skills):
+            values = self._values(answered)
+            if answered.late:
+                self._count("late", 1.0)
+                if values:
+                    self.replay.amend(answered.env, answered.place, values)
+            else:
+                for key, value in values.items():
+                    entries[key][answered.env] = value
+            plan = [self.actions[name] for name in answered.advice.plan]
+            if plan and c.synthetic.enabled:
+                self._propose(answered, plan, plans)
+            if self.library is not None and answered.advice.skills:
+                self._set_skills(self.library.propose(answered.advice.skills, step))
+        return entries, plans
+
+    def _blank(self) -> Arrays:
+        found, defaults = self.spaces
+        keys = [key for key in found if key.startswith("llm_")]
+        return {k: np.full((self.n_envs, *found[k].shape), defaults[k], found[k].dtype) for k in keys}
+
+    def _values(self, answered: Answered) -> dict[str, Any]:
+        advice, values = answered.advice, {}
+        if self.config.prior.enabled:
+            if advice.action_prior is None:  # the mask says of all of it whether it is there
+                return {}
+            logits = torch.tensor(advice.action_prior.logits)
+            values["llm_logits"] = bounded(logits, self.config.prior.logit_clip).numpy()
+        if self.config.llm.features and advice.features:
+            values["llm_features"] = np.array(advice.features, np.float32)
+        return values | ({"llm_mask": True} if values else {})
+
+    def _propose(self, answered: Answered, plan: list[int], plans: dict[int, Sequence[int]]) -> None:
+        self.proposals.append(Proposal(answered.env, answered.place, plan, answered.advice.confidence))
+        if answered.late:
+            return
+        # Full as long as nothing speaks against the plans, and none where they do harm.
+        trust = min(1.0, 2 * float(self.reliability.value))
+        if self.rng.random() < self.config.synthetic.synthetic_execution_prob * trust:
+            plans[answered.env] = plan
+            self.started[answered.env] = answered.place
+
+    def after(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
+        with self.timer("advice"):
+            self._look_at(obs, state, step)
+
+    def _look_at(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
+        outcomes, self.guide.outcomes = self.guide.outcomes, []
+        for outcome in outcomes:
+            if outcome.uid == PLAN:
+                self.reliability.update(torch.tensor(outcome.gain), torch.tensor(True))
+                self._count("synthetic/execution_gain", outcome.gain)
+                if np.isfinite(outcome.error):
+                    self._count("synthetic/execution_error", abs(outcome.error))
+            else:
+                self.library.record(outcome.uid, outcome.gain, outcome.success, outcome.length)
+        if self.config.synthetic.enabled:
+            self._judge(state, step)
+        if self.library is not None:
+            self._look_after_skills(step, any(outcome.uid != PLAN for outcome in outcomes))
+            self._count("options/used_share", float((state["macro"] > 0).float().mean()))
+        every = self.config.llm.log_decisions_every
+        if every and step >= max(self.next_decision, self.config.prefill):
+            self.next_decision = step + every
+            self._log_decisions(obs, state, step)
+
+    def _judge(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Judge the newest proposals, and those that are being executed; accept what is worth it."""
+        waiting = [p for p in self.proposals if self.replay.holds(p.env, p.place)]
+        self.proposals.clear()
+        running = {env for env in self.started if int(state["macro"][env]) == PLAN}
+        if not self._ready(step):
+            waiting = [p for p in waiting if p.env in running and self.started[p.env] == p.place]
+        if not waiting:
+            return
+        env, place = (np.array(column) for column in zip(*((p.env, p.place) for p in waiting), strict=True))
+        judged = self.agent.judge(tensors(self.replay.latents(env, place), [p.plan for p in waiting]))
+        gains = (judged["plan"] - judged["policy"]) / judged["scale"]
+        calm = judged["disagreement"] <= np.maximum(float(self.guide.largest), 1e-8)
+        for index, proposal in enumerate(waiting):
+            if proposal.env in running and self.started[proposal.env] == proposal.place:
+                state["macro_predicted"][proposal.env] = float(judged["plan"][index])
+            if not self._ready(step):
+                continue
+            accepted = bool(gains[index] > 0 and (calm[index] or not self.guide.ensemble))
+            self._count("synthetic/return_gain", float(gains[index]))
+            self._count("synthetic/accepted", float(accepted))
+            if accepted:
+                item = Item(*proposal[:3], proposal.confidence, self.agent.updates)
+                self.synthetic.add(item)
+
+    def _ready(self, step: int) -> bool:
+        """Whether the world model is good enough to imagine plans with."""
+        losses = self.model_losses
+        settled = not self.config.eval_every
+        if len(losses) == 2:
+            settled = losses[1] > (1 - self.config.synthetic.synthetic_settled) * losses[0]
+        return step >= self.config.synthetic.synthetic_warmup and settled
+
+    def items(self) -> Any:
+        if not (self.config.synthetic.enabled and self.synthetic.amount):
+            return dict
+        chosen = self.synthetic.choose(self.replay, self.agent.updates, float(self.reliability.value))
+
+        def gather() -> Arrays:
+            return {f"item_{key}": value for key, value in chosen(self.replay).items()}
+
+        return gather
+
+    def evaluated(self, episodes: Sequence[Arrays]) -> None:
+        if self.config.synthetic.enabled:
+            loss = self.agent.model_loss(self._sequences(episodes))
+            self.model_losses = [*self.model_losses[-1:], loss]
+            self._count("synthetic/eval_loss", loss)
+
+    def _sequences(self, episodes: Sequence[Arrays]) -> Arrays:
+        """A batch of windows from the start of episodes; those that are too short are continued by others."""
+        c = self.config
+        window, rows = c.batch_length + c.replay_context, c.batch_size
+        keys = [key for key in self.replay.layout if key not in ("deter", "stoch")]
+        long = {}
+        for key in keys:
+            shape, dtype = self.replay.layout[key]
+            blank = self.replay.defaults.get(key, 0)
+            values = [np.asarray(e.get(key, np.full((len(e["is_first"]), *shape), blank))) for e in episodes]
+            long[key] = np.concatenate(values).astype(dtype, copy=False)
+        steps = len(long["is_first"])
+        starts = np.linspace(0, max(0, steps - window), rows).astype(int)
+        index = np.minimum(starts[:, None] + np.arange(window), steps - 1)
+        batch = {key: value[index] for key, value in long.items()}
+        batch["is_first"][:, 0] = True
+        for key, blank in self.replay.no_latents.items():
+            shape, dtype = self.replay.layout[key]
+            batch[key] = np.full((rows, window, *shape), blank, dtype)
+        return batch
+
+    # --- Skills ----------------------------------------------------------------------------------------
+
+    def _look_after_skills(self, step: int, recorded: bool) -> None:
+        changed = self.library.prune() if recorded else []
+        if step >= self.next_poll:
+            self.next_poll = step + POLL_STEPS
+            edited, lines = self.library.poll()
+            changed += edited
+            self._notes += lines
+        self._set_skills(changed)
+
+    def _set_skills(self, slots: Sequence[int]) -> None:
+        if slots:
+            self.guide.set_skills(self.library, fresh=slots)
+            self.library.save()
+
+    # --- What is told ----------------------------------------------------------------------------------
+
+    def _log_decisions(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
+        lines = []
+        for env, view in enumerate(self.agent.explain(state)):
+            view = {key: _rounded(value) for key, value in view.items()}
+            view["action"] = self.captioner.actions[view["action"]]
+            caption = self.captioner.caption({key: value[env] for key, value in obs.items()})
+            lines.append(json.dumps({"step": step, "env": env, "caption": caption, **view}))
+        try:
+            with open(self.logdir / DECISIONS, "a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+        except OSError as error:
+            raise UserError(f"Cannot write {self.logdir / DECISIONS}: {error.strerror}.") from error
+
+    def _count(self, name: str, value: float) -> None:
+        self.counts.setdefault(name, []).append(value)
+
+    def metrics(self) -> dict[str, float]:
+        counts, self.counts = self.counts, {}
+        found = {name: float(np.mean(values)) for name, values in counts.items()}
+        found["llm_adapter/late"] = float(len(counts.get("late", [])))
+        found.pop("late", None)
+        if self.config.synthetic.enabled:
+            found["synthetic/items"] = float(len(self.synthetic.items))
+            found["synthetic/reliability"] = float(self.reliability.value)
+        if self.library is not None:
+            found |= self.library.metrics()
+        return found | self.advisor.metrics()
+
+    def notes(self) -> list[str]:
+        lines, self._notes = [*self._notes, *self.advisor.notes()], []
+        return lines
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "advisor": self.advisor.state_dict(),
+            "rng": self.rng.bit_generator.state,
+            "synthetic": self.synthetic.state_dict(),
+            "reliability": self.reliability.state_dict(),
+            "proposals": [list(proposal) for proposal in self.proposals],
+            "model_losses": self.model_losses,
+            "library": self.library.state_dict() if self.library is not None else {},
+            "next": [self.next_skills, self.next_poll, self.next_decision],
+            "doubt": None if self.guide.doubt is None else torch.from_numpy(self.guide.doubt.copy()),
+            "counts": self.counts,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        self.advisor.load_state_dict(state["advisor"])
+        self.rng.bit_generator.state = state["rng"]
+        self.synthetic.load_state_dict(state["synthetic"])
+        self.reliability.load_state_dict(state["reliability"])
+        self.proposals.extend(Proposal(*proposal) for proposal in state["proposals"])
+        self.model_losses = list(state["model_losses"])
+        self.next_skills, self.next_poll, self.next_decision = state["next"]
+        self.guide.doubt = None if state["doubt"] is None else state["doubt"].numpy()
+        self.counts = {name: list(values) for name, values in state["counts"].items()}
+        if self.library is not None:
+            self.library.load_state_dict(state["library"])
+            self.guide.set_skills(self.library)
+        self._forget_decisions(step)
+
+    def _forget_decisions(self, step: int) -> None:
+        """Lines that came after the checkpoint are told again."""
+        path = self.logdir / DECISIONS
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError):
+                continue  # cut off by a kill
+        atomic_write(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
+
+    def close(self) -> None:
+        self.advisor.close()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [round(each, 4) for each in value]
+    return round(value, 4) if isinstance(value, float) else value

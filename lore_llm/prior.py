@@ -1,0 +1,106 @@
+"""Path B, the policy prior: the actor is seen through a net that is distilled from the advice.
+
+Letters: A actions, F feat, B batch, T time, N rows; `...` are batch dimensions.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import networks
+
+GAIN_FLOOR = 0.02  # gains, in units of the scale of returns, that are too small to tell anything
+
+
+class Reliability(nn.Module):
+    """How probable it is that following the advice helps, from 0 to 1, by what following it has brought.
+
+    Running means of the gain g and of g^2 give t = sqrt(n) mean / sqrt(mean square + floor^2), where n is how
+    many updates they remember; the estimate is the normal distribution's value at t. It starts at 0.5 and
+    falls to 0 where following does harm.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+        self.register_buffer("moments", torch.zeros(3))  # running means of 1, g and g^2
+
+    @torch.no_grad()
+    def update(self, gain: Tensor, seen: Tensor) -> None:
+        """Take the mean gain of an update, a scalar, if anything of it was `seen` (bool)."""
+        new = torch.stack([torch.ones_like(gain), gain, gain.square()])
+        new = torch.where(seen & new.isfinite().all(), new, self.moments)
+        self.moments.lerp_(new, self.rate)
+
+    @property
+    def value(self) -> Tensor:
+        """The estimate, a scalar."""
+        weight, mean, square = self.moments.unbind()
+        total = weight.clamp(min=1e-30)
+        remembered = total * (2 / self.rate - 1)
+        t = remembered.sqrt() * (mean / total) / (square / total + GAIN_FLOOR**2).sqrt()
+        return 0.5 * (1 + torch.erf(t / math.sqrt(2)))
+
+
+class Prior(nn.Module):
+    """A net from feat [..., F] to the logits [..., A] that the adviser would give, and their weight."""
+
+    def __init__(self, feat: int, actions: int, config: Mapping):
+        super().__init__()
+        c = config.prior
+        self.config = c
+        units = c.units or config.actor.units
+        self.mlp = networks.mlp(feat, c.layers, units)
+        self.out = networks.Linear(units, actions, 0.0)  # without advice, all actions alike
+        self.reliability = Reliability(c.reliability_rate)
+        self.register_buffer("dual", torch.zeros(()))
+        self.register_buffer("share", torch.ones(()))  # of beta_max that llm.until leaves
+
+    def forward(self, feat: Tensor) -> Tensor:
+        """Log-probabilities [..., A], centred and clipped to plus and minus `logit_clip`."""
+        logits = self.config.logit_clip * self.out(self.mlp(feat)).float()
+        return bounded(logits, self.config.logit_clip)
+
+    def beta(self, uncertainty: Tensor) -> Tensor:
+        """The weight of the logits [...] by the agent's uncertainty [...] from 0 to 1."""
+        c = self.config
+        threshold = c.uncertainty_threshold
+        doubt = ((uncertainty - threshold) / (1 - threshold)).clamp(0, 1)
+        return c.beta_max * self.share * self.reliability.value * doubt / (1 + self.dual)
+
+    def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+        """Squared error to the advice `logits` [B, T, A] where `mask` [B, T], a scalar; 0 where none is.
+
+        In units of `logit_clip`. Cross entropy would take for ever to tell apart what is as good as certain.
+        """
+        error = self.out(self.mlp(feat)).float() - logits / self.config.logit_clip
+        loss = error.square().mean(-1)  # [B, T]
+        return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
+
+    @torch.no_grad()
+    def follow(self, logits: Tensor, probs: Tensor, action: Tensor, advantage: Tensor, mask: Tensor) -> None:
+        """Learn from real steps whether following the advice raises the advantage.
+
+        logits, probs (the actor's) and action (one-hot) [..., A]; advantage [...] in units of the scale of
+        returns; `mask` [...] where there was advice. The gain is the covariance of what was followed, against
+        what the actor would have on average, with the advantage.
+        """
+        advice = F.softmax(logits, -1)
+        followed = (advice * (action - probs)).sum(-1)
+        gain = torch.where(mask, followed * advantage, 0.0).sum() / mask.sum().clamp(min=1)
+        self.reliability.update(gain, mask.any())
+
+    @torch.no_grad()
+    def limit(self, kl: Tensor) -> None:
+        """Lower the weight where the mean KL(mix, actor) is above `delta_target`, else let it rise again."""
+        dual = (self.dual + self.config.dual_lr * (kl - self.config.delta_target)).clamp(min=0)
+        self.dual.copy_(torch.where(dual.isfinite(), dual, self.dual))
+
+
+def bounded(logits: Tensor, clip: float) -> Tensor:
+    """Logits [..., A] as log-probabilities, centred and clipped to plus and minus `clip`."""
+    log_probs = F.log_softmax(logits, -1)
+    return (log_probs - log_probs.mean(-1, keepdim=True)).clamp(-clip, clip)
