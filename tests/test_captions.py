@@ -25,7 +25,7 @@ def load(line):
 
 def make(line, enabled=True):
     """An environment, and its captioner."""
-    config = load(f"{line} --llm.enabled {enabled}")
+    config = load(f"{line} --llm.enabled {enabled} --prior.enabled {enabled}")
     env = envs.make_env(config, "train", 0)
     return env, make_captioner(config, env.obs_space, env.act_space)
 
@@ -100,7 +100,7 @@ def test_networks_never_see_symbolic():
 def test_check_finds_no_fault_with_symbolic():
     from envs.check import check
 
-    assert not check(load(f"{DOORKEY} --llm.enabled True")).errors
+    assert not check(load(f"{DOORKEY} --configs lore_prior")).errors
 
 
 def test_crafter_view_is_the_part_of_the_semantic_map_that_is_drawn():
@@ -334,12 +334,17 @@ def test_numbers_are_rounded_to_half_decades(number, told):
     assert _rounded(number) == told.replace("20", "10")
 
 
-@pytest.mark.parametrize("task", ["gym_Pendulum-v1", "dummy_continuous"])
-def test_other_actions_than_one_discrete_are_refused(task):
-    config = load(f"--task {task} --llm.enabled True") if task.startswith("gym") else load("--task dummy_cue")
-    space = {"action": spaces.Box(-1, 1, (1,))} if task.startswith("gym") else {"a": 1, "b": 2}
-    with pytest.raises(UserError, match=f"advice needs one Discrete action; {config.task} has"):
-        make_captioner(config, {}, space)
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"action": spaces.Box(-1, 1, (1,))},
+        {"action": spaces.MultiDiscrete([2, 3])},
+        {"arm": spaces.Discrete(2), "leg": spaces.Discrete(3)},
+    ],
+)
+def test_other_actions_than_one_discrete_are_refused(space):
+    with pytest.raises(UserError, match="advice needs one Discrete action; gym_Pendulum-v1 has"):
+        make_captioner(load("--task gym_Pendulum-v1"), {}, space)
 
 
 class Shouting(Captioner):
