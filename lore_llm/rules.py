@@ -18,7 +18,7 @@ from lore_llm.advice import MAX_PLAN, AdviceSpec, Answer, Request, parse_reply
 from lore_llm.backends import LLMAdapter
 from lore_llm.captions import Captioner
 
-VERSION = 1  # goes up with every change of what the rules say: cached answers are of one version
+VERSION = 2  # goes up with every change of what the rules say: cached answers are of one version
 
 # Logits, from the best action down to what does harm.
 BEST, GOOD, NEUTRAL, USELESS, HARMFUL = 20.0, 8.0, 0.0, -4.0, -10.0

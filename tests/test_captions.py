@@ -273,6 +273,24 @@ def test_minigrid_caption_and_subgoals_of_a_solved_episode():
     assert terminated
 
 
+def test_walking_up_to_an_open_door_opens_none():
+    from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
+
+    from envs.minigrid import layout
+
+    captioner = make(DOORKEY)[1]
+
+    def sees_door(ahead, state):
+        view = np.full((7, 7, 3), (OBJECT_TO_IDX["empty"], 0, 0))
+        view[3, 6 - ahead] = OBJECT_TO_IDX["door"], COLOR_TO_IDX["red"], STATE_TO_IDX[state]
+        parts = {"direction": 0, "on": OBJECT_TO_IDX["empty"], "mission": np.zeros(50)}
+        return {"symbolic": layout(7).pack(view=view, **parts)}
+
+    assert captioner.reached("open_door", sees_door(2, "closed"), sees_door(1, "open"))
+    assert not captioner.reached("open_door", sees_door(2, "open"), sees_door(1, "open"))
+    assert not captioner.reached("open_door", sees_door(2, "closed"), sees_door(1, "closed"))
+
+
 def test_minigrid_blocked_is_what_changes_nothing():
     env, captioner = make("--task minigrid_DoorKey-6x6")
     inner = env.env.env.env._env.unwrapped

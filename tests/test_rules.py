@@ -129,6 +129,19 @@ def test_doorkey_plans_lead_to_the_next_thing(captioners):
     assert {"pick_up_key", "open_door", "reach_goal"} <= set(reached)
 
 
+def test_where_nothing_is_seen_the_way_goes_east_and_along_the_walls(captioners):
+    """Else it would turn on the spot for ever, having no memory."""
+
+    def best(looks, row):
+        seen = "You see: nothing but walls and floor"
+        text = f"Mission: get to the goal\nYou look {looks}\nYou carry: nothing\n{seen}\nMap:\n.......\n{row}"
+        return advise(adviser(captioners["minigrid"]), text).plan[0]
+
+    assert best("east", "...^...") == "forward"
+    assert [best(looks, "...^...") for looks in ("south", "west", "north")] == ["right"] * 3
+    assert best("south", "..#^...") == "forward"
+
+
 @pytest.mark.parametrize(
     ("parts", "best"),
     [
