@@ -189,6 +189,17 @@ def test_without_recording_the_file_is_only_read(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
+def test_a_file_that_is_only_read_stays_where_it_is_when_it_is_broken(tmp_path):
+    path = tmp_path / "cache"
+    known = filled(path, 500)
+    cache = opened(path, record=False)
+    path.write_bytes(content := path.read_bytes()[:4096] + b"\xff" * 200_000)
+    assert cache.get(next(iter(known))) is None
+    assert cache.notes() == [f"Cannot use the cache {path} (it is broken): the run goes on without it."]
+    cache.close()
+    assert path.read_bytes() == content and not (tmp_path / "cache.broken-1").exists()
+
+
 @pytest.mark.parametrize("size", [0, 10])
 def test_a_replay_needs_a_file(tmp_path, size):
     if not size:
@@ -410,7 +421,7 @@ def test_a_read_does_not_wait_for_a_writer(tmp_path):
 
 
 def test_what_could_not_be_written_is_written_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(caches, "WRITE_WAIT_S", 0.01)
+    monkeypatch.setattr(caches, "LOCK_WAIT_S", 0.01)
     cache = opened(tmp_path / "cache")
     db = sqlite3.connect(cache.path, isolation_level=None)
     db.execute("BEGIN IMMEDIATE")
