@@ -492,13 +492,13 @@ class Advisor:
             self._lock.notify_all()
 
     def _failed(self, fault: AdviserFault) -> None:
+        why = _printable(str(fault))
         with self._lock:
             self._count_error(_kind_of(fault))
             if self.breaker.failed():
-                pause = self.breaker.pause
-                self._note(f"the adviser does not answer ({_printable(str(fault))}); pause of {pause:g} s")
+                self._note(f"the adviser does not answer ({why}); pause of {self.breaker.pause:g} s")
             elif not fault.retry:
-                self._note_once(f"the adviser failed ({_printable(str(fault))})")
+                self._note_once(f"the adviser failed ({why})")
 
     def _backoff(self, retry: int, after_s: float | None) -> float:
         """Seconds before the next try: what the server asks for, else doubled each time, with jitter."""
