@@ -404,7 +404,7 @@ def test_a_read_does_not_wait_for_a_writer(tmp_path):
     known = filled(tmp_path / "cache")
     cache = opened(tmp_path / "cache")
     db = sqlite3.connect(cache.path, isolation_level=None)
-    db.execute("BEGIN IMMEDIATE")
+    db.execute("BEGIN EXCLUSIVE")
     db.execute(f"DELETE FROM {TABLE}")
     writer = threading.Thread(target=cache.flush)
     cache.put("new", advice())
