@@ -306,7 +306,7 @@ class Cache:
         while (aside := self.path.with_name(f"{self.path.name}.broken-{number}")).exists():
             number += 1
         os.replace(self.path, aside)
-        for suffix in ("-wal", "-shm"):  # the journal belongs to the old file
+        for suffix in ("-wal", "-shm"):  # other runs that have the old file open share these
             if (journal := Path(f"{self.path}{suffix}")).exists():
                 os.replace(journal, f"{aside}{suffix}")
         return aside

@@ -247,6 +247,7 @@ def test_another_run_that_set_the_file_aside_is_followed(tmp_path):
         cache.flush()
         cache.close()
     assert (tmp_path / "cache.broken-1").exists() and not (tmp_path / "cache.broken-2").exists()
+    assert (tmp_path / "cache.broken-1-shm").exists()  # which the other run still had open
     assert len(one.notes() + other.notes()) == 1
     assert [opened(path).get(f"key {number}") for number in range(2)] == [advice(0), advice(1)]
 
