@@ -140,9 +140,16 @@ class Coach(NoCoach):
 
     def _ask(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
         c = self.config
-        self.guide.set_share(max(0.0, 1 - step / self.until) if self.until else 0.0)
+        # All of it for the first half, then less and less: the agent has to stand on its own at the end.
+        left = 1 - step / self.until if self.until else 0.0
+        self.guide.set_share(min(1.0, max(0.0, 2 * left)))
         entries, plans = self._blank(), {}
         self.started = {}
+        if self.library is not None and step >= self.next_poll:  # what a person wrote comes first
+            self.next_poll = step + POLL_STEPS
+            slots, lines = self.library.poll()
+            self._notes += lines
+            self._set_skills(slots)
         if step >= self.until:
             return entries, plans
         skills = self.library is not None and step >= self.next_skills
@@ -208,7 +215,8 @@ class Coach(NoCoach):
         if self.config.synthetic.enabled:
             self._judge(state, step)
         if self.library is not None:
-            self._look_after_skills(step, any(outcome.uid != PLAN for outcome in outcomes))
+            if any(outcome.uid != PLAN for outcome in outcomes):
+                self._set_skills(self.library.prune())
             self._count("options/used_share", float((state["macro"] > 0).float().mean()))
         every = self.config.llm.log_decisions_every
         if every and step >= max(self.next_decision, self.config.prefill):
@@ -285,20 +293,10 @@ class Coach(NoCoach):
             batch[key] = np.full((rows, window, *shape), blank, dtype)
         return batch
 
-    # --- Skills ----------------------------------------------------------------------------------------
-
-    def _look_after_skills(self, step: int, recorded: bool) -> None:
-        changed = self.library.prune() if recorded else []
-        if step >= self.next_poll:
-            self.next_poll = step + POLL_STEPS
-            edited, lines = self.library.poll()
-            changed += edited
-            self._notes += lines
-        self._set_skills(changed)
-
     def _set_skills(self, slots: Sequence[int]) -> None:
+        """Tell the actor of the library, whose `slots` hold something else now."""
+        self.guide.set_skills(self.library, fresh=slots)
         if slots:
-            self.guide.set_skills(self.library, fresh=slots)
             self.library.save()
 
     # --- What is told ----------------------------------------------------------------------------------
@@ -336,6 +334,8 @@ class Coach(NoCoach):
         return lines
 
     def state_dict(self) -> dict[str, Any]:
+        if self.library is not None:
+            self.library.save()  # with the statistics of this moment
         return {
             "advisor": self.advisor.state_dict(),
             "rng": self.rng.bit_generator.state,

@@ -103,7 +103,9 @@ class Guide(Unguided):
         logits = behavior.actor.outs[0](hidden).float()  # [..., A]
         plain = self._policy(behavior, hidden, logits)
         with torch.no_grad():
-            uncertainty, parts = self.uncertainty(behavior, feat, plain)
+            # Not of `plain` itself: what a distribution has computed once it keeps, here without gradient.
+            judged = self._policy(behavior, hidden, logits)
+            uncertainty, parts = self.uncertainty(behavior, feat, judged)
             if self.prior is None:
                 return Seen(plain, plain, torch.zeros_like(uncertainty), uncertainty, parts, logits * 0)
             prior, beta = self.prior(feat), self.prior.beta(uncertainty)
@@ -186,7 +188,10 @@ class Guide(Unguided):
             decided = torch.as_tensor(dream.decided, device=kl.device).expand_as(kl)
             mean = (kl.detach() * decided).sum() / decided.sum().clamp(min=1)
             self.prior.limit(mean)
-            losses["advice_kl"] = self.config.prior.lambda_kl * kl * weight
+            # In units of the entropy bonus: that is on the mix, and alone it would teach the actor to undo
+            # the prior as long as there is nothing else to learn.
+            pull = self.config.prior.lambda_kl * self.config.actor.entropy
+            losses["advice_kl"] = pull * kl * weight
             gate = {"beta": seen.beta, **seen.parts}
             metrics |= {f"uncertainty_gate/{name}": value.mean() for name, value in gate.items()}
             metrics["uncertainty_gate/avg_kl"] = mean

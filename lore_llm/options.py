@@ -44,9 +44,7 @@ from lore_llm.advice import MAX_NAME, MAX_PLAN, OptionSpec
 
 STATS_DECAY = 0.98  # of older executions with each new one: about the last 100 count, for the agent changes
 MAX_ADVANTAGE = 1e6  # larger ones are clipped, so that sums stay finite
-PRUNE_SIGMAS = (
-    3.0  # standard errors by which a mean advantage is below 0 for sure; it is looked at again and again
-)
+PRUNE_SIGMAS = 3.0  # standard errors below 0 that a bad mean advantage is: many, for many looks are taken
 FULL_SIGMAS = 1.0  # enough for the worst where proposals find no room,
 FULL_TRIES = 2  # and it has had so many times option_min_tries
 FORGET_INTERVALS = 20  # option_generation_intervals after which a removed skill may be proposed again

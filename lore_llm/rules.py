@@ -20,7 +20,7 @@ from lore_llm.captions import Captioner
 VERSION = 1  # goes up with every change of what the rules say: cached answers are of one version
 
 # Logits, from the best action down to what does harm.
-BEST, GOOD, NEUTRAL, USELESS, HARMFUL = 20.0, 8.0, 0.0, -4.0, -10.0
+BEST, GOOD, NEUTRAL, USELESS, HARMFUL = 30.0, 10.0, 0.0, -5.0, -15.0
 
 
 @dataclass
