@@ -39,7 +39,7 @@ from stats import bootstrap_interval, interquartile_mean, ratio_interval
 # --- The protocol: options of dreamer.py ---------------------------------------------------------------
 
 # Rules answer at once and for nothing, so they are asked about each new situation.
-SCRIPTED = "--llm.backend rules --llm.min_gap_steps 1"
+SCRIPTED = "--llm.backend rules --llm.min_gap_steps 1 --llm.until 20000"
 ARMS = {
     "baseline": "",
     "prior": f"--configs lore_prior {SCRIPTED}",
