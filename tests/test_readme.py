@@ -280,7 +280,7 @@ def test_every_suite_is_listed_with_tasks_that_exist(readme):
             envs.make_env(config.load(["--task", task]), "train", 0)
 
 
-PAGES = ("logs", "workers", "audio", "exploration")
+PAGES = ("logs", "workers", "audio", "exploration", "ablation")
 
 
 @pytest.mark.parametrize("page", [*READMES, *(f"docs/{name}.md" for name in PAGES)])
