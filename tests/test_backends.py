@@ -52,6 +52,7 @@ def server():
 
 
 def options(**llm):
+    llm = {"timeout_s": 20, **llm}  # a machine may be busy
     words = [word for name, value in llm.items() for word in (f"--llm.{name}", str(value))]
     return config.load(words).llm
 
@@ -208,12 +209,20 @@ def test_several_questions_go_in_one_call(connect, server, backend):
     ],
 )
 def test_what_goes_wrong_has_a_name(connect, server, backend, say, kind, retry, after_s):
-    adviser = connect(backend, model="some-model")
+    adviser = connect(backend)
     server.script(say)
-    error = fault(adviser)
+
+    async def twice():
+        with pytest.raises(AdviserFault) as caught:
+            await adviser.ask([ASK])
+        assert len(server.asked) == 1  # neither the library nor we try again
+        good = await adviser.ask([ASK])
+        await adviser.close()
+        return caught.value, good
+
+    error, good = asyncio.run(twice())
     assert (error.kind, error.retry, error.after_s) == (kind, retry, after_s)
-    assert len(server.asked) == 1  # neither the library nor we try again
-    assert ask(adviser).answers[0].advice is not None  # and the next call finds nothing broken
+    assert good.answers[0].advice is not None  # the next call finds nothing broken
 
 
 @pytest.mark.parametrize("backend", SERVERS)
@@ -279,16 +288,22 @@ HOSTILE_BODIES = {
 @pytest.mark.parametrize("backend", SERVERS)
 def test_a_hostile_server_costs_one_call_at_most(connect, server, backend):
     adviser = connect(backend)
-    for body in HOSTILE_BODIES[backend]:
-        server.script(Say(body=body.encode()))
-        try:
-            reply = ask(adviser)
-        except AdviserFault as error:
-            assert (error.kind, error.retry) == ("bad_reply", False), body
-        else:
-            assert [answer.advice for answer in reply.answers] == [None], body
-            assert 0 <= reply.tokens_in <= 10**9 and 0 <= reply.tokens_out <= 10**9, body
-    assert ask(adviser).answers[0].advice is not None
+
+    async def story():
+        for body in HOSTILE_BODIES[backend]:
+            server.script(Say(body=body.encode()))
+            try:
+                reply = await adviser.ask([ASK])
+            except AdviserFault as error:
+                assert (error.kind, error.retry) == ("bad_reply", False), body
+            else:
+                assert [answer.advice for answer in reply.answers] == [None], body
+                assert 0 <= reply.tokens_in <= 10**9 and 0 <= reply.tokens_out <= 10**9, body
+        good = await adviser.ask([ASK])
+        await adviser.close()
+        return good
+
+    assert asyncio.run(story()).answers[0].advice is not None
 
 
 @pytest.mark.parametrize("backend", SERVERS)
@@ -307,11 +322,11 @@ def test_tokens_that_a_server_does_not_count_are_estimated(connect, server, back
 @pytest.mark.parametrize("backend", SERVERS)
 def test_a_slow_answer_is_given_up_by_our_own_clock(connect, server, backend):
     adviser = connect(backend, timeout_s=0.3)
-    server.script(Say(delay=1.5))
+    server.script(Say(delay=8))
     start = time.perf_counter()
     error = fault(adviser)
     assert (error.kind, error.retry) == ("timeout", True)
-    assert 0.25 < time.perf_counter() - start < 1.2
+    assert 0.25 < time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize("backend", SERVERS)
@@ -338,7 +353,7 @@ def test_a_server_may_die_and_come_back(connect, server, backend):
 @pytest.mark.parametrize("backend", SERVERS)
 def test_several_calls_run_at_once(connect, server, backend):
     adviser = connect(backend)
-    server.default = Say(delay=0.3)
+    server.default = Say(delay=0.7)
 
     async def together():
         try:
@@ -349,7 +364,7 @@ def test_several_calls_run_at_once(connect, server, backend):
     asyncio.run(adviser.close())  # nothing is open yet: no harm
     start = time.perf_counter()
     assert all(reply.answers[0].advice for reply in asyncio.run(together()))
-    assert time.perf_counter() - start < 1.1
+    assert time.perf_counter() - start < 2.5
 
 
 @pytest.mark.parametrize("backend", SERVERS)
@@ -425,13 +440,13 @@ def test_the_identity_names_what_an_answer_depends_on(connect, monkeypatch):
 @pytest.mark.parametrize("backend", SERVERS)
 def test_the_key_is_nowhere_but_in_its_header(connect, server, backend, monkeypatch, caplog, capfd):
     caplog.set_level(logging.DEBUG)
-    adviser = connect(backend, timeout_s=1)
+    adviser = connect(backend, timeout_s=0.6)
     if backend == "gemini":
         monkeypatch.setenv("GOOGLE_API_KEY", KEY + "2")
     echo = json.dumps({"error": {"message": f"bad key {KEY}", "status": KEY, "details": [KEY]}}).encode()
     scripts = [
         Say(),
-        Say(delay=1.5),
+        Say(delay=1),
         Say(text=f"your key is {KEY}"),
         Say(die="middle"),
         Say(body=KEY.encode()),
@@ -440,18 +455,23 @@ def test_the_key_is_nowhere_but_in_its_header(connect, server, backend, monkeypa
         Say(status=404, body=b"x" * 190 + KEY.encode()),
     ]
     told = [adviser.identity]
-    for say in scripts:
-        server.script(say)
-        try:
-            told.append(repr(ask(adviser)))
-        except AdviserFault as error:
-            assert error.__cause__ is None and error.__context__ is None
-            told.append(
-                "".join(traceback.TracebackException.from_exception(error, capture_locals=False).format())
-            )
-            told.append(repr(vars(error)))
-    server.stop()
-    told.append(str(fault(adviser)))
+
+    async def story():
+        for say in [*scripts, "down"]:
+            if say == "down":
+                server.stop()
+            else:
+                server.script(say)
+            try:
+                told.append(repr(await adviser.ask([ASK])))
+            except AdviserFault as error:
+                assert error.__cause__ is None and error.__context__ is None
+                told.append("".join(traceback.format_exception(error)))
+                told.append(repr(vars(error)))
+        await adviser.close()
+
+    asyncio.run(story())
+    assert len(told) > len(scripts) and len(server.asked) == len(scripts)
     told += [asked.raw.decode() + asked.path for asked in server.asked]
     told += [record.getMessage() for record in caplog.records if not record.name.startswith("httpcore")]
     told += capfd.readouterr()
@@ -517,7 +537,7 @@ def program(tmp_path, monkeypatch):
 
 def test_the_program_gemini_answers(program):
     program.install()
-    adviser, notes = make("gemini_cli", model="some-model", timeout_s=20)
+    adviser, notes = make("gemini_cli", model="some-model")
     assert notes == ["Adviser: gemini_cli, model some-model."]
     reply = ask(adviser, ASK, ASK)
     assert [answer.advice.plan for answer in reply.answers] == [("left",), ("left",)]
@@ -530,7 +550,7 @@ def test_the_program_gemini_answers(program):
 def test_no_shell_reads_the_prompt(program):
     program.install()
     caption = "$(touch owned) `touch owned`; touch owned & | > owned %PATH% \" ' -p"
-    reply = ask(make("gemini_cli", timeout_s=20)[0], Request(caption, ALL))
+    reply = ask(make("gemini_cli")[0], Request(caption, ALL))
     assert reply.answers[0].advice is not None
     assert not (program.folder / "owned").exists() and not os.path.exists("owned")
     document = json.loads(program.calls()[0][0][1].splitlines()[-1])
@@ -540,7 +560,7 @@ def test_no_shell_reads_the_prompt(program):
 def test_a_long_prompt_goes_to_standard_input(program):
     program.install()
     requests = [Request(str(i) * MAX_CAPTION, ALL) for i in range(9)]
-    reply = ask(make("gemini_cli", timeout_s=20)[0], *requests)
+    reply = ask(make("gemini_cli")[0], *requests)
     assert all(answer.advice.plan == ("left",) for answer in reply.answers)
     ((args, given),) = program.calls()
     assert args == ["--output-format", "json"] and len(given) > MAX_ARGUMENT
@@ -552,7 +572,7 @@ def test_an_older_gemini_gets_the_prompt_on_standard_input(program):
             sys.exit("Unknown arguments: output-format, outputFormat")
         print(text)
     """)
-    adviser, _ = make("gemini_cli", timeout_s=20)
+    adviser, _ = make("gemini_cli")
     for _ in range(2):
         assert ask(adviser).answers[0].advice.plan == ("left",)
     args = [args for args, _ in program.calls()]
@@ -561,7 +581,7 @@ def test_an_older_gemini_gets_the_prompt_on_standard_input(program):
 
 def test_gemini_cli_gets_the_prompt_as_its_argument(program):
     program.install("print(text)", name="gemini-cli")
-    reply = ask(make("gemini_cli", model="x", timeout_s=20)[0])
+    reply = ask(make("gemini_cli", model="x")[0])
     assert reply.answers[0].advice.plan == ("left",) and reply.tokens_in > 100
     ((args, given),) = program.calls()
     assert len(args) == 1 and "You see a tree." in args[0] and given == ""
@@ -583,7 +603,7 @@ def test_gemini_cli_gets_the_prompt_as_its_argument(program):
 )
 def test_what_goes_wrong_with_the_program_has_a_name(program, body, kind, retry):
     program.install(body)
-    error = fault(make("gemini_cli", timeout_s=20)[0])
+    error = fault(make("gemini_cli")[0])
     assert (error.kind, error.retry) == (kind, retry)
 
 
@@ -592,7 +612,7 @@ def test_what_goes_wrong_with_the_program_has_a_name(program, body, kind, retry)
 )
 def test_a_program_that_counts_otherwise_still_advises(program, stats):
     program.install(f"print(json.dumps(dict(response=text, stats={stats})))")
-    reply = ask(make("gemini_cli", timeout_s=20)[0])
+    reply = ask(make("gemini_cli")[0])
     assert reply.answers[0].advice.plan == ("left",) and reply.tokens_in > 100
 
 
@@ -626,7 +646,7 @@ def test_a_slow_program_is_ended_with_its_children(program):
 
 def test_a_program_that_cannot_be_started_is_a_fault(program):
     program.install()
-    adviser, _ = make("gemini_cli", timeout_s=20)
+    adviser, _ = make("gemini_cli")
     (program.folder / "gemini").unlink()
     error = fault(adviser)
     assert (error.kind, error.retry) == ("program", False) and "cannot start gemini" in str(error)
@@ -762,7 +782,7 @@ def test_whatever_infer_returns_is_checked(said, problems):
 
 
 def test_a_hanging_adapter_keeps_nobody_waiting():
-    adviser, _ = own(Hanging, timeout_s=0.2)
+    adviser, _ = own(Hanging, timeout_s=0.5)
 
     async def story():
         for _ in range(3):
@@ -777,7 +797,7 @@ def test_a_hanging_adapter_keeps_nobody_waiting():
 
 
 def test_an_adapter_outlives_its_event_loop(recwarn):
-    adviser, _ = own(Hanging, timeout_s=0.1)
+    adviser, _ = own(Hanging, timeout_s=0.5)
     assert fault(adviser).kind == "timeout"
     adviser.go_on.set()  # its thread finds the loop closed
     for thread in threading.enumerate():
