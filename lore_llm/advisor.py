@@ -161,13 +161,14 @@ class Advisor:
     ):
         self.adviser, self.captioner, self.config = adviser, captioner, config_llm
         self.deterministic, self.wants = deterministic, frozenset(wants)
+        self.identity = str(adviser.identity)  # once: it is a user's code
         c = self.config
         self.cache: Cache | None = None
         if not adviser.instant:
             self.cache = Cache(
                 Path(c["cache"] or cache_path), adviser.spec, size=c["cache_size"],
                 record=c["record"] and not c["replay"], must_exist=c["replay"],
-                wait_s=10.0 if deterministic else 0.2,
+                patient=deterministic,
             )  # fmt: skip
         self.breaker = Breaker(c["breaker_failures"], c["breaker_pause_s"])
         # An env that was never asked about, or has just been reset, may be at once.
@@ -277,7 +278,7 @@ class Advisor:
 
     def _key(self, request: Request) -> str:
         image = request.obs.get("image") if self.config["send_image"] else None
-        return question_key(self.adviser.identity, request.wants, request.caption, image)
+        return question_key(self.identity, request.wants, request.caption, image)
 
     def _answer_at_once(self, question: _Question) -> None:
         try:
@@ -491,13 +492,13 @@ class Advisor:
             self._lock.notify_all()
 
     def _failed(self, fault: AdviserFault) -> None:
+        why = _printable(str(fault))
         with self._lock:
             self._count_error(_kind_of(fault))
             if self.breaker.failed():
-                pause = self.breaker.pause
-                self._note(f"the adviser does not answer ({_printable(str(fault))}); pause of {pause:g} s")
+                self._note(f"the adviser does not answer ({why}); pause of {self.breaker.pause:g} s")
             elif not fault.retry:
-                self._note_once(f"the adviser failed ({_printable(str(fault))})")
+                self._note_once(f"the adviser failed ({why})")
 
     def _backoff(self, retry: int, after_s: float | None) -> float:
         """Seconds before the next try: what the server asks for, else doubled each time, with jitter."""

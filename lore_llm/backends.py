@@ -9,6 +9,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class LLMAdapter:
     questions_per_call = 1  # requests that one call can take
     spec: AdviceSpec
     config: Mapping[str, Any]
-    _busy: asyncio.Future | None = None  # the last call in a thread
+    _busy: Future | None = None  # the last call in a thread
 
     def __init__(self, spec: AdviceSpec, config: Mapping[str, Any]):
         self.spec = spec
@@ -95,11 +96,14 @@ class LLMAdapter:
         try:
             async with asyncio.timeout(self.config["timeout_s"]):
                 while self._busy is not None and not self._busy.done():
-                    await asyncio.wait([self._busy])
+                    await asyncio.wrap_future(self._busy)
                 self._busy = _in_thread(self.answer, requests)
-                return await asyncio.shield(self._busy)
+                said = await asyncio.wrap_future(self._busy)
         except TimeoutError:
-            raise AdviserFault("timeout", retry=True) from None
+            said = AdviserFault("timeout", retry=True)
+        if isinstance(said, AdviserFault):
+            raise said
+        return said
 
     async def close(self) -> None:
         """Let go of connections. The adviser may be asked again."""
@@ -118,36 +122,27 @@ def _checked(said: Any, spec: AdviceSpec) -> Answer:
     if said is None:
         return Answer(None, problems)
     if isinstance(said, Advice):
-        said = said.model_dump()
+        said = said.model_dump(exclude_defaults=True)
     advice, more = parse_reply(said, spec)
     return Answer(advice, problems + more)
 
 
-def _in_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future:
-    """Call a function in a thread that does not keep the program from ending, unlike asyncio.to_thread."""
-    loop = asyncio.get_running_loop()
-    future = loop.create_future()
+def _in_thread(function: Callable[..., Reply], *args: Any) -> Future:
+    """Call a function in a thread that does not keep the program from ending, unlike asyncio.to_thread.
+
+    The future's result is what the function returns, or the AdviserFault that it raises.
+    """
+    future: Future = Future()
+    future.set_running_or_notify_cancel()  # from here on nobody can cancel it
 
     def run() -> None:
         try:
-            result, error = function(*args), None
+            said = function(*args)
         except AdviserFault as fault:
-            result, error = None, fault
-        except BaseException as strange:  # sys.exit in a user's code would leave the caller waiting
-            result, error = None, AdviserFault("adapter", type(strange).__name__)
-        try:
-            loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:
-            return  # the loop is closed: nobody waits any more
-
-    def settle(result: Any, error: Exception | None) -> None:
-        if future.cancelled():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-            future.exception()  # someone has seen it, also where the call had timed out before
+            said = fault
+        except BaseException as error:  # sys.exit in a user's code would leave the caller waiting
+            said = AdviserFault("adapter", type(error).__name__)
+        future.set_result(said)
 
     threading.Thread(target=run, daemon=True, name="adviser").start()
     return future

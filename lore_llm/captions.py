@@ -202,7 +202,7 @@ class CrafterCaptioner(Captioner):
             f"You are: {', '.join(f'{name} {_level(items[name])}' for name in self._vitals)}",
             f"It is {'day' if light >= DAY else 'night' if light < NIGHT else 'twilight'}; "
             f"you are {'asleep' if parts['asleep'] else 'awake'}"
-            f"{', walled in' if self._is_walled_in(view) else ''}",
+            + (", walled in" if self._is_walled_in(view) else ""),
         ]
         counts = zip(self._achievements, parts["achievements"].tolist(), strict=True)
         done = [name for name, count in counts if count]
@@ -384,14 +384,15 @@ dying ends it. Moving towards something that is not free turns to face it. `do` 
 {_listed_recipes(game)}
 - do, facing a cow: eat it, after several blows. do, facing a ripe plant: eat it; a sapling that was
   placed ripens slowly, and creatures eat it. do, facing a zombie or skeleton: fight; swords help.
-- sleep restores energy; you wake up when it is full, or when hurt. Zombies hit a sleeper hard: sleep
-  between obstacles. They come on grass, most at night; skeletons live in caves and shoot arrows.
+- sleep restores energy; you wake up when it is full, or when hurt. Zombies come on grass, most at night,
+  and hit a sleeper hard: sleep `walled in`, where the free fields around you lead nowhere. Skeletons live
+  in caves and shoot arrows.
 - Food, drink and energy fall with time; at 0 of any health falls. Lava kills whoever steps on it.
 Distances in captions: beside (next to you), near (up to {NEAR} fields), far. `go left` is the first step
 of the shortest way to stand beside a thing; `no way` means that none is seen. `open` is a direction with
 {OPEN} or more free fields, `short` one with fewer; in a `deep` one a tunnel of two fields can be dug that
-has walls around. Vitals are low (below {LEVELS[0][0]} of 9), middle, or
-high (from {LEVELS[1][0]}). Amounts with a + may be larger."""
+has walls around. Vitals are low (below {LEVELS[0][0]} of 9), middle (below {LEVELS[1][0]}) or high. \
+Amounts with a + may be larger."""
 
 
 # --- MiniGrid ----------------------------------------------------------------------------------------------

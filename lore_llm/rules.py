@@ -5,11 +5,12 @@ and answer in the same form as a model, through the same parser. `llm.rules_qual
 purpose, for experiments. Say "scripted adviser" of whatever was measured with them.
 """
 
+import itertools
 import random
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from basics import UserError, derive_seed
@@ -17,7 +18,7 @@ from lore_llm.advice import MAX_PLAN, AdviceSpec, Answer, Request, parse_reply
 from lore_llm.backends import LLMAdapter
 from lore_llm.captions import Captioner
 
-VERSION = 1  # goes up with every change of what the rules say: cached answers are of one version
+VERSION = 2  # goes up with every change of what the rules say: cached answers are of one version
 
 # Logits, from the best action down to what does harm.
 BEST, GOOD, NEUTRAL, USELESS, HARMFUL = 30.0, 10.0, 0.0, -5.0, -15.0
@@ -29,9 +30,9 @@ class Verdict:
 
     best: str  # the action to do now
     scores: dict[str, float]  # of the other actions, by name; NEUTRAL where absent
-    plan: list[str] = field(default_factory=list)  # actions from now on, the best one first
-    subgoal: str | None = None
-    confidence: float = 0.5
+    plan: list[str]  # actions from now on, the best one first
+    subgoal: str | None
+    confidence: float
 
 
 class Expert(Protocol):
@@ -76,9 +77,10 @@ class Rules(LLMAdapter):
         """The reply to one question, as a model would write it in JSON."""
         actions = self.spec.actions
         verdict = self._expert.judge(request.caption)
-        scores = {name: verdict.scores.get(name, NEUTRAL) for name in actions} | {verdict.best: BEST}
+        scores = {name: USELESS if name.startswith("tv_") else NEUTRAL for name in actions}
+        scores |= verdict.scores | {verdict.best: BEST}
         logits = [scores[name] for name in actions]
-        plan = verdict.plan or [verdict.best]
+        plan = list(itertools.takewhile(actions.__contains__, verdict.plan))
         subgoal = verdict.subgoal
         skills = self._expert.skills(request.caption) if "skills" in request.wants else []
         quality, draw = self._quality, random.Random(derive_seed(self._seed, "rules", request.caption))
@@ -296,13 +298,16 @@ OPEN_STEPS = {"open": 5, "short": 1, "deep": 0, "": 0}  # moves that are free in
 BLOWS = 6  # that a creature stands, at most, without a sword
 DRINKS = 5
 NAP = 15  # steps of sleep in a plan
-WOOD = 5  # that is gathered before anything is built: a table, two tools, and some to spare
-STONES = 2  # that are kept to build with
+WOOD = 5  # a table, two tools, and one to spare
+# What is gathered, by value: the field, the item, and how many are enough.
+GATHERED = (("diamond", "diamond", 1), ("iron", "iron", 2), ("coal", "coal", 2), ("stone", "stone", 6))
+GATHERED += (("tree", "wood", WOOD),)
+USEFUL = ("water", "cow", "zombie", "skeleton", "ripe plant")  # that something is done to, beside materials
 
 
 @dataclass(frozen=True)
 class Sight:
-    """The nearest of a kind: beside, near or far; the direction; the first step to it, if there is a way."""
+    """The nearest of a kind: how far, in which direction, and the first step to it, if any."""
 
     far: str
     where: str
@@ -314,7 +319,7 @@ class Scene:
     """A caption of Crafter, read."""
 
     facing: str
-    around: dict[str, tuple[str, str]]  # direction -> kind of the field, and whether it is open or short
+    around: dict[str, tuple[str, str]]  # direction -> kind of the field; open, short, deep, or nothing
     seen: dict[str, Sight]
     reach: set[str]  # of table and furnace those that can be used
     have: dict[str, int]
@@ -440,9 +445,7 @@ class CrafterRules:
         can_dig = self._can_collect(scene, "stone")
         if not scene.have.get("stone", 0):
             return self._go(scene, "stone") if can_dig else None
-        draw = derive_seed(
-            0, "shelter", caption
-        )  # without memory, what depends on chance ends no way in a loop
+        draw = derive_seed(0, "shelter", caption)  # chance breaks the loops of who has no memory
         ahead, back = scene.facing, OPPOSITE[scene.facing]
         front, space = scene.around[ahead]
         ways = [name for name in scene.around if scene.is_free(name)]
@@ -488,14 +491,9 @@ class CrafterRules:
 
     def _gather(self, scene: Scene, caption: str):
         """The next thing to collect of what is seen."""
-        for kind, subgoal in (
-            ("ripe plant", "eat_plant"),
-            ("diamond", "collect_diamond"),
-            ("iron", "collect_iron"),
-        ):
-            if self._can_collect(scene, kind) and (plan := self._go(scene, kind)):
-                return plan, subgoal, 0.9
-        for kind, item, most in (("coal", "coal", 2), ("stone", "stone", 6), ("tree", "wood", WOOD)):
+        if plan := self._go(scene, "ripe plant"):
+            return plan, "eat_plant", 0.9
+        for kind, item, most in GATHERED:
             if scene.have.get(item, 0) < most and self._can_collect(scene, kind):
                 if plan := self._go(scene, kind):
                     return plan, f"collect_{item}", 0.85
@@ -503,10 +501,9 @@ class CrafterRules:
             return plan, "collect_drink", 0.8
         if "eat_cow" not in scene.achieved and (plan := self._go(scene, "cow", BLOWS)):
             return plan, "eat_cow", 0.8
-        if not {"collect_sapling", "place_plant"} & scene.achieved and (
-            plan := self._go(scene, "grass", BLOWS)
-        ):
-            return plan, "collect_sapling", 0.7
+        if not {"collect_sapling", "place_plant"} & scene.achieved:
+            if plan := self._go(scene, "grass", BLOWS):
+                return plan, "collect_sapling", 0.7
         for enemy in ("zombie", "skeleton"):
             if f"defeat_{enemy}" not in scene.achieved and scene.vitals["health"] == "high":
                 if plan := self._go(scene, enemy, BLOWS):
@@ -574,12 +571,9 @@ class CrafterRules:
         return all(scene.have.get(item, 0) >= amount for item, amount in recipe["uses"].items())
 
     def _can_collect(self, scene: Scene, kind: str) -> bool:
-        if kind == "ripe plant":
-            return True
+        """Whether a material can be taken away, with the tools that there are."""
         info = self._game.collect.get(kind)
-        return bool(
-            info and kind not in ("grass", "water") and self._affords(scene, {"uses": info["require"]})
-        )
+        return bool(info) and info["leaves"] != kind and self._affords(scene, {"uses": info["require"]})
 
     def _missing(self, scene: Scene) -> list[str]:
         """Tools that the next stage of the technology tree needs."""
@@ -617,12 +611,7 @@ class CrafterRules:
             scores["sleep"] = HARMFUL
         for way, (kind, _) in scene.around.items():
             scores[f"move_{way}"] = GOOD / 2 if scene.is_free(way) else HARMFUL if kind == "lava" else NEUTRAL
-        useful = self._can_collect(scene, scene.front) or scene.front in (
-            "water",
-            "cow",
-            "zombie",
-            "skeleton",
-        )
+        useful = self._can_collect(scene, scene.front) or scene.front in USEFUL
         scores["do"] = GOOD if useful else USELESS / 2
         for name, recipe in self._game.place.items():
             can = self._affords(scene, recipe) and scene.front in recipe["where"]

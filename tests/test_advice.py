@@ -204,6 +204,7 @@ def test_what_a_skill_leaves_out_is_filled_in():
         ("{" * 5 + "[" * 1000, "too_deep"),
         ('{"a":' * (MAX_DEPTH + 1) + "1" + "}" * (MAX_DEPTH + 1), "too_deep"),
         (" " * 2000 + json.dumps(GOOD), "too_long"),
+        (b" " * 2001, "too_long"),
         (b" " * 8001, "too_long"),
         ("{}", "empty"),
         ('{"confidence": 1}', "empty"),
@@ -242,6 +243,7 @@ def test_a_mapping_may_hold_numbers_of_numpy():
     assert (advice.action_prior.logits, problems) == ((1.0, 2.0, 3.0), Counter())
     advice, problems = parse({"plan": np.array(["left"]), "subgoal": np.array(["eat", "eat"])})
     assert (advice, problems) == (None, Counter(plan_refused=1, subgoal_refused=1, empty=1))
+    assert parse({"plan": [np.array(["left", "left"])]})[1] == Counter(plan_refused=1, empty=1)
 
 
 def test_a_mapping_that_raises_is_no_reply():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import statistics
@@ -408,6 +409,22 @@ def test_whatever_an_adviser_does_is_a_counted_error(tmp_path, name, determinist
     assert caplog.records == []
 
 
+def test_what_an_adviser_leaves_behind_is_not_logged(tmp_path, caplog):
+    async def fail():
+        raise ValueError(KEY)
+
+    async def say(requests):
+        tasks = [asyncio.create_task(fail())]
+        await asyncio.sleep(0.01)
+        tasks.clear()
+        gc.collect()  # asyncio would now log the error of a task that nobody asked
+
+    with made(tmp_path, Fake(say), deterministic=True) as advisor:
+        ask(advisor, 1)
+        assert metric(advisor, "errors/background") == 1
+    assert caplog.records == []
+
+
 def test_what_advice_must_not_say_does_not_reach_the_agent(tmp_path):
     wrong = Advice(action_prior=ActionPrior(logits=(1.0,)), plan=("fly",), subgoal="drink")
     with made(tmp_path, Fake(lambda requests: Reply([Answer(wrong)])), deterministic=True) as advisor:
@@ -664,6 +681,8 @@ def run(advisor: Advisor, steps: Sequence[int]) -> list[tuple]:
     """What two envs that see something new every third step are told, and when."""
     told = []
     for step in steps:
+        if step == 6:
+            advisor.metrics()
         heard = ask(
             advisor, step // 3, 500 + step // 3, place=2 * step, skills=step == 7, first=step % 11 == 0
         )
@@ -676,6 +695,7 @@ def test_a_resumed_run_asks_at_the_same_moments(tmp_path):
     with made(tmp_path / "whole", whole := Fake(), **options) as advisor:
         expected = run(advisor, range(40))
         end = advisor.state_dict()
+        metrics = {k: v for k, v in advisor.metrics().items() if "latency" not in k}
     for cut in (1, 8, 13, 26):
         path = tmp_path / str(cut)
         with made(path, one := Fake(), **options) as advisor:
@@ -686,6 +706,7 @@ def test_a_resumed_run_asks_at_the_same_moments(tmp_path):
             advisor.load_state_dict(state)
             told += run(advisor, range(cut, 40))
             assert advisor.state_dict() == end
+            assert {k: v for k, v in advisor.metrics().items() if "latency" not in k} == metrics
         assert told == expected
         assert one.calls + other.calls and one.captions + other.captions == whole.captions
         wants = [[r.wants for r in call] for call in one.calls + other.calls]
@@ -762,7 +783,7 @@ def test_close_ends_calls_that_hang_and_tells_the_adviser(tmp_path, deterministi
         assert time.monotonic() - started < 2.5
         assert adviser.closed
         assert not thread.is_alive() or adviser.say is swallow
-        assert ask(advisor, 5) == []  # and nothing breaks
+        assert all(a.caption == "at 1" for a in ask(advisor, 5))  # and nothing breaks
         advisor.close()
 
 

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from llm_servers import FakeLLM, Say
 from run_helpers import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -230,6 +231,12 @@ def test_docs_logs_explains_each_metric_and_no_other(workdir, tmp_path):
         run = ("--expl_behavior", name, "--expl_task_actor", actor, "--steps", "60", "--eval_every", "0")
         assert train(tmp_path / name, *run) == 0
         metrics |= metrics_of(tmp_path / name)
+    with FakeLLM() as server:
+        server.script(Say(status=500))
+        run = ("--configs", "debug", "dummy_cue", "lore_full", "--steps", "60", "--eval_every", "0")
+        run += ("--llm.backend", "openai", "--llm.model", "fake", "--llm.base_url", server.openai_url)
+        assert train(tmp_path / "llm", *run) == 0
+        metrics |= metrics_of(tmp_path / "llm")
     for name in metrics:
         assert any(fnmatchcase(name, pattern) for pattern in patterns), f"{name} is not explained"
     absents = ("loss/vector", "loss/audio", "env/tv", "env/tv_share", "eval/tv_share")
@@ -273,7 +280,7 @@ def test_every_suite_is_listed_with_tasks_that_exist(readme):
             envs.make_env(config.load(["--task", task]), "train", 0)
 
 
-PAGES = ("logs", "workers", "audio", "exploration")
+PAGES = ("logs", "workers", "audio", "exploration", "ablation")
 
 
 @pytest.mark.parametrize("page", [*READMES, *(f"docs/{name}.md" for name in PAGES)])
