@@ -103,14 +103,14 @@ def test_rollout_by_hand():
     r1 = 1 + 0.9 * (0.5 * 4 + 0.5 * r2)
     r0 = 0 + 0.9 * (0.5 * 4 + 0.5 * r1)
     advantage = [(r - 4) / 4 for r in (r0, r1, r2)]
-    assert rollout.advantage[0, :3].tolist() == pytest.approx(advantage)
+    assert rollout.advantage[0, :3].tolist() == pytest.approx(advantage, abs=1e-6)
     assert (rollout.advantage[0, 3:] == 0).all()
     # A start weighs less the less probable it is that the episode gets there; a clone likewise, before it.
     assert rollout.weight[0, :3].tolist() == pytest.approx([0.5 * 0.9, 0.5 * 0.81, 0.5 * 0.729])
     assert (rollout.weight[0, 3:] == 0).all()
     alive = [1, 0.9, 0.81]
     cloned = [0.5 * a * max(0, adv) for a, adv in zip(alive, advantage, strict=True)]
-    assert rollout.clone_weight[0, :3].tolist() == pytest.approx(cloned) and min(advantage) < 0
+    assert rollout.clone_weight[0, :3].tolist() == pytest.approx(cloned, abs=1e-6) and min(advantage) < 0
     assert (rollout.clone_weight[0, 3:] == 0).all()
     # The second action of the other plan ends the episode.
     assert rollout.weight[1, :4].tolist() == pytest.approx([0.45, 0, 0, 0])
