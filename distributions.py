@@ -114,6 +114,8 @@ class MaskedOneHot(OneHot):
     @cached_property
     def log_probs(self) -> Tensor:
         """0 where nothing is available: nobody chooses it, and its probability is 0."""
+        if not self.unimix:  # probabilities may vanish
+            return torch.where(self.available, F.log_softmax(self.logits, -1), 0.0)
         return torch.where(self.available, self.probs, 1.0).log()
 
     def detach(self) -> "MaskedOneHot":

@@ -288,6 +288,7 @@ class Dreamer:
     def model_loss(self, batch: Arrays) -> float:
         """The world model's loss on sequences [B, context + T, ...], without learning from them."""
         data = self.upload(batch)
+        data["reward"] = data["reward"] * self.config.reward_scale
         with self.autocast():
             post, data = self.world_model.observe(data, self.rngs["report"])
             losses, _ = self.world_model.loss(post, data)
@@ -690,6 +691,7 @@ class Run:
         """
         if self.next_batch:
             wait([self.next_batch])  # of a step that failed: it reads the replay
+        self._print_notes(self.envs)  # they are in no checkpoint
         # Two, for until the checkpoint is written, an older one of the same step needs its own.
         place = self._replay_state(self.step)
         replay = self.replay.save(place, latents=clean, keep=2)
@@ -752,7 +754,7 @@ class Run:
         for line in loaded.lines:
             self.print(line)
         if saved.get("coach"):
-            self.coach.load_state_dict(saved["coach"], self.step)
+            self.coach.load_state_dict(saved["coach"], self.step, loaded.exact)
         if loaded.exact and self._restore_envs(saved):
             self.stats.load_state_dict(saved["stats"])
             self.state = {k: v.to(self.device) for k, v in saved["acting"].items()}

@@ -120,26 +120,28 @@ def achievement_score(rates: Sequence[float]) -> float:
     return math.expm1(float(np.mean(np.log1p(rates))))
 
 
-def interquartile_mean(values: Sequence[float]) -> float:
+def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int = -1) -> np.ndarray | np.float64:
     """Mean of the middle half: a quarter of the values is cut off at each end (arXiv 2108.13264).
 
     Where a quarter is no whole number, the outermost of the remaining values count in part: of three values,
     the middle one counts four times as much as the others.
     """
-    values = np.sort(np.asarray(values, np.float64))
-    amount = len(values)
+    values = np.sort(np.asarray(values, np.float64), axis)
+    amount = values.shape[axis]
     ranks = np.arange(amount)
     inside = np.minimum(ranks + 1, 0.75 * amount) - np.maximum(ranks, 0.25 * amount)
-    return float(np.average(values, weights=np.maximum(inside, 0)))
+    return np.average(values, axis, weights=np.maximum(inside, 0))
 
 
 def bootstrap_interval(
     values: Sequence[float],
     confidence: float = 0.95,
     seed: int = 0,
-    statistic: Callable[[Sequence[float]], float] = np.mean,
+    statistic: Callable[..., np.ndarray] = np.mean,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of the mean, or another statistic, of independent values.
+
+    `statistic` takes an array and the axis over which it is.
 
     The same values and seed give the same interval. A single value says nothing about the spread: it gives
     (nan, nan). Raises ValueError when there are none.
@@ -157,7 +159,7 @@ def ratio_interval(
     under: Sequence[float],
     confidence: float = 0.95,
     seed: int = 0,
-    statistic: Callable[[Sequence[float]], float] = np.mean,
+    statistic: Callable[..., np.ndarray] = np.mean,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of mean(over) / mean(under), of independent samples.
 
@@ -174,9 +176,10 @@ def ratio_interval(
 
 
 def _resampled(
-    values: np.ndarray, rng: np.random.Generator, statistic: Callable[[Sequence[float]], float]
+    values: np.ndarray, rng: np.random.Generator, statistic: Callable[..., np.ndarray]
 ) -> np.ndarray:
-    return np.array([statistic(rng.choice(values, len(values))) for _ in range(BOOTSTRAP_RESAMPLES)])
+    shape = (BOOTSTRAP_RESAMPLES // 100, len(values))  # in parts, for there may be many values
+    return np.concatenate([statistic(rng.choice(values, shape), axis=-1) for _ in range(100)])
 
 
 def _quantiles(samples: np.ndarray, confidence: float) -> tuple[float, float]:

@@ -28,6 +28,7 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # first: benchmarks/ has an exploration.py, too
 
+import rules
 import runs
 from runs import Measures
 
@@ -38,7 +39,7 @@ from stats import bootstrap_interval, interquartile_mean, ratio_interval
 # --- The protocol: options of dreamer.py ---------------------------------------------------------------
 
 # Rules answer at once and for nothing, so they are asked about each new situation.
-SCRIPTED = "--llm.backend rules --llm.min_gap_steps 1"
+SCRIPTED = "--llm.backend rules --llm.min_gap_steps 1 --llm.until 20000"
 ARMS = {
     "baseline": "",
     "prior": f"--configs lore_prior {SCRIPTED}",
@@ -75,12 +76,17 @@ class Study(NamedTuple):
     options: str  # of all runs
     quick: str  # further options for --quick: nothing is learned, only that all of it runs is tested
     seeds: Sequence[int]
+    task: str
+    world: str  # options of the task, for the adviser alone
+    episodes: int  # that it plays for each seed
 
 
 QUICK = "--steps 200 --prefill 60 --log_every 20 --eval_every 40 --eval_episodes 1 --envs.eval_amount 1 "
 QUICK += "--batch_size 4 --batch_length 8 --imag_horizon 3 --train_ratio 4 --time_limit 20"
 STUDIES = {
-    "doorkey": Study("--configs doorkey --precision float32", QUICK, range(3)),
+    "doorkey": Study(
+        "--configs doorkey --precision float32", QUICK, range(3), "minigrid_DoorKey-5x5", "", 100
+    ),
     "crafter": Study(
         "--configs crafter cpu --crafter.area 32 32 --precision bfloat16 --steps 30000 --prefill 2500 "
         "--train_ratio 32 --envs.amount 4 --envs.eval_amount 5 --eval_every 2500 --eval_episodes 10 "
@@ -88,6 +94,9 @@ STUDIES = {
         QUICK
         + " --envs.amount 1 --rssm.deter 32 --rssm.hidden 16 --encoder.cnn_depth 2 --decoder.cnn_depth 2",
         range(2),
+        "crafter_reward",
+        "--crafter.area 32 32",
+        10,
     ),
 }
 QUICK_SEEDS = (100,)
@@ -123,6 +132,12 @@ def measures(lines: list[dict]) -> Measures:
             )
         },
     }
+
+
+def alone(study: Study, seed: int, quick: bool) -> float:
+    """Mean return of the scripted adviser's best actions, without an agent."""
+    options = [*study.world.split(), "--seed", str(seed), *(["--time_limit", "20"] if quick else [])]
+    return float(rules.play(study.task, 2 if quick else study.episodes, options)["return"].mean())
 
 
 def steps_to(run: Measures, mark: float) -> float | None:
@@ -171,7 +186,12 @@ def summarise(by_arm: Mapping[str, Mapping[int, Measures]]) -> dict[str, dict]:
 
 def _spread(values: Sequence[float]) -> dict:
     low, high = bootstrap_interval(values, statistic=interquartile_mean)
-    return {"iqm": interquartile_mean(values), "low": _told(low), "high": _told(high), "values": values}
+    return {
+        "iqm": float(interquartile_mean(values)),
+        "low": _told(low),
+        "high": _told(high),
+        "values": values,
+    }
 
 
 def _ratio(over: Sequence[float], under: Sequence[float]) -> dict:
@@ -329,7 +349,8 @@ def run_study(
         if seeds_of:
             by_arm[arm] = seeds_of
     summary = summarise(by_arm)
-    result = {"study": name, "summary": summary, "bars": bars(summary), "runs": by_arm}
+    by_rules = _spread([alone(STUDIES[name], seed, quick) for seed in seeds])
+    result = {"study": name, "summary": summary, "alone": by_rules, "bars": bars(summary), "runs": by_arm}
     runs.write_json(out / f"{name}.json", result)
     atomic_write(out / f"{name}.md", lambda file: file.write("\n".join(report(result)).encode() + b"\n"))
     draw(result, out / f"{name}.png")
@@ -339,7 +360,9 @@ def run_study(
 def report(result: dict) -> list[str]:
     """The table of a result, and which bars are met, as Markdown."""
     told = [f"- {what}: {'met' if met else 'missed'}" for what, met in result["bars"].items()]
-    return [*table(result["summary"]), "", *told]
+    alone = _cell(result["alone"], COLUMNS["final"][1])
+    row = f"| {TITLES['alone']} | {len(result['alone']['values'])} | {alone} |" + " - |" * (len(COLUMNS) - 1)
+    return [*table(result["summary"]), row, "", *told]
 
 
 # --- The command ---------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def play(task: str, episodes: int, options: list[str]) -> dict[str, np.ndarray |
     Returns `length`, `return` and `unlocked`, the number of achievements, each [episodes]; `achievements`,
     the share of episodes for each (Crafter only); and `us`, microseconds for a caption and for its advice.
     """
-    config = configs.load(["--task", task, "--llm.enabled", "True", *options], has_cuda=False)
+    config = configs.load(["--configs", "lore_prior", "--task", task, *options], has_cuda=False)
     env = envs.make_env(config, "train", 0)
     captioner = make_captioner(config, env.obs_space, env.act_space)
     spec = AdviceSpec(captioner.actions, captioner.subgoals, 0, config.llm.max_reply_chars, 8)

@@ -205,7 +205,7 @@ def parse_replies(reply: str | bytes | Mapping, spec: AdviceSpec, count: int) ->
     if count == 1 and items is None:
         items = [found | {"number": 1}]
     answers: dict[int, Answer] = {}
-    for item in items[: 2 * count] if isinstance(items, list | tuple) else []:
+    for item in items if isinstance(items, list | tuple) else []:
         number = item.get("number") if isinstance(item, dict) else None
         if type(number) is not int or not 1 <= number <= count or number in answers:
             shared["unknown_answer"] += 1
@@ -340,7 +340,10 @@ def _read(found: Mapping[str, Any], spec: AdviceSpec, problems: Counter[str]) ->
         logits = _numbers(logits, len(spec.actions), "logits", problems)
     elif prior is not None:
         problems["logits_refused"] += 1
-    features = _numbers(found.get("features"), spec.features, "features", problems)
+    features = found.get("features")
+    if isinstance(features, list | tuple) and not features:  # as what was not asked for
+        features = None
+    features = _numbers(features, spec.features, "features", problems)
     plan = _plan(found.get("plan"), spec, problems)
     subgoal = _subgoal(found.get("subgoal"), spec, problems)
     skills = _skills(found.get("skills"), spec, problems)

@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Answered:
 class _Question:
     key: str
     request: Request
-    askers: list[tuple[int, int, int]] = field(default_factory=list)  # (env, place, tick) of each that waits
+    askers: list[tuple[int, int]]  # (env, place) of each step that waits for the answer
 
 
 class Breaker:
@@ -161,13 +161,14 @@ class Advisor:
     ):
         self.adviser, self.captioner, self.config = adviser, captioner, config_llm
         self.deterministic, self.wants = deterministic, frozenset(wants)
+        self.identity = str(adviser.identity)  # once: it is a user's code
         c = self.config
         self.cache: Cache | None = None
         if not adviser.instant:
             self.cache = Cache(
                 Path(c["cache"] or cache_path), adviser.spec, size=c["cache_size"],
                 record=c["record"] and not c["replay"], must_exist=c["replay"],
-                wait_s=10.0 if deterministic else 0.2,
+                patient=deterministic,
             )  # fmt: skip
         self.breaker = Breaker(c["breaker_failures"], c["breaker_pause_s"])
         # An env that was never asked about, or has just been reset, may be at once.
@@ -175,14 +176,13 @@ class Advisor:
         self.gaps = [self.ready] * n_envs  # steps since the last question
         self.captions = [""] * n_envs  # of the last question
         self.skills_due = False  # the next question asks for skills too
-        self.tick = 0  # calls of `ask`
         self.step = 0  # env step of the last one
 
         # What the two threads share, under the lock.
         self._lock = threading.Condition()  # is notified when a question is done with
         self._queue: deque[_Question] = deque()  # not sent yet
         self._waiting: dict[str, _Question] = {}  # not answered yet, sent or not
-        self._arrived: list[tuple[tuple[int, int, int], Advice, str]] = []
+        self._arrived: list[tuple[tuple[int, int], Advice, str]] = []
         self._totals: Counter[str] = Counter()
         self._before: Counter[str] = Counter()  # the totals at the last call of metrics()
         self._latencies: list[float] = []  # seconds of the calls since then
@@ -222,9 +222,9 @@ class Advisor:
             step: Env step, for the log.
             skills: The next question, now or later, also asks for skills.
         """
-        self.tick, self.step = self.tick + 1, step
+        self.step = step
         self.skills_due |= skills
-        answered: list[Answered] = []
+        answered = self._arrivals(late=True)
         asked: list[_Question] = []
         for env, request in self._due(obs, uncertainty):
             place = int(places[env])
@@ -232,19 +232,23 @@ class Advisor:
             if self.cache and (advice := self.cache.get(key)):
                 answered.append(Answered(env, place, advice, request.caption, late=False))
             else:
-                asked.append(_Question(key, request, [(env, place, self.tick)]))
-        self._count(questions=len(answered) + len(asked), found=len(answered))
+                asked.append(_Question(key, request, [(env, place)]))
+        found = sum(not one.late for one in answered)
         if self.adviser.instant:
             for question in asked:
                 self._answer_at_once(question)
         else:
             self._submit(asked)
+        if self.adviser.instant or self.deterministic:
+            answered += self._arrivals(late=False)
+        self._count(questions=found + len(asked), found=found, answers=len(answered))
+        return sorted(answered, key=lambda one: (one.late, one.env))
+
+    def _arrivals(self, late: bool) -> list[Answered]:
+        """The answers that have arrived, each once."""
         with self._lock:
             arrived, self._arrived = self._arrived, []
-        for (env, place, tick), advice, caption in arrived:
-            answered.append(Answered(env, place, advice, caption, late=tick != self.tick))
-        self._count(answers=len(answered))
-        return sorted(answered, key=lambda one: (one.late, one.env))
+        return [Answered(*asker, advice, caption, late) for asker, advice, caption in arrived]
 
     def _due(
         self, obs: Mapping[str, np.ndarray], uncertainty: np.ndarray | None
@@ -253,7 +257,9 @@ class Advisor:
         c = self.config
         for env in range(len(self.gaps)):
             self.gaps[env] = self.ready if obs["is_first"][env] else self.gaps[env] + 1
-            if self.gaps[env] < c["min_gap_steps"] or obs["is_last"][env]:  # no action follows the last step
+            if self.gaps[env] < c["min_gap_steps"] or not (self.wants or self.skills_due):
+                continue
+            if obs["is_last"][env]:  # no action follows
                 continue
             one = {key: value[env] for key, value in obs.items() if key[:4] != "log_"}
             try:
@@ -272,7 +278,7 @@ class Advisor:
 
     def _key(self, request: Request) -> str:
         image = request.obs.get("image") if self.config["send_image"] else None
-        return question_key(self.adviser.identity, request.wants, request.caption, image)
+        return question_key(self.identity, request.wants, request.caption, image)
 
     def _answer_at_once(self, question: _Question) -> None:
         try:
@@ -486,13 +492,13 @@ class Advisor:
             self._lock.notify_all()
 
     def _failed(self, fault: AdviserFault) -> None:
+        why = _printable(str(fault))
         with self._lock:
             self._count_error(_kind_of(fault))
             if self.breaker.failed():
-                pause = self.breaker.pause
-                self._note(f"the adviser does not answer ({_printable(str(fault))}); pause of {pause:g} s")
+                self._note(f"the adviser does not answer ({why}); pause of {self.breaker.pause:g} s")
             elif not fault.retry:
-                self._note_once(f"the adviser failed ({_printable(str(fault))})")
+                self._note_once(f"the adviser failed ({why})")
 
     def _backoff(self, retry: int, after_s: float | None) -> float:
         """Seconds before the next try: what the server asks for, else doubled each time, with jitter."""

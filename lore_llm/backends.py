@@ -9,6 +9,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class LLMAdapter:
     questions_per_call = 1  # requests that one call can take
     spec: AdviceSpec
     config: Mapping[str, Any]
-    _busy: asyncio.Future | None = None  # the last call in a thread
+    _busy: Future | None = None  # the last call in a thread
 
     def __init__(self, spec: AdviceSpec, config: Mapping[str, Any]):
         self.spec = spec
@@ -77,15 +78,14 @@ class LLMAdapter:
         """What `advise` says, checked. Raises AdviserFault, also for whatever the subclass's code raises."""
         try:
             said = self.advise(requests)
-        except AdviserFault:
-            raise
-        except Exception as error:  # of a user's code. Its text is not shown: it could hold a key
-            raise AdviserFault("adapter", f"{type(self).__name__} raised {type(error).__name__}") from None
-        if not isinstance(said, list | tuple) or len(said) != len(requests):
-            raise AdviserFault(
-                "adapter", f"{type(self).__name__}.advise does not give one answer for each of its requests"
-            )
-        return Reply([_checked(each, self.spec) for each in said])
+            if len(said) != len(requests):
+                raise AdviserFault("adapter", f"{len(said)} answers to {len(requests)} requests")
+            return Reply([_checked(each, self.spec) for each in said])
+        except AdviserFault as error:
+            fault = error
+        except Exception as error:  # of a user's code. Its text is not told: it could hold a key
+            fault = AdviserFault("adapter", f"{type(self).__name__} raised {type(error).__name__}")
+        raise fault.with_traceback(None)  # here, where no other exception goes along with it
 
     async def ask(self, requests: Sequence[Request]) -> Reply:
         """Answer the requests within `llm.timeout_s` seconds, or raise AdviserFault.
@@ -96,11 +96,14 @@ class LLMAdapter:
         try:
             async with asyncio.timeout(self.config["timeout_s"]):
                 while self._busy is not None and not self._busy.done():
-                    await asyncio.wait([self._busy])
+                    await asyncio.wrap_future(self._busy)
                 self._busy = _in_thread(self.answer, requests)
-                return await asyncio.shield(self._busy)
+                said = await asyncio.wrap_future(self._busy)
         except TimeoutError:
-            raise AdviserFault("timeout", retry=True) from None
+            said = AdviserFault("timeout", retry=True)
+        if isinstance(said, AdviserFault):
+            raise said
+        return said
 
     async def close(self) -> None:
         """Let go of connections. The adviser may be asked again."""
@@ -124,29 +127,22 @@ def _checked(said: Any, spec: AdviceSpec) -> Answer:
     return Answer(advice, problems + more)
 
 
-def _in_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future:
-    """Call a function in a thread that does not keep the program from ending, unlike asyncio.to_thread."""
-    loop = asyncio.get_running_loop()
-    future = loop.create_future()
+def _in_thread(function: Callable[..., Reply], *args: Any) -> Future:
+    """Call a function in a thread that does not keep the program from ending, unlike asyncio.to_thread.
+
+    The future's result is what the function returns, or the AdviserFault that it raises.
+    """
+    future: Future = Future()
+    future.set_running_or_notify_cancel()  # from here on nobody can cancel it
 
     def run() -> None:
         try:
-            result, error = function(*args), None
-        except Exception as caught:
-            result, error = None, caught
-        try:
-            loop.call_soon_threadsafe(settle, result, error)
-        except RuntimeError:
-            return  # the loop is closed: nobody waits any more
-
-    def settle(result: Any, error: Exception | None) -> None:
-        if future.cancelled():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-            future.exception()  # someone has seen it, also where the call had timed out before
+            said = function(*args)
+        except AdviserFault as fault:
+            said = fault
+        except BaseException as error:  # sys.exit in a user's code would leave the caller waiting
+            said = AdviserFault("adapter", type(error).__name__)
+        future.set_result(said)
 
     threading.Thread(target=run, daemon=True, name="adviser").start()
     return future
@@ -172,6 +168,8 @@ def make_adviser(
     """
     backend, why = config["backend"], ""
     if backend == "auto":
+        if config["replay"]:
+            raise UserError("--llm.replay True needs --llm.backend as it was recorded, not auto.")
         backend, why = _choose(captioner)
     known = {"spec": spec, "config": config, "captioner": captioner, "seed": seed}
     known["about"] = getattr(captioner, "about", "")

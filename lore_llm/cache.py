@@ -23,7 +23,8 @@ from basics import UserError
 from lore_llm.advice import Advice, AdviceSpec, parse_reply
 
 MEMORY = 4096  # answers that are also kept in memory
-WRITE_WAIT_S = 5.0  # for other runs that write
+LOCK_WAIT_S = 5.0  # for other runs that write
+SHORT_WAIT_S = 0.1  # of a read in the loop
 MAX_BROKEN = 3  # files that are set aside in one run; more, and it is the disk
 MAX_CHARS = 1_000_000  # of an answer in the file; a longer one is not ours
 TRIM = 20  # one of so many answers more than necessary goes when the file is full, so that it seldom is
@@ -66,7 +67,8 @@ class Cache:
         size: Answers kept at most, the oldest go first. 0 keeps none and makes no file.
         record: False only reads the file.
         must_exist: Without the file nothing can be done (`llm.replay`).
-        wait_s: Seconds that `get` waits where the file is locked, which it hardly ever is.
+        patient: Where the file is locked, which it hardly ever is for readers, `get` waits rather than find
+            nothing.
 
     Raises UserError if the file is a database of something else, or is missing and must not.
     """
@@ -79,9 +81,10 @@ class Cache:
         size: int,
         record: bool = True,
         must_exist: bool = False,
-        wait_s: float = 0.2,
+        patient: bool = False,
     ):
-        self.path, self.spec, self.size, self.wait_s = Path(path), spec, size, wait_s
+        self.path, self.spec, self.size = Path(path), spec, size
+        self.read_wait = LOCK_WAIT_S if patient else SHORT_WAIT_S
         self.record = record and size > 0
         self._memory: OrderedDict[str, Advice] = OrderedDict()
         self._pending: deque[tuple[str, str, int, int, float]] = deque(maxlen=MEMORY)  # rows to be written
@@ -180,6 +183,8 @@ class Cache:
 
     def notes(self) -> list[str]:
         """New lines for the log."""
+        if self._broken and not self.record:
+            self.flush()  # nothing else would see to it
         with self._lock:
             lines, self._notes = self._notes, []
         return lines
@@ -215,7 +220,7 @@ class Cache:
         if self.record:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._writer = self._connect("rwc", WRITE_WAIT_S)
+                self._writer = self._connect("rwc", LOCK_WAIT_S)
                 self._create(self._writer)
             except sqlite3.OperationalError as error:
                 self._close_writer()
@@ -225,13 +230,13 @@ class Cache:
         if not self.path.is_file():
             return
         try:
-            reader = self._connect("ro", self.wait_s)
+            reader = self._connect("ro", self.read_wait)
             self._check(reader)
         except sqlite3.OperationalError as error:
             if _code(error) not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
                 raise
             # There is no room for its journal in a folder that nobody can write to.
-            reader = self._connect("ro&immutable=1", self.wait_s)
+            reader = self._connect("ro&immutable=1", self.read_wait)
             self._check(reader)
         status = self.path.stat()
         with self._lock:
@@ -248,7 +253,7 @@ class Cache:
     def _create(self, db: sqlite3.Connection) -> None:
         """Make a cache of an empty file; runs that start together take turns."""
         self._check(db)
-        until = time.monotonic() + WRITE_WAIT_S
+        until = time.monotonic() + LOCK_WAIT_S
         while True:
             try:
                 db.execute("PRAGMA journal_mode = WAL")  # readers and the writer do not wait for each other
@@ -301,7 +306,7 @@ class Cache:
         while (aside := self.path.with_name(f"{self.path.name}.broken-{number}")).exists():
             number += 1
         os.replace(self.path, aside)
-        for suffix in ("-wal", "-shm"):  # the journal belongs to the old file
+        for suffix in ("-wal", "-shm"):  # other runs that have the old file open share these
             if (journal := Path(f"{self.path}{suffix}")).exists():
                 os.replace(journal, f"{aside}{suffix}")
         return aside

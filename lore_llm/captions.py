@@ -134,7 +134,7 @@ def _rounded(number: float) -> str:
 # --- Crafter -----------------------------------------------------------------------------------------------
 
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
-LEVELS = ((4, "low"), (7, "middle"))  # vitals below the number; else high
+LEVELS = ((4, "low"), (8, "middle"))  # vitals below the number; else high
 NEAR = 3  # fields from which on something is far
 OPEN = 3  # free fields in a row from which on a direction is open
 DAY, NIGHT = 60, 30  # percent of daylight
@@ -165,6 +165,7 @@ class CrafterCaptioner(Captioner):
         }
         self._collected = {KINDS.index(kind) for kind in game.collect if kind not in game.walkable}
         self._creatures = {KINDS.index(kind) for kind in ("cow", "zombie", "skeleton", "ripe_plant")}
+        self._movers = {KINDS.index(kind) for kind in ("cow", "zombie", "skeleton", "arrow")}
         self._items = list(game.items)
         self._vitals = ("health", "food", "drink", "energy")
         self._enough = _enough(game)
@@ -188,6 +189,8 @@ class CrafterCaptioner(Captioner):
         for name, (dx, dy) in MOVES.items():
             way = self._free_way(view, dx, dy)
             space = ", open" if way >= OPEN else ", short" if way else ""
+            if not way and self._is_deep(view, dx, dy):
+                space = ", deep"
             around.append(f"{name} {self._kinds[view[x + dx][y + dy]]}{space}")
         light = int(parts["daylight"])
         lines = [
@@ -198,7 +201,8 @@ class CrafterCaptioner(Captioner):
             f"You have: {self._inventory(items)}",
             f"You are: {', '.join(f'{name} {_level(items[name])}' for name in self._vitals)}",
             f"It is {'day' if light >= DAY else 'night' if light < NIGHT else 'twilight'}; "
-            f"you are {'asleep' if parts['asleep'] else 'awake'}",
+            f"you are {'asleep' if parts['asleep'] else 'awake'}"
+            + (", walled in" if self._is_walled_in(view) else ""),
         ]
         counts = zip(self._achievements, parts["achievements"].tolist(), strict=True)
         done = [name for name, count in counts if count]
@@ -238,6 +242,36 @@ class CrafterCaptioner(Captioner):
         while 0 <= x < self._width and 0 <= y < self._height and view[x][y] in self._walkable:
             x, y, length = x + dx, y + dy, length + 1
         return length
+
+    def _is_deep(self, view: list[list[int]], dx: int, dy: int) -> bool:
+        """Whether a tunnel of two fields, dug in a direction, has walls on all other sides."""
+        x, y = self._width // 2, self._height // 2
+        if view[x + dx][y + dy] not in self._diggable:
+            return False
+        tunnel = [(x + dx, y + dy), (x + 2 * dx, y + 2 * dy)]
+        walls = [(a + side * dy, b + side * dx) for a, b in tunnel for side in (-1, 1)]
+        walls.append((x + 3 * dx, y + 3 * dy))
+        return all(view[a][b] not in self._walkable | self._movers for a, b in tunnel + walls)
+
+    def _is_walled_in(self, view: list[list[int]]) -> bool:
+        """Whether no creature can come to the player, as far as it is seen."""
+        start = self._width // 2, self._height // 2
+        seen, todo = {start}, [start]
+        while todo:
+            x, y = todo.pop()
+            for dx, dy in MOVES.values():
+                place = x + dx, y + dy
+                if place in seen:
+                    continue
+                if not (0 <= place[0] < self._width and 0 <= place[1] < self._height):
+                    return False
+                kind = view[place[0]][place[1]]
+                if kind in self._movers:
+                    return False
+                if kind in self._walkable:
+                    seen.add(place)
+                    todo.append(place)
+        return True
 
     def _seen(self, view: list[list[int]], items: Mapping[str, int]) -> list[str]:
         """The nearest of each kind: how far, where, and the first step of the shortest way to it."""
@@ -350,13 +384,15 @@ dying ends it. Moving towards something that is not free turns to face it. `do` 
 {_listed_recipes(game)}
 - do, facing a cow: eat it, after several blows. do, facing a ripe plant: eat it; a sapling that was
   placed ripens slowly, and creatures eat it. do, facing a zombie or skeleton: fight; swords help.
-- sleep restores energy; you wake up when it is full, or when hurt. Zombies hit a sleeper hard: sleep
-  between obstacles. They come on grass, most at night; skeletons live in caves and shoot arrows.
+- sleep restores energy; you wake up when it is full, or when hurt. Zombies come on grass, most at night,
+  and hit a sleeper hard: sleep `walled in`, where the free fields around you lead nowhere. Skeletons live
+  in caves and shoot arrows.
 - Food, drink and energy fall with time; at 0 of any health falls. Lava kills whoever steps on it.
 Distances in captions: beside (next to you), near (up to {NEAR} fields), far. `go left` is the first step
 of the shortest way to stand beside a thing; `no way` means that none is seen. `open` is a direction with
-{OPEN} or more free fields, `short` one with fewer. Vitals are low (below {LEVELS[0][0]} of 9), middle, or
-high (from {LEVELS[1][0]}). Amounts with a + may be larger."""
+{OPEN} or more free fields, `short` one with fewer; in a `deep` one a tunnel of two fields can be dug that
+has walls around. Vitals are low (below {LEVELS[0][0]} of 9), middle (below {LEVELS[1][0]}) or high. \
+Amounts with a + may be larger."""
 
 
 # --- MiniGrid ----------------------------------------------------------------------------------------------

@@ -82,8 +82,8 @@ class NoCoach:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on from what `state_dict` gave at this env step."""
+    def load_state_dict(self, state: Mapping[str, Any], step: int, exact: bool) -> None:
+        """Go on from what `state_dict` gave at this env step; the replay holds the same places if `exact`."""
 
     def close(self) -> None:
         """Let go of everything."""
@@ -140,9 +140,16 @@ class Coach(NoCoach):
 
     def _ask(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
         c = self.config
-        self.guide.set_share(max(0.0, 1 - step / self.until) if self.until else 0.0)
+        # All of it for the first half, then less and less: the agent has to stand on its own at the end.
+        left = 1 - step / self.until if self.until else 0.0
+        self.guide.set_share(min(1.0, max(0.0, 2 * left)))
         entries, plans = self._blank(), {}
         self.started = {}
+        if self.library is not None and step >= self.next_poll:  # what a person wrote comes first
+            self.next_poll = step + POLL_STEPS
+            slots, lines = self.library.poll()
+            self._notes += lines
+            self._set_skills(slots)
         if step >= self.until:
             return entries, plans
         skills = self.library is not None and step >= self.next_skills
@@ -172,7 +179,9 @@ class Coach(NoCoach):
 
     def _values(self, answered: Answered) -> dict[str, Any]:
         advice, values = answered.advice, {}
-        if self.config.prior.enabled and advice.action_prior:
+        if self.config.prior.enabled:
+            if advice.action_prior is None:  # the mask says of all of it whether it is there
+                return {}
             logits = torch.tensor(advice.action_prior.logits)
             values["llm_logits"] = bounded(logits, self.config.prior.logit_clip).numpy()
         if self.config.llm.features and advice.features:
@@ -206,7 +215,8 @@ class Coach(NoCoach):
         if self.config.synthetic.enabled:
             self._judge(state, step)
         if self.library is not None:
-            self._look_after_skills(step, any(outcome.uid != PLAN for outcome in outcomes))
+            if any(outcome.uid != PLAN for outcome in outcomes):
+                self._set_skills(self.library.prune())
             self._count("options/used_share", float((state["macro"] > 0).float().mean()))
         every = self.config.llm.log_decisions_every
         if every and step >= max(self.next_decision, self.config.prefill):
@@ -217,7 +227,8 @@ class Coach(NoCoach):
         """Judge the newest proposals, and those that are being executed; accept what is worth it."""
         waiting = [p for p in self.proposals if self.replay.holds(p.env, p.place)]
         self.proposals.clear()
-        running = {env for env in self.started if int(state["macro"][env]) == PLAN}
+        began = (state["macro"] == PLAN) & (state["position"] == 0)  # not one that was there before
+        running = {env for env in self.started if began[env]}
         if not self._ready(step):
             waiting = [p for p in waiting if p.env in running and self.started[p.env] == p.place]
         if not waiting:
@@ -244,7 +255,8 @@ class Coach(NoCoach):
         settled = not self.config.eval_every
         if len(losses) == 2:
             settled = losses[1] > (1 - self.config.synthetic.synthetic_settled) * losses[0]
-        return step >= self.config.synthetic.synthetic_warmup and settled
+        # Steps of the prefill have no latents yet that a plan could be rolled out from.
+        return step >= max(self.config.synthetic.synthetic_warmup, self.config.prefill) and settled
 
     def items(self) -> Any:
         if not (self.config.synthetic.enabled and self.synthetic.amount):
@@ -283,20 +295,10 @@ class Coach(NoCoach):
             batch[key] = np.full((rows, window, *shape), blank, dtype)
         return batch
 
-    # --- Skills ----------------------------------------------------------------------------------------
-
-    def _look_after_skills(self, step: int, recorded: bool) -> None:
-        changed = self.library.prune() if recorded else []
-        if step >= self.next_poll:
-            self.next_poll = step + POLL_STEPS
-            edited, lines = self.library.poll()
-            changed += edited
-            self._notes += lines
-        self._set_skills(changed)
-
     def _set_skills(self, slots: Sequence[int]) -> None:
+        """Tell the actor of the library, whose `slots` hold something else now."""
+        self.guide.set_skills(self.library, fresh=slots)
         if slots:
-            self.guide.set_skills(self.library, fresh=slots)
             self.library.save()
 
     # --- What is told ----------------------------------------------------------------------------------
@@ -334,6 +336,8 @@ class Coach(NoCoach):
         return lines
 
     def state_dict(self) -> dict[str, Any]:
+        if self.library is not None:
+            self.library.save()  # with the statistics of this moment
         return {
             "advisor": self.advisor.state_dict(),
             "rng": self.rng.bit_generator.state,
@@ -347,15 +351,18 @@ class Coach(NoCoach):
             "counts": self.counts,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], step: int, exact: bool) -> None:
         self.advisor.load_state_dict(state["advisor"])
         self.rng.bit_generator.state = state["rng"]
         self.synthetic.load_state_dict(state["synthetic"])
         self.reliability.load_state_dict(state["reliability"])
-        self.proposals.extend(Proposal(*proposal) for proposal in state["proposals"])
+        if exact:
+            self.proposals.extend(Proposal(*proposal) for proposal in state["proposals"])
+            self.guide.doubt = None if state["doubt"] is None else state["doubt"].numpy()
+        else:
+            self.synthetic.items.clear()
         self.model_losses = list(state["model_losses"])
         self.next_skills, self.next_poll, self.next_decision = state["next"]
-        self.guide.doubt = None if state["doubt"] is None else state["doubt"].numpy()
         self.counts = {name: list(values) for name, values in state["counts"].items()}
         if self.library is not None:
             self.library.load_state_dict(state["library"])

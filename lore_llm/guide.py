@@ -103,7 +103,9 @@ class Guide(Unguided):
         logits = behavior.actor.outs[0](hidden).float()  # [..., A]
         plain = self._policy(behavior, hidden, logits)
         with torch.no_grad():
-            uncertainty, parts = self.uncertainty(behavior, feat, plain)
+            # Not of `plain` itself: what a distribution has computed once it keeps, here without gradient.
+            judged = self._policy(behavior, hidden, logits)
+            uncertainty, parts = self.uncertainty(behavior, feat, judged)
             if self.prior is None:
                 return Seen(plain, plain, torch.zeros_like(uncertainty), uncertainty, parts, logits * 0)
             prior, beta = self.prior(feat), self.prior.beta(uncertainty)
@@ -168,7 +170,9 @@ class Guide(Unguided):
         def policy(feat: Tensor) -> Policy:
             return self.policy(behavior, feat)
 
-        return self.options.imagine(policy, behavior, rssm, start, generator, self.rngs["options"])
+        # Training's other draws stay as they are without options, and views disturb no training.
+        ends = self.rngs["options"] if generator is self.rngs["train"] else generator
+        return self.options.imagine(policy, behavior, rssm, start, generator, ends)
 
     def replayed(self, data: Data) -> tuple[float | Tensor, float | Tensor]:
         if self.options is None:
@@ -186,7 +190,11 @@ class Guide(Unguided):
             decided = torch.as_tensor(dream.decided, device=kl.device).expand_as(kl)
             mean = (kl.detach() * decided).sum() / decided.sum().clamp(min=1)
             self.prior.limit(mean)
-            losses["advice_kl"] = self.config.prior.lambda_kl * kl * weight
+            kl = torch.where(seen.beta > 0, kl, 0.0)  # without rounding errors where nobody advises
+            # In units of the entropy bonus: that is on the mix, and alone it would teach the actor to undo
+            # the prior as long as there is nothing else to learn.
+            pull = self.config.prior.lambda_kl * self.config.actor.entropy
+            losses["advice_kl"] = pull * kl * weight
             gate = {"beta": seen.beta, **seen.parts}
             metrics |= {f"uncertainty_gate/{name}": value.mean() for name, value in gate.items()}
             metrics["uncertainty_gate/avg_kl"] = mean
@@ -242,6 +250,8 @@ class Guide(Unguided):
         advantage = (ret - value[:, :-1]) / behavior.retnorm.scale
         action = world_model.actions.encode(data)[:, :-1]
         mask = (data["llm_mask"] & ~data["is_last"])[:, :-1]
+        if self.options:
+            mask = mask & data["decision"][:, :-1]  # elsewhere the actor did not choose
         self.prior.follow(
             data["llm_logits"][:, :-1], primitives(plain, self.actions)[:, :-1], action, advantage, mask
         )

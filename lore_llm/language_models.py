@@ -86,8 +86,7 @@ class LanguageModel(LLMAdapter):
     @property
     def identity(self) -> str:
         about = hashlib.sha256(self.about.encode()).hexdigest()[:16]
-        parts = [self.name, self.model, self.base_url, f"prompt {PROMPT_VERSION}", self.spec.digest, about]
-        return " ".join(part for part in parts if part)
+        return f"{self.name} {self.model} prompt {PROMPT_VERSION} {self.spec.digest} {about}"
 
     async def _say(self, requests: Sequence[Request]) -> _Said:
         """One call of the model."""
@@ -150,6 +149,10 @@ def _sendable(text: str) -> str:
     return text[:MAX_CAPTION].encode("utf-8", "replace").decode()
 
 
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
 def _tokens(counted: Any, chars: int) -> int:
     """The server's count, as far as it can be one, or about as many tokens as that many characters have."""
     if type(counted) is int and 0 <= counted <= MAX_TOKENS:
@@ -168,7 +171,7 @@ class Gemini(LanguageModel):
         self.base_url = config["base_url"] or os.environ.get("GOOGLE_GEMINI_BASE_URL")
         if self.base_url:
             _check_url(self.base_url)
-        if not _key(*GEMINI_KEYS) and not config["replay"]:  # which calls nobody
+        if not _key(*GEMINI_KEYS) and not config["replay"]:
             raise UserError(
                 "--llm.backend gemini needs a key in the environment variable GEMINI_API_KEY. Without one, "
                 "--llm.backend rules advises on tasks that it knows."
@@ -261,6 +264,8 @@ class OpenAI(LanguageModel):
         self.model = _model_name(config["model"] or asyncio.run(self._first_model()))
 
     async def _first_model(self) -> str:
+        if self.config["replay"]:
+            raise UserError("--llm.replay True needs --llm.model as it was recorded: no server is asked.")
         try:
             async with asyncio.timeout(self.config["timeout_s"]), _http_client() as http:
                 response = await http.get(f"{self.base_url}/models", headers=self._headers())
@@ -300,7 +305,7 @@ class OpenAI(LanguageModel):
         choice = reply["choices"][0]
         usage = reply.get("usage") or {}
         return _Said(
-            choice["message"].get("content") or "",
+            _text(choice["message"].get("content")),
             usage.get("prompt_tokens"),
             usage.get("completion_tokens"),
             choice.get("finish_reason") == "length",
@@ -325,8 +330,8 @@ class GeminiCLI(LanguageModel):
         super().__init__(spec, config, about)
         model = config["model"] or os.environ.get("GEMINI_MODEL")
         self.model = _model_name(model) if model else None
-        self.program = shutil.which("gemini") or shutil.which("gemini-cli")
-        if self.program is None:
+        self.program = shutil.which("gemini") or shutil.which("gemini-cli") or ""
+        if not self.program and not config["replay"]:
             raise UserError(
                 "--llm.backend gemini_cli needs the program gemini (or gemini-cli) on PATH: "
                 "npm install -g @google/gemini-cli, then run gemini once to log in."
@@ -373,13 +378,17 @@ class GeminiCLI(LanguageModel):
             if type(status) is int and 400 <= status < 600:
                 raise _http_fault(status, {}, json.dumps(error))
             raise _exit_fault(code)
-        stats = reply.get("stats")
-        models = stats.get("models") if isinstance(stats, dict) else None
-        used = [each.get("tokens", {}) for each in models.values()] if isinstance(models, dict) else []
-        tokens_in = sum(each["prompt"] for each in used) if used else None
-        tokens_out = sum(each["total"] for each in used) - tokens_in if used else None
-        response = reply.get("response")
-        return _Said(response if isinstance(response, str) else "", tokens_in, tokens_out)
+        return _Said(_text(reply.get("response")), *_counted(reply.get("stats")))
+
+
+def _counted(stats: Any) -> tuple[int | None, int | None]:
+    """Tokens in and out of all models that gemini used, where its `stats` say."""
+    try:
+        used = [model["tokens"] for model in stats["models"].values()]
+        tokens_in = sum(tokens["prompt"] for tokens in used)
+        return tokens_in, sum(tokens["total"] for tokens in used) - tokens_in
+    except (AttributeError, KeyError, TypeError):
+        return None, None
 
 
 def _exit_fault(code: int) -> AdviserFault:
@@ -480,8 +489,10 @@ def _check_url(url: str) -> None:
         good = False
     if not good:
         raise UserError(f"--llm.base_url {ascii(url)} is no address such as http://127.0.0.1:8000/v1.")
-    if parts.username or parts.password:
-        raise UserError("--llm.base_url holds a password, and is written to files: set the key's variable.")
+    if "@" in parts.netloc or parts.query:
+        raise UserError(
+            "--llm.base_url holds more than an address. It is written to files: keys go into the environment."
+        )
 
 
 def _import(package: str) -> None:

@@ -37,8 +37,6 @@ import numpy as np
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
-from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.representer import SafeRepresenter
 
 from basics import UserError, atomic_write
@@ -46,9 +44,7 @@ from lore_llm.advice import MAX_NAME, MAX_PLAN, OptionSpec
 
 STATS_DECAY = 0.98  # of older executions with each new one: about the last 100 count, for the agent changes
 MAX_ADVANTAGE = 1e6  # larger ones are clipped, so that sums stay finite
-PRUNE_SIGMAS = (
-    3.0  # standard errors by which a mean advantage is below 0 for sure; it is looked at again and again
-)
+PRUNE_SIGMAS = 3.0  # standard errors below 0 that a bad mean advantage is: many, for many looks are taken
 FULL_SIGMAS = 1.0  # enough for the worst where proposals find no room,
 FULL_TRIES = 2  # and it has had so many times option_min_tries
 FORGET_INTERVALS = 20  # option_generation_intervals after which a removed skill may be proposed again
@@ -623,12 +619,13 @@ class SkillLibrary:
             raise Refused(
                 "malformed", f"actions must be a list such as [{self._action_names[0]}], not {_show(actions)}"
             )
+        self._key(actions, 1, None)  # what is wrong with the actions, before the rest
         duration, pinned, by = entry.get("duration"), entry.get("pinned", False), entry.get("by", "person")
         duration = len(actions) if duration is None else duration
         if type(duration) is not int or not 1 <= duration <= self._max_length:
             near = min(max(duration, 1), self._max_length) if type(duration) is int else len(actions)
-            text = f"duration must be a whole number from 1 to {self._max_length}, not {_show(duration)}"
-            raise Refused("malformed", f"{text}; the nearest is {near}")
+            wrong = f"duration must be a whole number from 1 to {self._max_length}, not {_show(duration)}"
+            raise Refused("malformed", f"{wrong}; the nearest is {near}")
         if type(pinned) is not bool:
             raise Refused("malformed", f"pinned must be true or false, not {_show(pinned)}")
         if by not in AUTHORS:
@@ -660,13 +657,17 @@ class SkillLibrary:
 
     def _read_foot(self, tree: dict) -> tuple[dict[str, int] | None, list[Key]]:
         """Raises ValueError."""
-        known, deleted = tree.get("known"), []
+        known, deleted = tree.get("known"), tree.get("deleted")
+        deleted = [] if deleted is None else deleted
         if known is not None:
             if not isinstance(known, list) or not all(isinstance(item, str) for item in known):
                 raise ValueError
             pairs = [item.partition("-") for item in known]
             known = {mark: int(uid) for uid, _, mark in pairs}
-        for item in tree.get("deleted") or []:
+        if not isinstance(deleted, list):
+            raise ValueError
+        keys = []
+        for item in deleted:
             actions, duration, subgoal = item if isinstance(item, list) else ()
             if (
                 not isinstance(actions, list)
@@ -674,8 +675,8 @@ class SkillLibrary:
                 or not isinstance(subgoal, str | None)
             ):
                 raise ValueError
-            deleted.append(self._key(actions, duration, subgoal))
-        return known, deleted
+            keys.append(self._key(actions, duration, subgoal))
+        return known, keys
 
     # Checkpoints
 
@@ -817,23 +818,17 @@ def _dump(tree: Any) -> str:
 
 
 class _Composer(Composer):
-    """Refuses what a file of skills does not need: aliases, which can blow it up, tags and deep nesting."""
-
-    depth = 0
+    """Refuses what a file of skills does not need: aliases, which can blow it up, and tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.parser.peek_event()
-        if isinstance(event, AliasEvent):
-            raise ComposerError(None, None, "aliases (*name) are not allowed here", event.start_mark)
+        if event.anchor is not None:
+            raise ComposerError(
+                None, None, "anchors (&name) and aliases (*name) are refused", event.start_mark
+            )
         if getattr(event, "tag", None) is not None:
-            raise ComposerError(None, None, "tags (!name) are not allowed here", event.start_mark)
-        if self.depth >= MAX_DEPTH:
-            raise ComposerError(None, None, f"nested deeper than {MAX_DEPTH}", event.start_mark)
-        self.depth += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.depth -= 1
+            raise ComposerError(None, None, "tags (!name) are refused", event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def _load_yaml(data: bytes) -> Any:
@@ -842,12 +837,13 @@ def _load_yaml(data: bytes) -> Any:
         raise ValueError(f"not read: larger than {MAX_BYTES // 1024} KiB")
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = _Composer
+    yaml.max_depth = MAX_DEPTH
     try:
         return yaml.load(data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise ValueError("not valid YAML: not a text file in UTF-8") from None
-    except (YAMLError, ValueError) as error:  # ValueError: an impossible date, a number of too many digits
+    except Exception as error:  # of any kind: ruamel has others than YAMLError for some nonsense
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
         raise ValueError(f"{line}not valid YAML: {_show(reason, MAX_REASON)}") from None

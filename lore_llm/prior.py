@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import networks
 
+SMALLEST_TARGET = 1e-6  # nats
 GAIN_FLOOR = 0.02  # gains, in units of the scale of returns, that are too small to tell anything
 
 
@@ -34,6 +35,11 @@ class Reliability(nn.Module):
         new = torch.stack([torch.ones_like(gain), gain, gain.square()])
         new = torch.where(seen & new.isfinite().all(), new, self.moments)
         self.moments.lerp_(new, self.rate)
+
+    @property
+    def informed(self) -> Tensor:
+        """Whether there was anything to learn from yet, a bool scalar."""
+        return self.moments[0] > 0
 
     @property
     def value(self) -> Tensor:
@@ -61,19 +67,24 @@ class Prior(nn.Module):
 
     def forward(self, feat: Tensor) -> Tensor:
         """Log-probabilities [..., A], centred and clipped to plus and minus `logit_clip`."""
-        return bounded(self.out(self.mlp(feat)).float(), self.config.logit_clip)
+        logits = self.config.logit_clip * self.out(self.mlp(feat)).float()
+        return bounded(logits, self.config.logit_clip)
 
     def beta(self, uncertainty: Tensor) -> Tensor:
         """The weight of the logits [...] by the agent's uncertainty [...] from 0 to 1."""
         c = self.config
         threshold = c.uncertainty_threshold
         doubt = ((uncertainty - threshold) / (1 - threshold)).clamp(0, 1)
-        return c.beta_max * self.share * self.reliability.value * doubt / (1 + self.dual)
+        trust = self.reliability.value * self.reliability.informed  # none before the first advice
+        return c.beta_max * self.share * trust * doubt / (1 + self.dual)
 
     def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-        """Cross entropy with the advice `logits` [B, T, A] where `mask` [B, T], a scalar; 0 where none is."""
-        predicted = F.log_softmax(self.out(self.mlp(feat)).float(), -1)
-        loss = -(F.softmax(logits, -1) * predicted).sum(-1)  # [B, T]
+        """Squared error to the advice `logits` [B, T, A] where `mask` [B, T], a scalar; 0 where none is.
+
+        In units of `logit_clip`. Cross entropy would take for ever to tell apart what is as good as certain.
+        """
+        error = self.out(self.mlp(feat)).float() - logits / self.config.logit_clip
+        loss = error.square().mean(-1)  # [B, T]
         return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
 
     @torch.no_grad()
@@ -82,17 +93,24 @@ class Prior(nn.Module):
 
         logits, probs (the actor's) and action (one-hot) [..., A]; advantage [...] in units of the scale of
         returns; `mask` [...] where there was advice. The gain is the covariance of what was followed, against
-        what the actor would have on average, with the advantage.
+        what the actor would have on average, with the advantage. Not their mean product: where the critic
+        expects too little or too much of everything, that would praise or blame any advice.
         """
-        advice = F.softmax(logits, -1)
+        advice, count = F.softmax(logits, -1), mask.sum().clamp(min=1)
         followed = (advice * (action - probs)).sum(-1)
-        gain = torch.where(mask, followed * advantage, 0.0).sum() / mask.sum().clamp(min=1)
+        advantage = advantage - torch.where(mask, advantage, 0.0).sum() / count
+        gain = torch.where(mask, followed * advantage, 0.0).sum() / count
         self.reliability.update(gain, mask.any())
 
     @torch.no_grad()
     def limit(self, kl: Tensor) -> None:
-        """Lower the weight where the mean KL(mix, actor) is above `delta_target`, else let it rise again."""
-        dual = (self.dual + self.config.dual_lr * (kl - self.config.delta_target)).clamp(min=0)
+        """Lower the weight where the mean KL(mix, actor) is above `delta_target`, else let it rise again.
+
+        By a share of itself, so that it takes as long whatever the target and the strength of the advice.
+        """
+        c = self.config
+        excess = (kl / max(c.delta_target, SMALLEST_TARGET) - 1).clamp(max=1)
+        dual = ((1 + self.dual) * (c.dual_lr * excess).exp() - 1).clamp(min=0)
         self.dual.copy_(torch.where(dual.isfinite(), dual, self.dual))
 
 

@@ -5,11 +5,12 @@ and answer in the same form as a model, through the same parser. `llm.rules_qual
 purpose, for experiments. Say "scripted adviser" of whatever was measured with them.
 """
 
+import itertools
 import random
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from basics import UserError, derive_seed
@@ -17,10 +18,10 @@ from lore_llm.advice import MAX_PLAN, AdviceSpec, Answer, Request, parse_reply
 from lore_llm.backends import LLMAdapter
 from lore_llm.captions import Captioner
 
-VERSION = 1  # goes up with every change of what the rules say: cached answers are of one version
+VERSION = 2  # goes up with every change of what the rules say: cached answers are of one version
 
 # Logits, from the best action down to what does harm.
-BEST, GOOD, NEUTRAL, USELESS, HARMFUL = 4.0, 1.0, 0.0, -2.0, -4.0
+BEST, GOOD, NEUTRAL, USELESS, HARMFUL = 30.0, 10.0, 0.0, -5.0, -15.0
 
 
 @dataclass
@@ -29,9 +30,9 @@ class Verdict:
 
     best: str  # the action to do now
     scores: dict[str, float]  # of the other actions, by name; NEUTRAL where absent
-    plan: list[str] = field(default_factory=list)  # actions from now on, the best one first
-    subgoal: str | None = None
-    confidence: float = 0.5
+    plan: list[str]  # actions from now on, the best one first
+    subgoal: str | None
+    confidence: float
 
 
 class Expert(Protocol):
@@ -76,9 +77,10 @@ class Rules(LLMAdapter):
         """The reply to one question, as a model would write it in JSON."""
         actions = self.spec.actions
         verdict = self._expert.judge(request.caption)
-        scores = {name: verdict.scores.get(name, NEUTRAL) for name in actions} | {verdict.best: BEST}
+        scores = {name: USELESS if name.startswith("tv_") else NEUTRAL for name in actions}
+        scores |= verdict.scores | {verdict.best: BEST}
         logits = [scores[name] for name in actions]
-        plan = verdict.plan or [verdict.best]
+        plan = list(itertools.takewhile(actions.__contains__, verdict.plan))
         subgoal = verdict.subgoal
         skills = self._expert.skills(request.caption) if "skills" in request.wants else []
         quality, draw = self._quality, random.Random(derive_seed(self._seed, "rules", request.caption))
@@ -292,17 +294,20 @@ SIGHT = re.compile(
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TOOLS = ("pickaxe", "sword")
 STEPS = {"beside": 0, "near": 2, "far": 4}  # moves towards something at such a distance, about
-OPEN_STEPS = {"open": 5, "short": 1, "": 0}  # moves that are free in a direction, at least
+OPEN_STEPS = {"open": 5, "short": 1, "deep": 0, "": 0}  # moves that are free in a direction, at least
 BLOWS = 6  # that a creature stands, at most, without a sword
 DRINKS = 5
 NAP = 15  # steps of sleep in a plan
-WOOD = 5  # that is gathered before anything is built: a table, two tools, and some to spare
-STONES = 2  # that are kept to build with
+WOOD = 5  # a table, two tools, and one to spare
+# What is gathered, by value: the field, the item, and how many are enough.
+GATHERED = (("diamond", "diamond", 1), ("iron", "iron", 2), ("coal", "coal", 2), ("stone", "stone", 6))
+GATHERED += (("tree", "wood", WOOD),)
+USEFUL = ("water", "cow", "zombie", "skeleton", "ripe plant")  # that something is done to, beside materials
 
 
 @dataclass(frozen=True)
 class Sight:
-    """The nearest of a kind: beside, near or far; the direction; the first step to it, where there is a way."""
+    """The nearest of a kind: how far, in which direction, and the first step to it, if any."""
 
     far: str
     where: str
@@ -314,13 +319,14 @@ class Scene:
     """A caption of Crafter, read."""
 
     facing: str
-    around: dict[str, tuple[str, str]]  # direction -> kind of the field, and whether it is open or short
+    around: dict[str, tuple[str, str]]  # direction -> kind of the field; open, short, deep, or nothing
     seen: dict[str, Sight]
     reach: set[str]  # of table and furnace those that can be used
     have: dict[str, int]
     vitals: dict[str, str]
-    night: bool
+    dark: bool
     asleep: bool
+    walled_in: bool
     achieved: set[str]
 
     @classmethod
@@ -347,14 +353,18 @@ class Scene:
             reach=set(_line(caption, "Within reach to craft:").split(", ")),
             have=have,
             vitals=dict(told.split(" ") for told in _line(caption, "You are:").split(", ")),
-            night=state.startswith("night"),
-            asleep=state.endswith("asleep"),
+            dark=state.startswith("night"),
+            asleep="you are asleep" in state,
+            walled_in="walled in" in state,
             achieved=set(_line(caption, "Achieved:").split(", ")),
         )
 
     @property
     def front(self) -> str:
         return self.around[self.facing][0]
+
+    def is_free(self, way: str) -> bool:
+        return self.around[way][1] in ("open", "short")
 
 
 class CrafterRules:
@@ -413,6 +423,9 @@ class CrafterRules:
         for enemy in ("zombie", "skeleton"):
             if scene.seen.get(enemy, FAR).far == "beside":
                 return self._face(scene, enemy, BLOWS), f"defeat_{enemy}", 0.9
+        if scene.dark and (plan := self._shelter(scene, caption)):
+            return plan, None, 0.8
+        hurry = "low" in (scene.vitals["drink"], scene.vitals["food"])
         for level in ("low", "middle"):
             if scene.vitals["drink"] == level and (plan := self._go(scene, "water", DRINKS)):
                 return plan, "collect_drink", 0.9
@@ -420,9 +433,35 @@ class CrafterRules:
                 for food, subgoal in (("ripe plant", "eat_plant"), ("cow", "eat_cow")):
                     if plan := self._go(scene, food, BLOWS):
                         return plan, subgoal, 0.9
-            calm = not {"zombie", "skeleton", "arrow"} & scene.seen.keys()
+            calm = not (hurry or scene.dark) and not {"zombie", "skeleton", "arrow"} & scene.seen.keys()
             if scene.vitals["energy"] == level and (calm or level == "low"):
                 return ["sleep"] * NAP, "wake_up", 0.8
+        return None
+
+    def _shelter(self, scene: Scene, caption: str) -> list[str] | None:
+        """Walls around, best in a tunnel that is closed by a stone; then sleep until it is day."""
+        if scene.walled_in:
+            return ["sleep"] * NAP
+        can_dig = self._can_collect(scene, "stone")
+        if not scene.have.get("stone", 0):
+            return self._go(scene, "stone") if can_dig else None
+        draw = derive_seed(0, "shelter", caption)  # chance breaks the loops of who has no memory
+        ahead, back = scene.facing, OPPOSITE[scene.facing]
+        front, space = scene.around[ahead]
+        ways = [name for name in scene.around if scene.is_free(name)]
+        if scene.is_free(ahead) and set(ways) <= {ahead, back}:  # in a tunnel: go in, or close it
+            inwards = front == "path" and space == "short" and scene.around[back][1] == "open"
+            return [f"move_{ahead}"] if inwards else ["place_stone"]
+        if ways == [back]:  # at its end
+            dig = ["do", f"move_{ahead}"] if front == "stone" and can_dig and draw % 2 else None
+            return dig or [f"move_{back}", "place_stone"]
+        if front == "path" and space == "short":
+            return [f"move_{ahead}"]
+        deep = [name for name in scene.around if scene.around[name][1] == "deep"]
+        if deep and can_dig:
+            if ahead in deep:
+                return ["do", f"move_{ahead}", "do", f"move_{ahead}", f"move_{back}", "place_stone"]
+            return [f"move_{deep[0]}", "do"]
         return None
 
     def _craft(self, scene: Scene, caption: str):
@@ -452,14 +491,9 @@ class CrafterRules:
 
     def _gather(self, scene: Scene, caption: str):
         """The next thing to collect of what is seen."""
-        for kind, subgoal in (
-            ("ripe plant", "eat_plant"),
-            ("diamond", "collect_diamond"),
-            ("iron", "collect_iron"),
-        ):
-            if self._can_collect(scene, kind) and (plan := self._go(scene, kind)):
-                return plan, subgoal, 0.9
-        for kind, item, most in (("coal", "coal", 2), ("stone", "stone", 6), ("tree", "wood", WOOD)):
+        if plan := self._go(scene, "ripe plant"):
+            return plan, "eat_plant", 0.9
+        for kind, item, most in GATHERED:
             if scene.have.get(item, 0) < most and self._can_collect(scene, kind):
                 if plan := self._go(scene, kind):
                     return plan, f"collect_{item}", 0.85
@@ -467,10 +501,9 @@ class CrafterRules:
             return plan, "collect_drink", 0.8
         if "eat_cow" not in scene.achieved and (plan := self._go(scene, "cow", BLOWS)):
             return plan, "eat_cow", 0.8
-        if not {"collect_sapling", "place_plant"} & scene.achieved and (
-            plan := self._go(scene, "grass", BLOWS)
-        ):
-            return plan, "collect_sapling", 0.7
+        if not {"collect_sapling", "place_plant"} & scene.achieved:
+            if plan := self._go(scene, "grass", BLOWS):
+                return plan, "collect_sapling", 0.7
         for enemy in ("zombie", "skeleton"):
             if f"defeat_{enemy}" not in scene.achieved and scene.vitals["health"] == "high":
                 if plan := self._go(scene, enemy, BLOWS):
@@ -479,16 +512,17 @@ class CrafterRules:
 
     def _roam(self, scene: Scene, caption: str):
         """Straight on while it is free, through stone too; else a turn that depends on what is seen."""
-        if scene.around[scene.facing][1]:
+        if scene.is_free(scene.facing):
             plan = [f"move_{scene.facing}"] * OPEN_STEPS[scene.around[scene.facing][1]]
             return plan, None, 0.3
         if self._can_collect(scene, scene.front):
             return ["do", f"move_{scene.facing}"], None, 0.3
-        ways = [name for name, (_, space) in scene.around.items() if space and name != OPPOSITE[scene.facing]]
+        free = [name for name in scene.around if scene.is_free(name)]
+        ways = [name for name in free if name != OPPOSITE[scene.facing]]
         ways = [name for name in ways if scene.around[name][1] == "open"] or ways
         if not ways:
             ways = [name for name, (kind, _) in scene.around.items() if self._can_collect(scene, kind)]
-        ways = ways or [name for name, (_, space) in scene.around.items() if space]
+        ways = ways or free
         if not ways:
             return None
         way = ways[derive_seed(0, "roam", caption) % len(ways)]
@@ -516,7 +550,7 @@ class CrafterRules:
     def _walk(self, scene: Scene, sight: Sight) -> list[str]:
         move = f"move_{sight.go}"
         kind, space = scene.around[sight.go]
-        if not space:  # to be dug away
+        if not scene.is_free(sight.go):  # to be dug away
             return ["do", move] if scene.facing == sight.go else [move, "do", move]
         steps = STEPS[sight.far] if "-" not in sight.where else STEPS[sight.far] // 2
         return [move] * max(1, min(steps, OPEN_STEPS[space]))
@@ -537,12 +571,9 @@ class CrafterRules:
         return all(scene.have.get(item, 0) >= amount for item, amount in recipe["uses"].items())
 
     def _can_collect(self, scene: Scene, kind: str) -> bool:
-        if kind == "ripe plant":
-            return True
+        """Whether a material can be taken away, with the tools that there are."""
         info = self._game.collect.get(kind)
-        return bool(
-            info and kind not in ("grass", "water") and self._affords(scene, {"uses": info["require"]})
-        )
+        return bool(info) and info["leaves"] != kind and self._affords(scene, {"uses": info["require"]})
 
     def _missing(self, scene: Scene) -> list[str]:
         """Tools that the next stage of the technology tree needs."""
@@ -556,12 +587,14 @@ class CrafterRules:
         return any(f"{stage}_{tool}" not in scene.have for tool in TOOLS)
 
     def _waits_for_table(self, scene: Scene) -> bool:
-        """A tool could be made if only there were a table."""
+        """A tool could be made if only there were a table, and wood for one."""
+        furnace = "furnace" in scene.reach or self._affords(scene, self._game.place["furnace"])
         return "table" not in scene.reach and any(
             name not in scene.have
-            and self._affords(scene, self._game.make[name])
-            and scene.have.get("wood", 0) > 3
-            for name in self._game.make
+            and self._affords(scene, recipe)
+            and scene.have["wood"] >= recipe["uses"]["wood"] + self._game.place["table"]["uses"]["wood"]
+            and (furnace or "furnace" not in recipe["nearby"])
+            for name, recipe in self._game.make.items()
         )
 
     def _waits_for_furnace(self, scene: Scene) -> bool:
@@ -576,14 +609,9 @@ class CrafterRules:
         scores = {"noop": USELESS / 2, "sleep": USELESS if scene.vitals["energy"] == "high" else NEUTRAL}
         if {"zombie", "skeleton"} & scene.seen.keys():
             scores["sleep"] = HARMFUL
-        for way, (kind, space) in scene.around.items():
-            scores[f"move_{way}"] = GOOD / 2 if space else HARMFUL if kind == "lava" else NEUTRAL
-        useful = self._can_collect(scene, scene.front) or scene.front in (
-            "water",
-            "cow",
-            "zombie",
-            "skeleton",
-        )
+        for way, (kind, _) in scene.around.items():
+            scores[f"move_{way}"] = GOOD / 2 if scene.is_free(way) else HARMFUL if kind == "lava" else NEUTRAL
+        useful = self._can_collect(scene, scene.front) or scene.front in USEFUL
         scores["do"] = GOOD if useful else USELESS / 2
         for name, recipe in self._game.place.items():
             can = self._affords(scene, recipe) and scene.front in recipe["where"]

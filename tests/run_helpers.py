@@ -79,7 +79,8 @@ def train_process(
 def metrics(logdir: Path) -> list[dict]:
     """The lines of metrics.jsonl without those that tell of time."""
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "env/fps" and k[:5] != "time/"} for line in lines]
+    clocks = ("env/fps", "llm_adapter/latency_ms")
+    return [{k: v for k, v in line.items() if k not in clocks and k[:5] != "time/"} for line in lines]
 
 
 def log(logdir: Path) -> str:

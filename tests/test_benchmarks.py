@@ -20,6 +20,7 @@ QUICK = {
     "cost_table.py": "--size debug --device cpu --repeats 1",
     "replay_memory.py": "--steps 600 --capacity 300 --deter 8 --json",
     "explorer_cost.py": "--size debug --device cpu --threads 1 --warmup 1 --repeats 1 --explorers lpm --json",
+    "advice_cost.py": "--size debug --device cpu --steps 8 --warmup 0 --repeats 1 --runs full --json",
     "crafter_speed.py": "--steps 20 --json",
     "env_speed.py": "--tasks dummy_vector --workers 1 --seconds 0.1 --turns 1 --json",
 }

@@ -189,6 +189,17 @@ def test_without_recording_the_file_is_only_read(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
+def test_a_file_that_is_only_read_stays_where_it_is_when_it_is_broken(tmp_path):
+    path = tmp_path / "cache"
+    known = filled(path, 500)
+    cache = opened(path, record=False)
+    path.write_bytes(content := path.read_bytes()[:4096] + b"\xff" * 200_000)
+    assert cache.get(next(iter(known))) is None
+    assert cache.notes() == [f"Cannot use the cache {path} (it is broken): the run goes on without it."]
+    cache.close()
+    assert path.read_bytes() == content and not (tmp_path / "cache.broken-1").exists()
+
+
 @pytest.mark.parametrize("size", [0, 10])
 def test_a_replay_needs_a_file(tmp_path, size):
     if not size:
@@ -236,6 +247,7 @@ def test_another_run_that_set_the_file_aside_is_followed(tmp_path):
         cache.flush()
         cache.close()
     assert (tmp_path / "cache.broken-1").exists() and not (tmp_path / "cache.broken-2").exists()
+    assert (tmp_path / "cache.broken-1-shm").exists()  # which the other run still had open
     assert len(one.notes() + other.notes()) == 1
     assert [opened(path).get(f"key {number}") for number in range(2)] == [advice(0), advice(1)]
 
@@ -393,7 +405,7 @@ def test_a_read_does_not_wait_for_a_writer(tmp_path):
     known = filled(tmp_path / "cache")
     cache = opened(tmp_path / "cache")
     db = sqlite3.connect(cache.path, isolation_level=None)
-    db.execute("BEGIN IMMEDIATE")
+    db.execute("BEGIN EXCLUSIVE")
     db.execute(f"DELETE FROM {TABLE}")
     writer = threading.Thread(target=cache.flush)
     cache.put("new", advice())
@@ -410,7 +422,7 @@ def test_a_read_does_not_wait_for_a_writer(tmp_path):
 
 
 def test_what_could_not_be_written_is_written_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(caches, "WRITE_WAIT_S", 0.01)
+    monkeypatch.setattr(caches, "LOCK_WAIT_S", 0.01)
     cache = opened(tmp_path / "cache")
     db = sqlite3.connect(cache.path, isolation_level=None)
     db.execute("BEGIN IMMEDIATE")

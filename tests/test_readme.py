@@ -230,19 +230,12 @@ def test_the_metrics_that_are_listed_exist(readme, workdir):
 def metrics_of_advice(folder: Path) -> set[str]:
     """Metrics of runs that a language model advises: one with all paths, one with an ensemble."""
     model = (
-        "--llm.backend",
-        "openai",
-        "--llm.model",
-        "fake",
-        "--llm.min_gap_steps",
-        "1",
-        "--llm.until",
-        "200",
+        "--llm.backend openai --llm.model fake --llm.min_gap_steps 1 --llm.until 200 --llm.base_url".split()
     )
     plans = "--synthetic_warmup 0 --synthetic_settled 1 --synthetic_execution_prob 1 --ask_uncertainty 0"
     explorer = "--expl_behavior plan2explore --expl_task_actor shared --eval_every 0 --steps 60"
     with FakeLLM() as server:
-        model += ("--llm.base_url", server.openai_url)
+        model.append(server.openai_url)
         server.script(Say(text="not JSON"))
         assert train(folder / "full", "--configs", "lore_full", *model, *plans.split()) == 0
         assert train(folder / "prior", "--configs", "lore_prior", *model, *explorer.split()) == 0

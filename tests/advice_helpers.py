@@ -1,0 +1,109 @@
+"""What the tests of advice share: a tiny advised agent, a batch as the replay gives it, skills."""
+
+from collections.abc import Mapping, Sequence
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import config as configs
+import dreamer
+from config import Config
+
+ACTIONS = 5
+BATCH, LENGTH = 2, 6
+PATHS = ("prior", "synthetic", "options")
+OBS = {
+    "vector": gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32),
+    "symbolic": gymnasium.spaces.Box(0, 99, (2,), np.int32),
+    "reward": gymnasium.spaces.Box(-np.inf, np.inf, (), np.float32),
+    "is_first": gymnasium.spaces.Box(0, 1, (), np.bool_),
+    "is_last": gymnasium.spaces.Box(0, 1, (), np.bool_),
+    "is_terminal": gymnasium.spaces.Box(0, 1, (), np.bool_),
+}
+
+
+def advised_config(paths: Sequence[str] = PATHS, *options: str) -> Config:
+    """Of an agent that is advised along some paths."""
+    argv = ["--configs", "debug", "--batch_size", str(BATCH), "--batch_length", str(LENGTH)]
+    argv += ["--precision", "float32"]
+    if paths:
+        argv += ["--llm.enabled", "True", "--llm.backend", "none"]
+    argv += [word for path in paths for word in (f"--{path}.enabled", "True")]
+    return configs.load([*argv, "--options.max_options", "3", "--options.option_max_length", "4", *options])
+
+
+def make_agent(paths: Sequence[str] = PATHS, *options: str) -> dreamer.Dreamer:
+    act_space = {"action": gymnasium.spaces.Discrete(ACTIONS)}
+    return dreamer.Dreamer(OBS, act_space, advised_config(paths, *options), torch.device("cpu"))
+
+
+def make_batch(agent: dreamer.Dreamer, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random steps with advice; those of options are made by `executed`."""
+    rng, config = np.random.default_rng(seed), agent.config
+    shape, rssm = (BATCH, LENGTH + config.replay_context), config.rssm
+    batch = {
+        "vector": rng.normal(size=(*shape, 4)).astype(np.float32),
+        "reward": rng.normal(size=shape).astype(np.float32),
+        "action": rng.integers(ACTIONS, size=shape, dtype=np.int32),
+        "is_first": np.zeros(shape, bool),
+        "is_last": np.zeros(shape, bool),
+        "is_terminal": np.zeros(shape, bool),
+        "deter": rng.normal(size=(*shape, rssm.deter)).astype(np.float16),
+        "stoch": rng.integers(rssm.classes, size=(*shape, rssm.stoch)).astype(np.uint8),
+    }
+    batch["is_first"][:, 0] = True
+    if config.prior.enabled:
+        batch["llm_mask"] = rng.random(shape) < 0.7
+        batch["llm_logits"] = np.where(batch["llm_mask"][..., None], rng.normal(size=(*shape, ACTIONS)), 0)
+        batch["llm_logits"] = batch["llm_logits"].astype(np.float32)
+    if config.options.enabled:
+        batch["decision"], batch["option"] = np.ones(shape, bool), np.zeros(shape, np.int32)
+        batch["decision"][0, 3:5] = False  # decided at step 2, and the next time at step 5
+        batch["option"][0, 2:5] = 11
+    return batch
+
+
+def make_items(agent: dreamer.Dreamer, amount: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Synthetic items with plans of 3 actions, as they come with a batch."""
+    rng, rssm = np.random.default_rng(seed), agent.config.rssm
+    items = {
+        "deter": rng.normal(size=(amount, rssm.deter)).astype(np.float16),
+        "stoch": rng.integers(rssm.classes, size=(amount, rssm.stoch)).astype(np.uint8),
+        "plan": np.zeros((amount, 15), np.int64),
+        "length": np.full(amount, 3),
+        "weight": np.full(amount, 0.5, np.float32),
+    }
+    items["plan"][:, :3] = rng.integers(ACTIONS, size=(amount, 3))
+    return {key: torch.from_numpy(value) for key, value in items.items()}
+
+
+def give_skills(agent: dreamer.Dreamer, skills: Mapping[int, tuple[int, Sequence[int], int]]) -> None:
+    """Put skills into slots: slot -> (uid, actions, timeout)."""
+    slots, longest = agent.guide.options.script.shape
+    table = {"uids": np.zeros(slots, np.int64), "timeouts": np.zeros(slots, np.int64)}
+    table["actions"] = np.zeros((slots, longest), np.int64)
+    for slot, (uid, actions, timeout) in skills.items():
+        table["uids"][slot], table["timeouts"][slot] = uid, timeout
+        table["actions"][slot, :timeout] = [actions[i % len(actions)] for i in range(timeout)]
+    agent.guide.options.set_table(table)
+
+
+def unsettle(agent: dreamer.Dreamer) -> None:
+    """Give output layers that start at zero some weights, or no gradient would pass through them."""
+    torch.manual_seed(1)
+    parts = [agent.world_model.reward_head, agent.behavior.critic, agent.behavior.slow_critic]
+    if agent.guide.prior:
+        parts.append(agent.guide.prior)
+        agent.guide.prior.reliability.moments[0] = 1.0  # advice was seen
+    for part in parts:
+        torch.nn.init.normal_(part.out.weight, std=0.1)
+
+
+def some_feat(agent: dreamer.Dreamer, *batch: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rssm, config = agent.rssm, agent.config.rssm
+    deter = torch.randn(*batch, config.deter, generator=generator)
+    index = torch.randint(config.classes, (*batch, config.stoch), generator=generator)
+    return rssm.feat({"deter": deter, "stoch": F.one_hot(index, config.classes).float()})

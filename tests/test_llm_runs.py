@@ -1,0 +1,83 @@
+"""Whole runs that a language model advises: recorded, repeated, resumed, and with a server that dies."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from llm_servers import FakeLLM, Say
+from run_helpers import assert_same_run, log, metrics, signal_at, train
+
+import dreamer
+
+KEY = "sk-SecretOfTheTests123"
+LORE = (
+    "--configs debug dummy_cue lore_full --llm.min_gap_steps 2 --llm.max_gap_steps 4 --llm.until 120".split()
+)
+
+
+@pytest.fixture(autouse=True)
+def keys(monkeypatch):
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def advised(logdir: Path, server: FakeLLM, *options: str) -> int:
+    """The tiny run with all paths of advice, and a model on the server."""
+    model = ("--llm.backend", "openai", "--llm.model", "fake", "--llm.base_url", server.openai_url)
+    return train(logdir, *LORE, *model, *options)
+
+
+def without_calls(logdir: Path) -> list[dict]:
+    """Metrics, but not those of calls, which a replay does not make."""
+    told = ("calls", "tokens", "cost", "cache_hit_rate")
+    return [{k: v for k, v in line.items() if k.partition("/")[2] not in told} for line in metrics(logdir)]
+
+
+@pytest.mark.slow
+def test_a_recorded_run_is_repeated_and_resumed_without_its_server(tmp_path):
+    with FakeLLM() as server:
+        assert advised(tmp_path / "recorded", server) == 0
+        assert len(server.asked) > 1
+        server.stop()
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        for logdir in (whole, parts):
+            logdir.mkdir()
+            shutil.copy(tmp_path / "recorded" / "llm_cache.sqlite", logdir)
+        assert advised(whole, server, "--llm.replay", "True") == 0
+        assert without_calls(whole) == without_calls(tmp_path / "recorded")
+        assert metrics(whole)[-1]["llm_adapter/answers"] > 10
+        for step in (50, 90):
+            with signal_at(step):
+                assert advised(parts, server, "--llm.replay", "True") == 143
+        assert advised(parts, server, "--llm.replay", "True") == 0
+        shutil.copy(whole / "llm_cache.sqlite", parts)
+        assert_same_run(whole, parts)
+
+
+def test_a_server_that_dies_costs_no_step_and_no_file_holds_the_key(tmp_path, monkeypatch):
+    whole = dreamer.Run.interact
+
+    with FakeLLM(Say(delay=0.01)) as server:
+
+        def interact(run: dreamer.Run) -> None:
+            if run.step == 40:
+                server.stop()
+            if run.step == 80:
+                server.start()
+                run.coach.advisor.breaker.until = 0.0  # the pause is over
+            whole(run)
+
+        monkeypatch.setattr(dreamer.Run, "interact", interact)
+        options = "--llm.cache_size 0 --llm.retries 0 --llm.breaker_failures 2".split()
+        assert advised(tmp_path, server, *options) == 0
+        assert server.asked[0].headers["Authorization"] == f"Bearer {KEY}"
+    last = metrics(tmp_path)[-1]
+    assert last["step"] == 120 and last["llm_adapter/dropped"] > 0 and last["llm_adapter/breaker"] == 0
+    assert last["llm_adapter/errors/network"] == 2
+    told = log(tmp_path)
+    assert told.index("does not answer (network") < told.index("the adviser answers again")
+    assert json.loads((tmp_path / "decisions.jsonl").read_text().splitlines()[0])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if KEY.encode() in path.read_bytes()]

@@ -1,0 +1,453 @@
+"""Path B: what the prior's weight is made of, what learns from it, and that silence changes nothing."""
+
+import math
+
+import gymnasium
+import pytest
+import torch
+import torch.nn.functional as F
+from advice_helpers import (
+    ACTIONS,
+    PATHS,
+    give_skills,
+    make_agent,
+    make_batch,
+    make_items,
+    some_feat,
+    unsettle,
+)
+from run_helpers import differences
+
+import distributions as dists
+from lore_llm.prior import Prior, Reliability, bounded
+
+
+def make_prior(*options: str, **values: float) -> Prior:
+    """A prior net whose reliability has been informed; `values` of its options."""
+    words = [word for name, value in values.items() for word in (f"--prior.{name}", str(value))]
+    agent = make_agent(("prior",), *options, *words)
+    agent.guide.prior.reliability.moments[0] = 1.0
+    return agent.guide.prior
+
+
+# ---- The weight
+
+
+@pytest.mark.parametrize(
+    "uncertainty, share, dual, expected",
+    [
+        (1.0, 1.0, 0.0, 0.3 * 0.5),  # reliability is 0.5 at the start
+        (0.6, 1.0, 0.0, 0.3 * 0.5 * 0.4 / 0.8),
+        (0.2, 1.0, 0.0, 0.0),
+        (0.1, 1.0, 0.0, 0.0),
+        (0.6, 0.25, 0.0, 0.25 * 0.3 * 0.5 * 0.5),
+        (0.6, 1.0, 3.0, 0.3 * 0.5 * 0.5 / 4),
+    ],
+)
+def test_beta_is_what_the_design_says(uncertainty, share, dual, expected):
+    prior = make_prior(beta_max=0.3, uncertainty_threshold=0.2)
+    prior.share.fill_(share)
+    prior.dual.fill_(dual)
+    assert float(prior.beta(torch.tensor(uncertainty))) == pytest.approx(expected, abs=1e-7)
+
+
+def test_beta_grows_with_the_reliability():
+    prior = make_prior(beta_max=0.3, uncertainty_threshold=0.0)
+    prior.reliability.moments.copy_(torch.tensor([1.0, 1.0, 1.0]))  # a gain each time
+    assert float(prior.beta(torch.tensor(1.0))) == pytest.approx(0.3, rel=1e-3)
+    prior.reliability.moments.copy_(torch.tensor([1.0, -1.0, 1.0]))
+    assert float(prior.beta(torch.tensor(1.0))) == pytest.approx(0.0, abs=1e-3)
+
+
+def test_there_is_no_weight_before_the_first_advice():
+    prior = make_prior()
+    prior.reliability.moments.zero_()
+    assert float(prior.beta(torch.tensor(1.0))) == 0
+    assert float(prior.reliability.value) == 0.5
+
+
+def test_uncertainty_is_the_mean_of_its_parts():
+    agent = make_agent(("prior",))
+    unsettle(agent)
+    guide, behavior, feat = agent.guide, agent.behavior, some_feat(agent, 7)
+    behavior.retnorm.range[1] = 40.0
+    torch.nn.init.normal_(behavior.actor.outs[0].weight, std=1.0)
+    policy = behavior.actor(feat)
+    total, parts = guide.uncertainty(behavior, feat, policy)
+    probs = policy.parts[0].probs
+    entropy = -(probs * probs.log()).sum(-1).detach() / math.log(ACTIONS)
+    assert torch.allclose(parts["entropy"], entropy, atol=1e-6) and float(entropy.min()) < 0.9
+    spread = behavior.critic(feat).spread / 40.0
+    assert torch.allclose(parts["value_std"], spread.clamp(max=1))
+    assert torch.allclose(total, (parts["entropy"] + parts["value_std"]) / 2)
+    guide.ensemble = lambda feat, action: torch.full(feat.shape[:-1], 0.3)
+    guide.largest.fill_(0.6)
+    total, parts = guide.uncertainty(behavior, feat, policy)
+    assert torch.allclose(parts["disagreement"], torch.tensor(0.5)) and len(parts) == 3
+    assert torch.allclose(total, sum(parts.values()) / 3)
+
+
+def test_largest_disagreement_follows_the_95th_percentile():
+    agent = make_agent(("prior",), "--expl_behavior", "plan2explore")
+    guide = agent.guide
+    values = torch.arange(agent.config.batch_size * agent.config.batch_length, dtype=torch.float32)
+    shape = agent.config.batch_size, agent.config.batch_length  # real states; else imagined ones
+
+    def ensemble(feat, action):
+        return values.reshape(shape) if feat.shape[:-1] == shape else torch.zeros(feat.shape[:-1])
+
+    guide.ensemble = ensemble
+    agent.train(make_batch(agent))
+    high = torch.quantile(values, 0.95)
+    assert torch.allclose(guide.largest, high)
+    values = values + 100
+    agent.train(make_batch(agent))
+    assert torch.allclose(guide.largest, high + 0.01 * 100)
+
+
+# ---- The mix
+
+
+def test_the_actor_is_seen_through_the_prior_and_then_mixed_with_the_uniform():
+    agent = make_agent(("prior",), "--actor.unimix", "0.1")
+    unsettle(agent)
+    torch.nn.init.normal_(agent.behavior.actor.outs[0].weight, std=0.5)
+    feat = some_feat(agent, 7)
+    seen = agent.guide.seen(agent.behavior, feat)
+    logits = agent.behavior.actor.outs[0](agent.behavior.actor.mlp(feat))
+    prior = agent.guide.prior(feat)
+    assert float(seen.beta.min()) > 0.05
+    expected = 0.9 * F.softmax(logits + seen.beta[:, None] * prior, -1) + 0.1 / ACTIONS
+    assert torch.allclose(seen.policy.parts[0].probs, expected, atol=1e-6)
+    assert torch.equal(seen.plain.parts[0].probs, agent.behavior.actor(feat).parts[0].probs)
+    assert float((seen.policy.parts[0].probs - seen.plain.parts[0].probs).abs().max()) > 0.01
+    without = agent.guide.seen(agent.behavior, feat, advised=False)
+    assert torch.equal(without.policy.parts[0].probs, seen.plain.parts[0].probs) and not without.beta.any()
+
+
+def test_prior_logits_are_log_probabilities_centred_and_clipped():
+    logits = torch.tensor([[30.0, 0.0, 0.0, -50.0], [1.0, 2.0, 3.0, 4.0]])
+    out = bounded(logits, 5.0)
+    assert out[0].tolist() == [5.0, 5.0, 5.0, -5.0]  # by 35, 5, 5 and -45
+    assert torch.allclose(out[1], torch.tensor([-1.5, -0.5, 0.5, 1.5]))
+    assert torch.allclose(bounded(logits + 7, 5.0), out, atol=1e-5)
+    prior = make_prior(logit_clip=2.0)
+    torch.nn.init.normal_(prior.out.weight, std=5.0)
+    assert float(prior(torch.randn(50, prior.mlp[0][0].in_features)).abs().max()) == 2.0
+
+
+def test_the_prior_net_comes_to_say_what_the_adviser_says():
+    prior = make_prior()
+    torch.manual_seed(0)
+    feat = torch.randn(2, 8, prior.mlp[0][0].in_features)
+    advice = bounded(torch.randn(2, 8, ACTIONS) * 4, 20.0)
+    mask = torch.rand(2, 8) < 0.8
+    opt = torch.optim.Adam(prior.parameters(), 0.01)
+    for _ in range(400):
+        opt.zero_grad()
+        loss = prior.distill(feat, torch.where(mask[..., None], advice, 1e3), mask)
+        loss.backward()
+        opt.step()
+    assert float((prior(feat) - advice)[mask].abs().mean()) < 0.5
+    assert float(prior.distill(feat, advice, torch.zeros_like(mask))) == 0
+
+
+# ---- Silence
+
+
+def test_policy_without_any_advice_is_the_plain_one_to_the_last_bit():
+    agent = make_agent(("prior",))
+    torch.nn.init.normal_(agent.behavior.actor.outs[0].weight, std=0.5)
+    feat = some_feat(agent, 50)
+    seen = agent.guide.seen(agent.behavior, feat)
+    assert not seen.beta.any() and seen.uncertainty.all()
+    assert torch.equal(seen.policy.parts[0].probs, agent.behavior.actor(feat).parts[0].probs)
+
+
+def test_training_without_any_advice_changes_no_bit():
+    plain, silent = make_agent(()), make_agent(("prior",), "--prior.lambda_kl", "1.0")
+    for agent in (plain, silent):
+        agent.opt.param_groups[0]["warmup"] = 0
+        for update in range(4):
+            batch = make_batch(agent, update)
+            if "llm_mask" in batch:
+                batch["llm_mask"][:], batch["llm_logits"][:] = False, 0
+            agent.train(batch)
+    for part in ("world_model", "behavior"):
+        assert differences(plain.weights()[part], silent.weights()[part]) == []
+    assert not torch.equal(plain.behavior.critic.out.weight, make_agent(()).behavior.critic.out.weight)
+
+
+def test_options_of_disabled_paths_change_no_bit():
+    words = "--prior.beta_max 1 --prior.lambda_kl 9 --synthetic.lambda_bc 9 --options.max_options 2"
+    words += " --llm.features 7 --llm.until 5 --synthetic.synthetic_ratio_max 0.9 --options.layers 3"
+    plain, other = make_agent(()), make_agent((), *words.split())
+    for agent in (plain, other):
+        for update in range(2):
+            agent.train(make_batch(agent, update))
+    assert differences(plain.state_dict(), other.state_dict()) == []
+
+
+# ---- Gradients
+
+MODEL = ("encoder", "rssm", "decoder", "reward_head", "cont_head")
+TRAINS = {
+    "policy": {"actor", "options.out"},
+    "value": {"critic"},
+    "advice_kl": {"actor", "options.out"},
+    "advice_bc": {"actor", "options.out"},
+    "advice_distill": {"prior"},
+    "option_end": {"options.end"},
+}
+
+
+def advised_losses(agent, **changes):
+    """All losses of an update, by name, and the parts of the agent that might learn from them."""
+    losses = {}
+    step = agent.opt.step
+    agent.opt.step = lambda: {"grad_norm": torch.zeros(()), "skipped": torch.tensor(False)}
+    world_loss, loss, learn = agent.world_model.loss, agent.behavior.loss, agent.guide.learn
+
+    def noted(function):
+        def call(*args, **kwargs):
+            found, *rest = function(*args, **kwargs)
+            losses.update(found)
+            return found, *rest
+
+        return call
+
+    agent.world_model.loss, agent.behavior.loss, agent.guide.learn = map(noted, (world_loss, loss, learn))
+    backward = torch.Tensor.backward
+    torch.Tensor.backward = lambda self, *args, **kwargs: None  # the graph is wanted afterwards
+    try:
+        batch = {k: torch.from_numpy(v) for k, v in make_batch(agent).items()}
+        batch |= {f"item_{key}": value for key, value in make_items(agent, 8).items()}
+        agent.train(batch | changes)
+    finally:
+        torch.Tensor.backward, agent.opt.step = backward, step
+    guide = agent.guide
+    parts = {name: getattr(agent.world_model, name) for name in MODEL}
+    parts |= {"actor": agent.behavior.actor, "critic": agent.behavior.critic, "prior": guide.prior}
+    ends = torch.nn.ModuleList([guide.options.end_mlp, guide.options.end_out])
+    return losses, parts | {"options.out": guide.options.out, "options.end": ends}
+
+
+def full_agent(*options):
+    agent = make_agent(PATHS, "--rssm.free_nats", "0", "--prior.uncertainty_threshold", "0", *options)
+    unsettle(agent)
+    give_skills(agent, {1: (11, [0, 1], 4)})
+    return agent
+
+
+def test_each_loss_of_advice_trains_what_the_design_says():
+    agent = full_agent()
+    losses, parts = advised_losses(agent)
+    assert TRAINS.keys() <= losses.keys()
+    for name, expected in TRAINS.items():
+        agent.opt.zero_grad()
+        losses[name].mean().backward(retain_graph=True)
+        trained = {
+            part
+            for part, module in parts.items()
+            if any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+        }
+        assert trained == expected, name
+
+
+def test_policy_gradient_is_that_of_a_constant_added_to_the_actors_logits():
+    agent = full_agent()
+    behavior, guide, feat = agent.behavior, agent.guide, some_feat(agent, 6)
+    value = F.one_hot(torch.arange(6) % ACTIONS, ACTIONS + 3).flip(-1).float()
+    out = behavior.actor.outs[0].weight
+    (grad,) = torch.autograd.grad(guide.policy(behavior, feat).log_prob(value).sum(), out)
+    seen, hidden = guide.seen(behavior, feat), behavior.actor.mlp(feat)
+    constant = (seen.beta[:, None] * seen.prior).detach()
+    assert float(constant.abs().max()) > 0.01
+    logits = behavior.actor.outs[0](hidden) + constant
+    by_hand = guide.options.distribution(hidden, logits).log_prob(value).sum()
+    assert torch.allclose(grad, torch.autograd.grad(by_hand, out)[0])
+
+
+def test_advice_kl_pulls_the_actor_towards_the_mix():
+    agent = make_agent(("prior",), "--prior.lambda_kl", "5", "--actor.entropy", "0.1")
+    unsettle(agent)
+    behavior, guide, feat = agent.behavior, agent.guide, some_feat(agent, 6)
+    policy = guide.policy(behavior, feat[:, None])
+    seen = guide.last_seen
+    p, q = (each.parts[0].probs[:, 0] for each in (seen.policy, seen.plain))
+    dream = guide.imagine(behavior, agent.rssm, start_of(agent, 6), None)._replace(feat=feat[:, None])
+    policy = guide.policy(behavior, feat[:, None])
+    losses, metrics = guide.loss(behavior, dream, policy, 1.0)
+    kl = (p * (p / q).log()).sum(-1)
+    assert torch.allclose(losses["advice_kl"][:, 0], 0.5 * kl, atol=1e-7) and float(kl.min()) > 1e-6
+    assert torch.allclose(metrics["uncertainty_gate/avg_kl"], kl.mean())
+    # A step along the gradient brings the actor nearer to the mix that was.
+    target = seen.policy.parts[0].detach()
+    losses["advice_kl"].sum().backward()
+    with torch.no_grad():
+        for param in behavior.actor.parameters():
+            if param.grad is not None:
+                param -= 1e-3 * param.grad
+    nearer = target.kl(behavior.actor(feat[:, None]).parts[0])
+    assert float(nearer.sum()) < float(kl.sum())
+
+
+def start_of(agent, rows):
+    rssm = agent.config.rssm
+    return {"deter": torch.zeros(rows, rssm.deter), "stoch": torch.zeros(rows, rssm.stoch, rssm.classes)}
+
+
+# ---- The bound on the divergence
+
+
+@pytest.mark.parametrize("target", [0.1, 0.02])
+def test_dual_keeps_the_divergence_at_its_target_at_most(target):
+    agent = make_agent(("prior",), "--prior.delta_target", str(target), "--prior.beta_max", "1")
+    unsettle(agent)
+    guide, behavior = agent.guide, agent.behavior
+    torch.nn.init.normal_(guide.prior.out.weight, std=2.0)  # as strong as advice may be
+    guide.prior.reliability.moments.copy_(torch.tensor([1.0, 1.0, 1.0]))
+    divergences = []
+    for update in range(600):
+        feat = some_feat(agent, 64, seed=update)
+        seen = guide.seen(behavior, feat)
+        kl = seen.policy.parts[0].kl(seen.plain.parts[0]).mean()
+        guide.prior.limit(kl)
+        divergences.append(float(kl))
+    assert divergences[0] > 5 * target
+    late = torch.tensor(divergences[400:])
+    assert float(late.mean()) == pytest.approx(target, rel=0.15) and float(late.max()) < 2 * target
+    assert math.isfinite(float(guide.prior.dual)) and float(guide.prior.dual) > 1
+
+
+def test_dual_falls_again_and_never_below_zero():
+    prior = make_prior()
+    prior.limit(torch.tensor(10.0))
+    high = float(prior.dual)
+    assert high == pytest.approx(math.exp(0.05) - 1)
+    prior.limit(torch.tensor(math.nan))
+    assert float(prior.dual) == high
+    for _ in range(1000):
+        prior.limit(torch.tensor(0.0))
+    assert float(prior.dual) == 0
+
+
+# ---- Reliability
+
+
+def follow(prior: Prior, quality: float, updates: int = 150, bias: float = 0.0, seed: int = 0) -> float:
+    """Reliability after real steps in which the advised action is worth `quality` more than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    probs = torch.full((4, 16, ACTIONS), 1 / ACTIONS)
+    for _ in range(updates):
+        advised = torch.randint(ACTIONS, (4, 16), generator=generator)
+        action = torch.randint(ACTIONS, (4, 16), generator=generator)
+        noise = torch.randn(4, 16, generator=generator)
+        followed = (advised == action).float()
+        advantage = bias + noise + quality * (followed - 1 / ACTIONS)
+        logits = 4.0 * F.one_hot(advised, ACTIONS)
+        mask = torch.rand(4, 16, generator=generator) < 0.5
+        prior.follow(logits, probs, F.one_hot(action, ACTIONS).float(), advantage, mask)
+    return float(prior.reliability.value)
+
+
+def test_reliability_starts_at_a_half():
+    assert float(Reliability(0.01).value) == 0.5
+
+
+def test_reliability_of_good_advice_goes_to_one_and_of_harmful_advice_to_zero():
+    assert follow(make_prior(), 0.5) > 0.98
+    assert follow(make_prior(), -0.5) < 0.02
+
+
+def test_reliability_of_random_advice_is_a_half_in_the_mean():
+    values = [follow(make_prior(), 0.0, seed=seed) for seed in range(24)]
+    assert sum(values) / len(values) == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.parametrize("bias", [-1.0, 1.0])
+def test_reliability_is_not_moved_by_a_critic_that_expects_too_much_or_too_little(bias):
+    # Seen through the prior, the actor follows advice more often than it would by itself.
+    prior = make_prior()
+    advised = torch.zeros(4, 16, dtype=torch.int64)
+    action = advised.clone()
+    action[:2] = 1
+    probs = torch.full((4, 16, ACTIONS), 1 / ACTIONS)
+    ones = torch.ones(4, 16, dtype=torch.bool)
+    for _ in range(50):
+        advantage = torch.full((4, 16), bias)
+        logits = 4.0 * F.one_hot(advised, ACTIONS)
+        prior.follow(logits, probs, F.one_hot(action, ACTIONS).float(), advantage, ones)
+    assert float(prior.reliability.value) == pytest.approx(0.5, abs=0.01)
+
+
+def test_reliability_gain_by_hand():
+    prior = make_prior(reliability_rate=1.0)
+    logits = torch.log(torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.5, 0.25, 0.25]]]))
+    probs = torch.full((1, 3, 3), 1 / 3)
+    action = F.one_hot(torch.tensor([[0, 1, 2]]), 3).float()
+    mask = torch.tensor([[True, True, False]])
+    prior.follow(logits, probs, action, torch.tensor([[2.0, 1.0, 99.0]]), mask)
+    gain = (0.5 * (0.7 - 1 / 3) - 0.5 * (0.1 - 1 / 3)) / 2
+    assert torch.allclose(prior.reliability.moments, torch.tensor([1.0, gain, gain**2]))
+    t = gain / math.sqrt(gain**2 + 0.02**2)  # of one update that is remembered
+    assert float(prior.reliability.value) == pytest.approx(0.5 * (1 + math.erf(t / math.sqrt(2))))
+
+
+def test_reliability_stays_where_nothing_was_advised_or_is_not_finite():
+    prior = make_prior()
+    follow(prior, 0.5, updates=3)
+    before = prior.reliability.moments.clone()
+    prior.reliability.update(torch.tensor(5.0), torch.tensor(False))
+    prior.reliability.update(torch.tensor(math.inf), torch.tensor(True))
+    assert torch.equal(prior.reliability.moments, before)
+
+
+def test_reliability_counts_the_steps_at_which_the_actor_chose():
+    agent = make_agent(("prior", "options"))
+    noted = {}
+    agent.guide.prior.follow = lambda *args: noted.update(mask=args[-1])
+    batch = make_batch(agent)
+    batch["llm_mask"][:] = True
+    batch["is_last"][1, 4] = True
+    agent.train(batch)
+    mask = noted["mask"]  # of the steps after the context, without the last
+    assert mask.shape == (2, 5)
+    assert mask[0].tolist() == [True, True, False, False, True]  # an option ran at steps 3 and 4
+    assert mask[1].tolist() == [True, True, True, False, True]
+
+
+# ---- The critic's spread
+
+
+def test_spread_of_a_value_is_half_of_what_lies_between_its_quantiles():
+    bins = torch.tensor([-4.0, -2.0, 0.0, 2.0, 4.0])
+    sure = torch.tensor([0.0, 0.0, 50.0, 0.0, 0.0])
+    wide = torch.log(torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2]))
+    skew = torch.log(torch.tensor([0.1, 0.5, 0.2, 0.1, 0.1]))
+    dist = dists.TwoHot(torch.stack([sure, wide, skew]), bins)
+    assert dist.spread.tolist() == [0.0, 4.0, 2.0]
+    squashed = dists.TwoHot(wide, bins, symlog_space=True)
+    assert float(squashed.spread) == pytest.approx(math.exp(4) - 1, rel=1e-5)
+
+
+def test_spread_of_a_gaussian_is_its_standard_deviation():
+    bins = torch.linspace(-10, 10, 2001)
+    assert float(dists.TwoHot(-0.5 * (bins / 1.7) ** 2, bins).spread) == pytest.approx(1.7, rel=0.01)
+
+
+def test_spread_is_not_ruled_by_the_outermost_bins():
+    bins = dists.symexp_bins(255)
+    logits = torch.full((255,), -50.0)
+    logits[127], logits[254] = 0.0, math.log(1e-6)
+    assert float(dists.TwoHot(logits, bins).spread) == 0
+
+
+def test_a_prior_needs_one_discrete_action():
+    import dreamer
+    from advice_helpers import OBS, advised_config
+    from basics import UserError
+
+    space = {"action": gymnasium.spaces.MultiDiscrete([3, 4])}
+    with pytest.raises(UserError, match="needs one Discrete action"):
+        dreamer.Dreamer(OBS, space, advised_config(("prior",)), torch.device("cpu"))
