@@ -27,7 +27,8 @@ GUIDES = ("docs/llm.md", "docs/llm.ja.md")
 KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_MODEL", "OPENAI_API_KEY", "GOOGLE_GEMINI_BASE_URL")
 KEY = "secret-key-of-the-test"
 FAST = (
-    "--configs debug --device cpu --steps 130 --eval_every 0 --save_every 1000 --llm.until 130 --seed 3"
+    "--configs debug --device cpu --steps 130 --eval_every 0 --save_every 1000 --llm.until 130 "
+    "--log_decisions_every 10"
 ).split()
 
 
@@ -177,8 +178,8 @@ def test_sizes_of_the_prompt_are_those_of_the_guide(task, column):
 
 def test_the_example_of_costs_is_right():
     text = text_of(GUIDES[0])
-    assert "500,000 · 0.1 · (1 - 0.3) = 35,000" in text and round(500_000 * 0.1 * 0.7) == 35_000
-    assert round(10_000 / (0.1 * 0.7), -4) == 140_000 and "about step 140,000" in text
+    assert "500,000 · 0.1 · (1 - 0.27) = 36,500" in text and round(500_000 * 0.1 * 0.73) == 36_500
+    assert round(10_000 / (0.1 * 0.73), -4) == 140_000 and "about step 140,000" in text
     price = 10_000 * (1_700 * 0.10 + 250 * 0.40) / 1e6
     assert f"(1,700 · 0.10 + 250 · 0.40) / 1,000,000 = {price:.2f}" in text
     defaults = configs.load([]).llm

@@ -444,8 +444,9 @@ def test_spread_is_not_ruled_by_the_outermost_bins():
 
 
 def test_a_prior_needs_one_discrete_action():
-    import dreamer
     from advice_helpers import OBS, advised_config
+
+    import dreamer
     from basics import UserError
 
     space = {"action": gymnasium.spaces.MultiDiscrete([3, 4])}
