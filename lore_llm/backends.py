@@ -122,7 +122,7 @@ def _checked(said: Any, spec: AdviceSpec) -> Answer:
     if said is None:
         return Answer(None, problems)
     if isinstance(said, Advice):
-        said = said.model_dump()
+        said = said.model_dump(exclude_defaults=True)
     advice, more = parse_reply(said, spec)
     return Answer(advice, problems + more)
 
