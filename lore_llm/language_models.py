@@ -32,7 +32,7 @@ from lore_llm.backends import GEMINI_KEYS, LLMAdapter, Reply
 GEMINI_MODEL = "gemini-3.5-flash-lite"  # where nobody names one: the cheapest stable one that answers quickly
 OPENAI_KEY = "OPENAI_API_KEY"
 MAX_BODY = 4 * 2**20  # bytes of a server's or a program's reply that are read
-MAX_CAPTION = 4000  # characters of a caption that are sent
+MAX_CAPTION = 4000  # characters of a caption that are sent, and of what the environment is
 MAX_ARGUMENT = 30_000  # characters of a prompt on a command line; Windows allows 32,767
 MAX_SHOWN = 200  # characters of a server's words in a message
 MAX_WAIT = 86_400.0  # seconds that a server may ask to wait
@@ -80,7 +80,7 @@ class LanguageModel(LLMAdapter):
 
     def __init__(self, spec: AdviceSpec, config: Mapping[str, Any], about: str = ""):
         super().__init__(spec, config)
-        self.about = about  # what the environment is
+        self.about = _sendable(about)  # what the environment is
         self.questions_per_call = config["max_batch"]
 
     @property
@@ -475,9 +475,9 @@ def _shown(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:MAX_SHOWN])
 
 
-def _model_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.:/@+-]{0,199}", name, re.ASCII):
-        raise UserError(f"{ascii(name[:MAX_SHOWN])} is no name of a model (--llm.model).")
+def _model_name(name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.:/@+-]{0,199}", name, re.ASCII):
+        raise UserError(f"{ascii(name)[:MAX_SHOWN]} is no name of a model (--llm.model).")
     return name
 
 

@@ -150,7 +150,9 @@ def test_a_server_of_ones_own_needs_no_key_and_no_model(server):
     assert "authorization" not in {name.lower() for name in server.asked[-1].headers}
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b'{"data": []}', b'{"data": [{"id": "../x y"}]}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b'{"data": []}', b'{"data": [{"id": "../x y"}]}', b'{"data": [{"id": 5}]}']
+)
 def test_a_server_that_names_no_model_is_asked_for_by_name(server, body):
     server.script(Say(body=body))
     with pytest.raises(UserError, match="model"):
