@@ -631,9 +631,9 @@ class Run:
         self._parts.callback(envs.close)
         return envs
 
-    def _print_notes(self, envs: VecEnv) -> None:
-        """Tell what the envs have to say of themselves, each line once."""
-        for line in [*envs.notes(), *self.coach.notes()]:
+    def _print_notes(self, envs: VecEnv | None = None) -> None:
+        """Tell what the coach and the envs have to say of themselves, each line once."""
+        for line in [*(envs.notes() if envs else []), *self.coach.notes()]:
             if line not in self._noted:
                 self._noted.add(line)
                 self.print(line)
@@ -695,7 +695,7 @@ class Run:
         """
         if self.next_batch:
             wait([self.next_batch])  # of a step that failed: it reads the replay
-        self._print_notes(self.envs)  # they are in no checkpoint
+        self._print_notes()  # the coach's are in no checkpoint; the envs may be closed
         # Two, for until the checkpoint is written, an older one of the same step needs its own.
         place = self._replay_state(self.step)
         replay = self.replay.save(place, latents=clean, keep=2)
