@@ -411,7 +411,7 @@ def test_what_cannot_be_advised_is_refused_in_one_line(tmp_path, capsys, options
 # ---- Whether it helps
 
 LEARN = """--configs debug --task dummy_vector --device cpu --threads 1 --precision float32
-    --time_limit 0 --envs.amount 4 --batch_size 8 --batch_length 16 --steps 900 --prefill 200 --train_ratio 32
+    --time_limit 0 --envs.amount 4 --batch_size 8 --batch_length 16 --steps 700 --prefill 200 --train_ratio 32
     --imag_horizon 5 --opt.lr 1e-3 --opt.warmup 20 --eval_every 0 --log_every 100
     --save_every 100000""".split()
 ORACLE = f"""{LLM} --prior.enabled True --llm.max_gap_steps 1 --llm.until 100000

@@ -23,7 +23,7 @@ from run_helpers import differences
 import distributions as dists
 import dreamer
 from basics import UserError
-from lore_llm.prior import Prior, Reliability, bounded
+from lore_llm.prior import GAIN_FLOOR, Prior, Reliability, bounded
 
 
 def make_prior(*options: str, **values: float) -> Prior:
@@ -394,7 +394,7 @@ def test_reliability_gain_by_hand():
     prior.follow(logits, probs, action, torch.tensor([[2.0, 1.0, 99.0]]), mask)
     gain = (0.5 * (0.7 - 1 / 3) - 0.5 * (0.1 - 1 / 3)) / 2
     assert torch.allclose(prior.reliability.moments, torch.tensor([1.0, gain, gain**2]))
-    t = gain / math.sqrt(gain**2 + 0.02**2)  # of one update that is remembered
+    t = gain / math.sqrt(gain**2 + GAIN_FLOOR**2)  # of one update that is remembered
     assert float(prior.reliability.value) == pytest.approx(0.5 * (1 + math.erf(t / math.sqrt(2))))
 
 
