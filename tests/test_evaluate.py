@@ -323,9 +323,16 @@ def test_explain_shows_each_decision_beside_its_frame(advised_logdir, played, mo
 
 
 def test_advised_plays_through_the_prior_as_training_does(advised_logdir, monkeypatch, capsys):
-    drawn = panels(monkeypatch)
+    drawn, advised = panels(monkeypatch), []
+    act = dreamer.Dreamer.act
+    monkeypatch.setattr(
+        dreamer.Dreamer, "act", lambda *args, **options: advised.append(options) or act(*args, **options)
+    )
     bare = run(capsys, "--logdir", advised_logdir, "--episodes", 1)
+    assert not any(advised)
+    advised.clear()
     result = run(capsys, "--logdir", advised_logdir, "--episodes", 1, "--advised", "--explain")
+    assert advised == [{"advised": True}] * (CUE_LENGTH + 1)
     assert (bare["policy"], result["policy"]) == ("agent", "advised")
     assert all(info["beta"] > 0 and info["mix"] != info["actor"] for info in drawn)
     assert evaluate.main(["--logdir", str(advised_logdir), "--episodes", "1", "--advised"]) == 0

@@ -216,6 +216,16 @@ def test_imagined_option_runs_to_its_timeout_and_then_the_actor_decides():
     assert dream.feat.shape[:2] == (5, 8)
 
 
+def test_imagined_option_goes_on_whatever_else_the_actor_would_choose():
+    skills = {0: (10, [4], 3), 2: (11, [1, 2, 3], 3)}
+    agent = options_agent("--imag_horizon", "6", "--actor.unimix", "0", skills=skills)
+    prefer(agent, 2)
+    agent.guide.options.out.bias.data[0] = 20.0  # one as often as the other
+    end_always(agent, -50.0)
+    actions = dreamt(agent, 200).action.argmax(-1).unflatten(1, (2, 3)).flatten(0, 1)  # of each option
+    assert {tuple(each) for each in actions.tolist()} == {(4, 4, 4), (1, 2, 3)}
+
+
 def test_imagined_option_of_one_step_and_primitives_decide_at_every_step():
     agent = options_agent("--imag_horizon", "4", "--actor.unimix", "0")
     for choice, action in ((0, 4), (SLOTS + 2, 2)):

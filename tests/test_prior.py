@@ -125,6 +125,8 @@ def test_the_actor_is_seen_through_the_prior_and_then_mixed_with_the_uniform():
     assert torch.allclose(seen.policy.parts[0].probs, expected, atol=1e-6)
     assert torch.equal(seen.plain.parts[0].probs, agent.behavior.actor(feat).parts[0].probs)
     assert float((expected - seen.plain.parts[0].probs).detach().abs().max()) > 0.01
+    bare = agent.guide.policy(agent.behavior, feat, advised=False)
+    assert torch.equal(bare.parts[0].probs, seen.plain.parts[0].probs)
     without = agent.guide.seen(agent.behavior, feat, advised=False)
     assert torch.equal(without.policy.parts[0].probs, seen.plain.parts[0].probs) and not without.beta.any()
 
@@ -388,11 +390,12 @@ def test_reliability_is_not_moved_by_a_critic_that_expects_too_much_or_too_littl
 def test_reliability_gain_by_hand():
     prior = make_prior(reliability_rate=1.0)
     logits = torch.log(torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.5, 0.25, 0.25]]]))
-    probs = torch.full((1, 3, 3), 1 / 3)
+    probs = torch.tensor([[[0.6, 0.2, 0.2], [0.0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]]])
     action = F.one_hot(torch.tensor([[0, 1, 2]]), 3).float()
     mask = torch.tensor([[True, True, False]])
     prior.follow(logits, probs, action, torch.tensor([[2.0, 1.0, 99.0]]), mask)
-    gain = (0.5 * (0.7 - 1 / 3) - 0.5 * (0.1 - 1 / 3)) / 2
+    followed = (0.7 * 0.4 - 0.2 * 0.2 - 0.1 * 0.2, 0.1 * 0.5 - 0.8 * 0.5)
+    gain = (0.5 * followed[0] - 0.5 * followed[1]) / 2
     assert torch.allclose(prior.reliability.moments, torch.tensor([1.0, gain, gain**2]))
     t = gain / math.sqrt(gain**2 + GAIN_FLOOR**2)  # of one update that is remembered
     assert float(prior.reliability.value) == pytest.approx(0.5 * (1 + math.erf(t / math.sqrt(2))))
