@@ -192,7 +192,7 @@ class Guide(Unguided):
         if self.prior:
             seen = self.last_seen  # of which `policy` is the mix
             kl = seen.policy.parts[0].detach().kl(seen.plain.parts[0])  # [N, H]
-            decided = torch.as_tensor(dream.decided, device=kl.device).expand_as(kl)
+            decided = torch.ones_like(kl) * dream.decided  # a number from the host would wait for the GPU
             mean = (kl.detach() * decided).sum() / decided.sum().clamp(min=1)
             self.prior.limit(mean)
             kl = torch.where(seen.beta > 0, kl, 0.0)  # without rounding errors where nobody advises
