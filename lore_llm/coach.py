@@ -275,7 +275,7 @@ class Coach(NoCoach):
             self._count("synthetic/eval_loss", loss)
 
     def _sequences(self, episodes: Sequence[Arrays]) -> Arrays:
-        """A batch of windows from the start of episodes; those that are too short are continued by others."""
+        """A batch of windows, evenly spread over the episodes, which lie one behind the other."""
         c = self.config
         window, rows = c.batch_length + c.replay_context, c.batch_size
         keys = [key for key in self.replay.layout if key not in ("deter", "stoch")]

@@ -71,7 +71,6 @@ class Guide(Unguided):
         self.config, self.captioner, self.rngs = config, captioner, generators
         self.ensemble = disagreement
         feat, self.actions = world_model.rssm.feat_size, world_model.actions.size
-        self.start_action = int(next(iter(world_model.actions.space.values())).start)
         self.prior = Prior(feat, self.actions, config) if config.prior.enabled else None
         self.options = OptionActor(feat, self.actions, config) if config.options.enabled else None
         self.subgoals: list[str | None] = [None] * config.options.max_options  # of the options, by slot
@@ -236,7 +235,8 @@ class Guide(Unguided):
         if self.options:
             losses["option_end"] = self.options.end_loss(feat, data)
         with torch.no_grad():
-            plain = self.policy(behavior, feat, advised=False)
+            if self.prior or self.ensemble:
+                plain = self.policy(behavior, feat, advised=False)
             if self.prior:
                 self._judge(world_model, behavior, feat, plain, data)
             if self.ensemble:
@@ -264,6 +264,8 @@ class Guide(Unguided):
     # --- Acting ----------------------------------------------------------------------------------------
 
     def act(self, behavior: ImagBehavior, feat: Tensor, advised: bool, training: bool) -> Policy:
+        if not (advised or training):  # nobody asks for its uncertainty
+            return self.policy(behavior, feat, advised=False)
         seen = self.seen(behavior, feat, advised)
         if training:
             self.doubt = seen.uncertainty.float().cpu().numpy()
