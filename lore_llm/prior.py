@@ -46,7 +46,7 @@ class Reliability(nn.Module):
         """The estimate, a scalar."""
         weight, mean, square = self.moments.unbind()
         total = weight.clamp(min=1e-30)
-        remembered = total * (2 / self.rate - 1)
+        remembered = (2 / self.rate - 1) * total / (2 - total)  # (sum of weights)^2 / sum of their squares
         t = remembered.sqrt() * (mean / total) / (square / total + GAIN_FLOOR**2).sqrt()
         return 0.5 * (1 + torch.erf(t / math.sqrt(2)))
 

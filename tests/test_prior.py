@@ -23,7 +23,7 @@ from run_helpers import differences
 import distributions as dists
 import dreamer
 from basics import UserError
-from lore_llm.prior import Prior, Reliability, bounded
+from lore_llm.prior import GAIN_FLOOR, Prior, Reliability, bounded
 
 
 def make_prior(*options: str, **values: float) -> Prior:
@@ -394,8 +394,20 @@ def test_reliability_gain_by_hand():
     prior.follow(logits, probs, action, torch.tensor([[2.0, 1.0, 99.0]]), mask)
     gain = (0.5 * (0.7 - 1 / 3) - 0.5 * (0.1 - 1 / 3)) / 2
     assert torch.allclose(prior.reliability.moments, torch.tensor([1.0, gain, gain**2]))
-    t = gain / math.sqrt(gain**2 + 0.02**2)  # of one update that is remembered
+    t = gain / math.sqrt(gain**2 + GAIN_FLOOR**2)  # of one update that is remembered
     assert float(prior.reliability.value) == pytest.approx(0.5 * (1 + math.erf(t / math.sqrt(2))))
+
+
+@pytest.mark.parametrize("updates", [1, 30, 300])
+def test_reliability_counts_the_updates_that_it_remembers(updates):
+    rate, reliability = 0.01, Reliability(0.01)
+    for index in range(updates):  # gains of -1 and 1.2 in turn
+        reliability.update(torch.tensor(1.2 if index % 2 else -1.0), torch.tensor(True))
+    weights = [rate * (1 - rate) ** age for age in range(updates)]
+    count = sum(weights) ** 2 / sum(weight**2 for weight in weights)
+    total, mean, square = reliability.moments.tolist()
+    t = math.sqrt(count) * (mean / total) / math.sqrt(square / total + GAIN_FLOOR**2)
+    assert float(reliability.value) == pytest.approx(0.5 * (1 + math.erf(t / math.sqrt(2))), abs=1e-4)
 
 
 def test_reliability_stays_where_nothing_was_advised_or_is_not_finite():
