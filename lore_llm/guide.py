@@ -219,7 +219,7 @@ class Guide(Unguided):
             self.rollout = None
         if self.options:
             chosen = dream.choice[..., : self.options.slots].sum(-1)
-            metrics["options/imagined_share"] = chosen.mean()
+            metrics["options/imagined_share"] = (chosen * dream.decided).sum() / dream.decided.sum()
         return losses, metrics
 
     def learn(
