@@ -53,6 +53,14 @@ class LLMAdapter:
         """Part of the cache's key: advisers that may answer the same question differently differ in it."""
         return f"{type(self).__module__}:{type(self).__qualname__} {self.spec.digest}"
 
+    @property
+    def by_observation(self) -> bool:
+        """Whether an answer depends on the whole observation, as `infer`'s does, not on the caption alone.
+
+        Then equal captions are no reason to take an earlier answer.
+        """
+        return type(self).advise is LLMAdapter.advise and type(self).ask is LLMAdapter.ask
+
     def infer(self, obs_np: Mapping[str, Any], num_actions: int) -> Mapping[str, Any]:
         """The simple form: a dict with `prior_logits` [num_actions], `confidence` 0..1 and `features` [K].
 
