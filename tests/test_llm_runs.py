@@ -9,6 +9,7 @@ from llm_servers import FakeLLM, Say
 from run_helpers import assert_same_run, log, metrics, signal_at, train
 
 import dreamer
+from lore_llm.captions import Captioner
 
 KEY = "sk-SecretOfTheTests123"
 LORE = (
@@ -33,6 +34,21 @@ def without_calls(logdir: Path) -> list[dict]:
     """Metrics, but not those of calls, which a replay does not make."""
     told = ("calls", "tokens", "cost", "cache_hit_rate")
     return [{k: v for k, v in line.items() if k.partition("/")[2] not in told} for line in metrics(logdir)]
+
+
+class Stumbling(Captioner):
+    """A user's captioner with a mistake."""
+
+    def caption(self, obs):
+        raise KeyError("image of the player")
+
+
+def test_a_captioner_that_fails_does_not_end_the_run(tmp_path):
+    options = ("--llm.captioner", f"{__name__}:Stumbling", "--llm.backend", "none", "--steps", "110")
+    assert train(tmp_path, *LORE, *options) == 0
+    assert "the captioner failed (KeyError in test_llm_runs.py" in log(tmp_path)
+    lines = (tmp_path / "decisions.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line)["caption"] is None for line in lines)
 
 
 @pytest.mark.slow
