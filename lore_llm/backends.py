@@ -187,6 +187,10 @@ def make_adviser(
     notes = [f"Adviser: {backend}{why}" + (f", model {made.model}." if getattr(made, "model", None) else ".")]
     if config["send_image"] and backend != "gemini" and ":" not in backend:
         notes.append(f"--llm.send_image True: {backend} gets no frames, only captions.")
+    if config["features"] and backend in ("rules", "none"):
+        notes.append(f"--llm.features {config['features']}: {backend} gives none, so they stay 0.")
+    if config["rules_quality"] != "oracle" and backend != "rules":
+        notes.append(f"--llm.rules_quality {config['rules_quality']} changes nothing: {backend} advises.")
     if backend == "gemini_cli" and config["timeout_s"] < SLOW_START:
         notes.append(
             f"The program gemini takes seconds to start: with --llm.timeout_s {config['timeout_s']:g} "

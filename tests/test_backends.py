@@ -897,8 +897,16 @@ def test_a_replay_needs_neither_key_nor_server_nor_program(connect, backend, tmp
         assert replayed.identity == connect(backend).identity
 
 
-def test_a_frame_that_goes_nowhere_is_said():
-    assert "--llm.send_image True: none gets no frames" in make("none", send_image=True)[1][1]
+@pytest.mark.parametrize(
+    "option, line",
+    [
+        ({"send_image": True}, "--llm.send_image True: none gets no frames"),
+        ({"features": 3}, "--llm.features 3: none gives none"),
+        ({"rules_quality": "adversarial"}, "--llm.rules_quality adversarial changes nothing: none advises"),
+    ],
+)
+def test_an_option_that_does_nothing_here_is_said(option, line):
+    assert len(make("none")[1]) == 1 and line in make("none", **option)[1][1]
 
 
 def test_every_name_of_a_backend_is_an_option():
