@@ -622,12 +622,13 @@ def test_a_program_that_counts_otherwise_still_advises(program, stats):
     assert reply.answers[0].advice.plan == ("left",) and reply.tokens_in > 100
 
 
-def test_a_slow_program_is_ended_with_its_children(program):
-    program.install("""\
+@pytest.mark.parametrize("end", ["time.sleep(60)", "os._exit(0)"])
+def test_a_slow_program_is_ended_with_its_children(program, end):
+    program.install(f"""\
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         with open(os.path.join(here, "child"), "w") as file:
             file.write(str(child.pid))
-        time.sleep(60)
+        {end}
     """)
     adviser, notes = make("gemini_cli", timeout_s=2.5)
     assert "Try 30" in notes[1]
