@@ -295,14 +295,18 @@ class Dreamer:
         return float(sum(self.config.loss_scales[name] * loss.mean() for name, loss in losses.items()))
 
     @torch.no_grad()
-    def explain(self, state: dict[str, Tensor]) -> list[dict]:
-        """Of each env, in a state that `act` returned, why the agent does what it does: see docs/llm.md."""
+    def explain(self, state: dict[str, Tensor], advised: bool = True) -> list[dict]:
+        """Of each env, in a state that `act` returned, why the agent does what it does: see docs/llm.md.
+
+        What `Unguided.explain` tells, the index of the `action`, the `value`, and the `predicted_return` of
+        imagined steps from there.
+        """
         feat, amount = self.rssm.feat(state), len(state["deter"])
         with self.autocast():
-            seen = self.guide.seen(self.behavior, feat)
+            views = self.guide.explain(self.behavior, feat, state, advised)
             value = self.behavior.critic(feat).mean
             start = {k: state[k].repeat_interleave(EXPLAIN_ROLLOUTS, 0) for k in ("deter", "stoch")}
-            dream = self.guide.imagine(self.behavior, self.rssm, start, self.rngs["report"])
+            dream = self.guide.imagine(self.behavior, self.rssm, start, self.rngs["report"], advised)
             reward = self.world_model.reward_head(dream.feat).mean
             cont = self.world_model.cont_head(dream.feat).prob
             values = self.behavior.critic(dream.feat).mean
@@ -310,12 +314,12 @@ class Dreamer:
         expected = ret[:, 0].unflatten(0, (amount, EXPLAIN_ROLLOUTS)).mean(1)
         return [
             {
-                **self.guide.explain(seen, state, env),
+                **view,
                 "action": int(state["action"][env].argmax()),
                 "value": float(value[env]),
                 "predicted_return": float(expected[env]),
             }
-            for env in range(amount)
+            for env, view in enumerate(views)
         ]
 
     def report(self, batch: Arrays) -> dict[str, np.ndarray]:
@@ -631,9 +635,9 @@ class Run:
         self._parts.callback(envs.close)
         return envs
 
-    def _print_notes(self, envs: VecEnv) -> None:
-        """Tell what the envs have to say of themselves, each line once."""
-        for line in [*envs.notes(), *self.coach.notes()]:
+    def _print_notes(self, envs: VecEnv | None = None) -> None:
+        """Tell what the coach and the envs have to say of themselves, each line once."""
+        for line in [*(envs.notes() if envs else []), *self.coach.notes()]:
             if line not in self._noted:
                 self._noted.add(line)
                 self.print(line)
@@ -695,7 +699,7 @@ class Run:
         """
         if self.next_batch:
             wait([self.next_batch])  # of a step that failed: it reads the replay
-        self._print_notes(self.envs)  # they are in no checkpoint
+        self._print_notes()  # the coach's are in no checkpoint; the envs may be closed
         # Two, for until the checkpoint is written, an older one of the same step needs its own.
         place = self._replay_state(self.step)
         replay = self.replay.save(place, latents=clean, keep=2)
@@ -976,11 +980,13 @@ class AdvisedAgent:
 class EvalEpisode:
     """One finished episode as arrays [L, ...] by key, actions included, from the reset on.
 
-    `intrinsic` [L] is the reward that a curious agent expected at each step.
+    `intrinsic` [L] is the reward that a curious agent expected at each step. `views` [L] say why it acted as
+    it did, where somebody asked.
     """
 
     steps: Arrays
     intrinsic: np.ndarray | None = None
+    views: Sequence[dict] = ()
 
     @property
     def score(self) -> float:
@@ -1047,36 +1053,42 @@ def play_episodes(
     generator: torch.Generator,
     first: int = 0,
     curiosity: Callable[[dict[str, Tensor]], np.ndarray | None] = lambda state: None,
+    explain: Callable[[Arrays, dict[str, Tensor]], Sequence[dict]] = lambda obs, state: (),
 ) -> Iterator[EvalEpisode]:
     """Play `share` full episodes in each env, from episode number `first` on; yields them as they finish.
 
     Each env counts the same number, so that envs whose episodes are short do not weigh more. `agent` is
     anything with the agent's `initial_state` and `act`. `curiosity` tells the intrinsic rewards [n] of the
-    state that `act` returns.
+    state that `act` returns, and `explain` a view [n] of observations and that state.
     """
     amount = len(envs)
     obs, state = envs.reset(first), agent.initial_state(amount)
     running: list[list[Arrays]] = [[] for _ in range(amount)]
     rewards: list[list[float]] = [[] for _ in range(amount)]  # intrinsic ones
+    views: list[list[dict]] = [[] for _ in range(amount)]
     left = [share] * amount
     while any(left):
         action, state, _ = agent.act(obs, state, generator)
-        intrinsic = curiosity(state)
+        intrinsic, seen = curiosity(state), explain(obs, state)
         for index, steps in enumerate(running):
             if not left[index]:
                 continue
             if obs["is_first"][index]:
                 steps.clear()  # the env's worker was restarted: the episode that it broke off does not count
                 rewards[index].clear()
+                views[index].clear()
             steps.append({key: value[index] for key, value in {**obs, **action}.items()})
             if intrinsic is not None:
                 rewards[index].append(intrinsic[index])
+            views[index] += seen[index : index + 1]
             if obs["is_last"][index]:
                 left[index] -= 1
                 arrays = {k: np.stack([s[k] for s in steps]) for k in steps[0]}
-                yield EvalEpisode(arrays, np.array(rewards[index]) if rewards[index] else None)
+                expected = np.array(rewards[index]) if rewards[index] else None
+                yield EvalEpisode(arrays, expected, tuple(views[index]))
                 steps.clear()
                 rewards[index].clear()
+                views[index].clear()
         if any(left):
             obs = envs.step(action)
 

@@ -2,6 +2,7 @@
 
 Plays full episodes with the weights and the config of a checkpoint, in worlds that training never saw, and
 tells the mean return with a confidence interval. `--random` plays the same worlds with random actions.
+`--explain` makes videos that show beside each frame why the agent acted so.
 The result goes to the standard output, what happens meanwhile to the standard error.
 """
 
@@ -24,13 +25,27 @@ import audio
 import tools
 from basics import UserError, numpy_rng
 from config import Config
-from dreamer import Arrays, Dreamer, EvalEpisode, choose_device, play_episodes, run_folder, write_video
+from dreamer import (
+    AdvisedAgent,
+    Arrays,
+    Dreamer,
+    EvalEpisode,
+    choose_device,
+    newest,
+    play_episodes,
+    run_folder,
+    write_video,
+)
 from envs import make_env
 from exploration import Random
+from logger import write_mp4
+from lore_llm.captions import Captioner, make_captioner
+from lore_llm.panel import decision_panel
 from parallel import VecEnv, make_vec
 from stats import SuccessRates, bootstrap_interval
 
 CONFIDENCE = 0.95  # of the interval
+PANEL_PIXELS = 420  # width of what --explain shows beside a frame
 SEEDS = "evaluate"  # names the seeds of these episodes: apart from training's and from its evaluations'
 
 
@@ -58,7 +73,9 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     random: bool = False,
+    advised: bool = False,
     video_folder: Path | None = None,
+    explain_folder: Path | None = None,
 ) -> dict:
     """Play `episodes` full episodes as the agent of a checkpoint, or at random, and sum them up.
 
@@ -67,7 +84,9 @@ def evaluate(
         episodes: how many in all, a multiple of `envs`: the same number in each env.
         envs: how many are played side by side; more than one run in a process each.
         seed: of worlds and actions. With the same `envs` too, every agent plays the same worlds.
+        advised: play as in training, with the actor seen through the prior that was learned from the advice.
         video_folder: where an mp4 (and a wav) of each episode is written; None writes none.
+        explain_folder: where an mp4 of each episode is written that also shows why the agent acted so.
 
     Returns:
         Plain values for JSON; see `summarize`. Raises UserError.
@@ -80,19 +99,25 @@ def evaluate(
     for note in notes:
         print(note, file=sys.stderr)
     config = Config.from_yaml(payload["config"], f"the config in {path}")
+    if advised and not config.prior.enabled:
+        raise UserError(
+            "--advised plays through the prior of a run with prior.enabled True; this one has none"
+        )
     # Compiling would take longer than most evaluations.
     config = config.replace({"seed": seed, "compile": False})
     chosen = choose_device(device)
     if config.threads:
         torch.set_num_threads(config.threads)
     parallel = "process" if envs > 1 else "none"
-    make = functools.partial(make_env, config, SEEDS, video=video_folder is not None)
+    make = functools.partial(make_env, config, SEEDS, video=bool(video_folder or explain_folder))
     options = config.envs
     vec = make_vec(make, envs, parallel, timeout=options.timeout, max_restarts=options.max_restarts)
     try:
         heard = audio.waveform_keys(vec.obs_space, config)
         if video_folder and not (has_images(vec) or heard):
             raise UserError(f"{config.task} shows no images, so there is nothing for --video")
+        if explain_folder:
+            captioner = captioner_of(vec, config)
         for note in vec.notes():
             print(note, file=sys.stderr)
         if random:
@@ -100,25 +125,66 @@ def evaluate(
         else:
             agent = Dreamer(vec.obs_space, vec.act_space, config, chosen)
             agent.load_state_dict(payload["agent"], resume=False)
+        player, watch = agent, {"curiosity": agent.curiosity}
+        if advised:
+            player = AdvisedAgent(agent)
+            if not agent.guide.weighs():
+                print("The prior has no weight any more (llm.until), so it changes nothing", file=sys.stderr)
+        if explain_folder:
+            watch["explain"] = functools.partial(explained, agent, captioner, advised)
         label = "random" if random else payload["step"]
         generator = tools.torch_rng(seed, SEEDS, device=chosen)
         done, videos = [], []
-        played = play_episodes(agent, vec, episodes // envs, generator, curiosity=agent.curiosity)
+        played = play_episodes(player, vec, episodes // envs, generator, **watch)
         for index, episode in enumerate(played):
             done.append(outcome(episode, config.action_repeat))
             print(f"episode {index + 1}/{episodes}: return {episode.score:.4g}", file=sys.stderr, flush=True)
             if video_folder:
                 file = video_folder / f"evaluate_{label}_{index}.mp4"
                 videos += write_video(file, episode, config, heard)
+            if explain_folder:
+                videos.append(explain_folder / f"explain_{label}_{index}.mp4")
+                write_explained(videos[-1], episode, config)
     finally:
         vec.close()
-    about = {"task": config.task, "policy": "random" if random else "agent", "checkpoint": str(path)}
+    policy = "random" if random else "advised" if advised else "agent"
+    about = {"task": config.task, "policy": policy, "checkpoint": str(path)}
     about |= {"step": payload["step"], "seed": seed, "episodes": episodes, "envs": envs}
     return {**about, **summarize(done, config.task), "videos": [str(video) for video in videos]}
 
 
 def has_images(envs: VecEnv) -> bool:
     return any(len(s.shape) == 3 and s.dtype == np.uint8 for s in envs.obs_space.values())
+
+
+def captioner_of(envs: VecEnv, config: Config) -> Captioner:
+    """Who puts situations into words for `--explain`. Raises UserError where there is nothing to show."""
+    kinds = list(envs.act_space.values())
+    if len(kinds) != 1 or not isinstance(kinds[0], gymnasium.spaces.Discrete):
+        raise UserError(f"--explain shows one Discrete action; {config.task} has {dict(envs.act_space)}")
+    if not has_images(envs):
+        raise UserError(f"{config.task} shows no images, so there is nothing for --explain")
+    return make_captioner(config, envs.obs_space, envs.act_space)
+
+
+def explained(agent: Dreamer, captioner: Captioner, advised: bool, obs: Arrays, state: dict) -> list[dict]:
+    """What `decision_panel` shows of each env, after the agent acted on `obs` [n, ...]."""
+    actions = list(captioner.actions)
+    views = agent.explain(state, advised)
+    for env, view in enumerate(views):
+        view["caption"] = captioner.caption({key: value[env] for key, value in obs.items()})
+        view |= {"actions": actions, "choice": actions[view["action"]]}
+    return views
+
+
+def write_explained(path: Path, episode: EvalEpisode, config: Config) -> None:
+    """Write an episode as an mp4 with its views beside the frames."""
+    frames = newest(episode.frames, config.frame_stack)  # [L, H, W, C]
+    frames = frames if frames.shape[-1] == 3 else frames[..., :1].repeat(3, -1)
+    pictures = (
+        decision_panel(frame, view, PANEL_PIXELS) for frame, view in zip(frames, episode.views, strict=True)
+    )
+    write_mp4(path, pictures, config.video_fps)
 
 
 def outcome(episode: EvalEpisode, action_repeat: int) -> dict[str, float]:
@@ -160,6 +226,7 @@ def summarize(episodes: list[dict[str, float]], task: str) -> dict:
 def report(result: Mapping) -> str:
     """The result for people, in a few lines."""
     who = "random actions" if result["policy"] == "random" else f"the agent at step {result['step']:,}"
+    who += ", through the prior" if result["policy"] == "advised" else ""
     returns, lengths, interval = result["returns"], result["lengths"], result["return_interval"]
     spread = f"{min(returns):.4g} to {max(returns):.4g}"
     if interval:
@@ -202,7 +269,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--seed", metavar="S", type=int, default=0, help="of worlds and actions; 0 by default")
     add("--device", metavar="D", default="auto", help="auto (by default), cpu, cuda, or one GPU: cuda:1")
     add("--random", action="store_true", help="random actions instead of the agent's: the baseline")
+    add("--advised", action="store_true", help="as in training, through the prior learned from advice")
     add("--video", action="store_true", help="write {logdir}/videos/evaluate_{step}_{episode}.mp4 (and .wav)")
+    add(
+        "--explain",
+        action="store_true",
+        help="write {logdir}/videos/explain_{step}_{episode}.mp4: beside each frame the caption, the actor's "
+        "and the adviser's probabilities, what was chosen, value and predicted return",
+    )
     add("--json", action="store_true", help="the result as one JSON object")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -211,6 +285,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"{unknown[0]} is not an option; the nearest is {nearest}")
     if not (args.logdir or args.from_checkpoint):
         raise UserError("Which run? Give --logdir DIR, or --from_checkpoint with a checkpoint file")
+    for name in ("advised", "explain"):
+        if args.random and getattr(args, name):
+            raise UserError(f"--{name} is about the agent, and --random plays without it: leave one out")
     return args
 
 
@@ -227,7 +304,9 @@ def main(argv: list[str] | None = None) -> int:
             seed=args.seed,
             device=args.device,
             random=args.random,
+            advised=args.advised,
             video_folder=folder / "videos" if args.video else None,
+            explain_folder=folder / "videos" if args.explain else None,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,6 +7,7 @@ Other modules report through `logging.getLogger("lore")`; it ends in train.log a
 import contextlib
 import datetime
 import io
+import itertools
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -357,16 +358,24 @@ def write_wav(path: str | Path, sound: np.ndarray, rate: int) -> None:
 
 
 def write_mp4(
-    path: str | Path, frames: np.ndarray, fps: float, sound: np.ndarray | None = None, rate: int = 0
+    path: str | Path,
+    frames: np.ndarray | Iterable[np.ndarray],
+    fps: float,
+    sound: np.ndarray | None = None,
+    rate: int = 0,
 ) -> None:
     """Write frames, uint8 [T, H, W, C], as an mp4 file that appears whole or not at all.
+
+    Or anything that gives frames [H, W, 3] of one size: they are taken one by one, so a long video needs no
+    memory.
 
     Small frames are enlarged by a whole factor, and odd sizes get a black row or column: the codec needs even
     ones. `sound` and `rate` are those of `write_wav`; of more than two channels the first two are taken.
     Raises UserError when it cannot be written.
     """
-    frames = np.ascontiguousarray(_to_rgb(frames))
-    height, width = frames.shape[1:3]
+    frames = iter(_to_rgb(frames) if isinstance(frames, np.ndarray) else frames)
+    first = next(frames)
+    height, width = first.shape[:2]
     scale = max(1, -(-MIN_VIDEO_PIXELS // min(height, width)))
     filters = f"scale=iw*{scale}:ih*{scale}:flags=neighbor,pad=ceil(iw/2)*2:ceil(ih/2)*2"
     try:
@@ -385,9 +394,20 @@ def write_mp4(
             write_wav(Path(folder) / "sound.wav", sound[:, :2], rate)
             command += ["-i", str(Path(folder) / "sound.wav"), "-c:a", "aac"]
         command += ["-vf", filters, "-pix_fmt", "yuv420p", str(temp)]
-        done = subprocess.run(command, input=frames.data.cast("B"), capture_output=True, **group)
-        if done.returncode:
-            reason = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
+        errors = Path(folder) / "errors.txt"
+        with (
+            open(errors, "wb") as told,
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=told, stderr=told, **group) as ffmpeg,
+        ):
+            for frame in itertools.chain([first], frames):
+                try:
+                    ffmpeg.stdin.write(np.ascontiguousarray(frame).data.cast("B"))
+                except OSError:  # it has ended, and says why
+                    break
+            with contextlib.suppress(OSError):
+                ffmpeg.stdin.close()
+        if ffmpeg.returncode:
+            reason = errors.read_text(errors="replace").strip() or f"exit code {ffmpeg.returncode}"
             raise UserError(f"Cannot write {path}: ffmpeg says: {reason}")
         atomic_write(path, lambda file: file.write(temp.read_bytes()))
 

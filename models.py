@@ -334,8 +334,8 @@ class Unguided(nn.Module):
     A guide stands between the actor and whoever asks it. lore_llm/guide.py has the one that heeds advice.
     """
 
-    def policy(self, behavior: "ImagBehavior", feat: Tensor) -> Policy:
-        """The distribution over the actor's choices in feat [..., F]."""
+    def policy(self, behavior: "ImagBehavior", feat: Tensor, advised: bool = True) -> Policy:
+        """The distribution over the actor's choices in feat [..., F], seen through the prior if `advised`."""
         return behavior.actor(feat)
 
     def act(self, behavior: "ImagBehavior", feat: Tensor, advised: bool, training: bool) -> Policy:
@@ -349,7 +349,12 @@ class Unguided(nn.Module):
         return start, 1.0
 
     def imagine(
-        self, behavior: "ImagBehavior", rssm: networks.RSSM, start: State, generator: torch.Generator | None
+        self,
+        behavior: "ImagBehavior",
+        rssm: networks.RSSM,
+        start: State,
+        generator: torch.Generator | None,
+        advised: bool = True,
     ) -> Imagined:
         """Follow the policy from start states [N, ...]."""
         horizon, batch = behavior.config.imag_horizon, len(start["deter"])
@@ -358,7 +363,8 @@ class Unguided(nn.Module):
         state, feats, actions = start, [rssm.feat(start)], []
         weights = rssm.split_weights()
         for t in range(horizon):
-            action = self.policy(behavior, feats[-1].detach()).sample([n[t] for n in policy_noise])
+            policy = self.policy(behavior, feats[-1].detach(), advised)
+            action = policy.sample([n[t] for n in policy_noise])
             state = rssm.imagine(state, action, noise[t], weights)
             feats.append(rssm.feat(state))
             actions.append(action)
@@ -380,6 +386,17 @@ class Unguided(nn.Module):
     ) -> tuple[Losses, Metrics]:
         """Losses (scalars) of its own nets from replayed steps [B, T, ...]."""
         return {}, {}
+
+    def explain(
+        self, behavior: "ImagBehavior", feat: Tensor, state: State, advised: bool
+    ) -> list[dict[str, Any]]:
+        """Of each env, in feat [n, F] of an acting state, why it does what it does.
+
+        The actor's and the adviser's (or None) probabilities of the primitive actions [A], those of the mix
+        that was drawn from, the prior's weight `beta`, and the `option` that runs, or None.
+        """
+        probs = self.policy(behavior, feat).parts[0].probs.tolist()
+        return [{"actor": p, "adviser": None, "mix": p, "beta": 0.0, "option": None} for p in probs]
 
     def weighs(self) -> bool:
         """Whether there is a prior that has any weight."""

@@ -163,13 +163,18 @@ class Guide(Unguided):
         return starts, (weight * len(weight) / weight.sum())[:, None]  # so that a mean is the weighted one
 
     def imagine(
-        self, behavior: ImagBehavior, rssm: networks.RSSM, start: State, generator: torch.Generator | None
+        self,
+        behavior: ImagBehavior,
+        rssm: networks.RSSM,
+        start: State,
+        generator: torch.Generator | None,
+        advised: bool = True,
     ) -> Imagined:
         if self.options is None:
-            return super().imagine(behavior, rssm, start, generator)
+            return super().imagine(behavior, rssm, start, generator, advised)
 
         def policy(feat: Tensor) -> Policy:
-            return self.policy(behavior, feat)
+            return self.policy(behavior, feat, advised)
 
         # Training's other draws stay as they are without options, and views disturb no training.
         ends = self.rngs["options"] if generator is self.rngs["train"] else generator
@@ -378,8 +383,13 @@ class Guide(Unguided):
         success = reached if slot and self.subgoals[slot[0]] else gain > 0
         self.outcomes.append(Outcome(env, uid, gain, error, success, int(own["position"][env])))
 
-    def explain(self, seen: Seen, state: Mapping[str, Tensor], env: int) -> dict[str, Any]:
-        """Why it acts as it does in an env: probabilities of the primitive actions, and what is chosen."""
+    def explain(
+        self, behavior: ImagBehavior, feat: Tensor, state: State, advised: bool
+    ) -> list[dict[str, Any]]:
+        seen = self.seen(behavior, feat, advised)
+        return [self._explain(seen, state, env) for env in range(len(feat))]
+
+    def _explain(self, seen: Seen, state: State, env: int) -> dict[str, Any]:
         plain, mix = (primitives(policy, self.actions)[env].tolist() for policy in (seen.plain, seen.policy))
         prior = torch.softmax(seen.prior[env], -1).tolist() if self.prior else None
         view = {"actor": plain, "adviser": prior, "mix": mix, "beta": float(seen.beta[env]), "option": None}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import networks
 
 SMALLEST_TARGET = 1e-6  # nats
-GAIN_FLOOR = 0.02  # gains, in units of the scale of returns, that are too small to tell anything
+GAIN_FLOOR = 0.001  # gains, in units of the scale of returns, that are too small to tell anything
 
 
 class Reliability(nn.Module):

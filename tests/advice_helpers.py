@@ -26,7 +26,7 @@ OBS = {
 
 def advised_config(paths: Sequence[str] = PATHS, *options: str) -> Config:
     """Of an agent that is advised along some paths."""
-    argv = ["--configs", "debug", "--batch_size", str(BATCH), "--batch_length", str(LENGTH)]
+    argv = ["--configs", "debug", "dummy_cue", "--batch_size", str(BATCH), "--batch_length", str(LENGTH)]
     argv += ["--precision", "float32"]
     if paths:
         argv += ["--llm.enabled", "True", "--llm.backend", "none"]

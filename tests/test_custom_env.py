@@ -1,5 +1,6 @@
 """Custom environments train, with every option and wrapper that docs/custom_env.md promises."""
 
+import json
 import re
 import shlex
 import signal
@@ -301,6 +302,8 @@ def workdir(tmp_path, monkeypatch) -> Path:
             path.write_text(block)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):  # else a language model would be asked
+        monkeypatch.delenv(name, raising=False)
     yield tmp_path
     for name in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
         del sys.modules[name]
@@ -321,6 +324,33 @@ def test_debug_command_of_the_guide_runs(workdir, command):
     assert argv[:2] == ["python3", "dreamer.py"]
     assert main(*argv[2:], *FAST) == 0
     assert metrics(Path(argv[argv.index("--logdir") + 1]))
+
+
+def test_captioner_of_the_guide_tells_what_the_agent_does_not_see(workdir):
+    (command,) = (command for command in COMMANDS if "--llm.captioner" in command)
+    assert main(*shlex.split(command)[2:], *FAST, "--logdir", "./advised") == 0
+    decisions = (workdir / "advised" / "decisions.jsonl").read_text().splitlines()
+    captions = {json.loads(line)["caption"] for line in decisions}
+    assert captions and all(re.fullmatch(r"The end is \d steps to the right\.", each) for each in captions)
+    for file in list_episodes(workdir / "advised" / "train_eps"):
+        with np.load(file.path) as episode:
+            assert "clock" in episode and "symbolic" not in episode
+    from mypackage.corridor import Corridor, CorridorCaptioner
+
+    env = Corridor()
+    captioner = CorridorCaptioner(["action_0", "action_1"], env.obs_space)
+    before, _ = env.reset(seed=0)
+    assert captioner.actions == ("left", "right")
+    while True:
+        now, _, terminated, _, _ = env.step(1)
+        assert not captioner.blocked(before, now, 1)
+        assert captioner.reached("reach_end", before, now) == terminated
+        if terminated:
+            break
+    env.reset(seed=0)
+    env.place = 0
+    before = env.observe()
+    assert captioner.blocked(before, env.step(0)[0], 0)
 
 
 def test_the_preset_takes_all_options_of_the_guide(tmp_path):

@@ -28,7 +28,7 @@ READMES = ("README.md", "README.ja.md")
 ACTIVATE = ("source .venv/bin/activate", r".venv\Scripts\Activate.ps1")
 MAKE_OPTIONS = ("PYTHON", "CONFIGS", "LOGDIR", "ARGS")
 PYTHONS = ("python3", "python", "py")
-TRAIN = "python3 dreamer.py --configs crafter debug --logdir ./logdir/debug"  # is really run
+TRAIN = "python3 dreamer.py --configs crafter lore_full debug --logdir ./logdir/debug"  # is really run
 STEPS = 160  # past an evaluation
 
 
@@ -120,10 +120,12 @@ def understand_script(args: list[str]) -> None:
 def workdir(tmp_path_factory) -> Path:
     """A folder in which the README's debug run was run; ./logdir/crafter is the same run."""
     folder = tmp_path_factory.mktemp("work")
+    keys = ("GEMINI_API_KEY", "GOOGLE_API_KEY")  # with one, a language model would be asked
+    env = {name: value for name, value in os.environ.items() if name not in keys}
     assert TRAIN in commands("README.md")
     _, script, *options = shlex.split(TRAIN)
-    command = [sys.executable, ROOT / script, *options, "--steps", str(STEPS)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, ROOT / script, *options, "--steps", str(STEPS), "--llm.until", str(STEPS)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.copytree(folder / "logdir" / "debug", folder / "logdir" / "crafter")
     return folder
@@ -199,6 +201,7 @@ def test_every_file_is_listed(readme):
 def test_a_run_writes_what_is_listed(readme, workdir):
     logdir = workdir / "logdir" / "debug"
     patterns = [name.rstrip("/") for name in first_column(readme, OUTPUT)]
+    patterns.remove("llm_cache.sqlite")  # of a language model: see test_llm_docs.py
     for path in logdir.iterdir():
         assert any(fnmatchcase(path.name, pattern) for pattern in patterns), path
     for pattern in patterns:
@@ -224,6 +227,21 @@ def test_the_metrics_that_are_listed_exist(readme, workdir):
         assert any(fnmatchcase(name, pattern) for name in known), pattern
 
 
+def metrics_of_advice(folder: Path) -> set[str]:
+    """Metrics of runs that a language model advises: one with all paths, one with an ensemble."""
+    model = (
+        "--llm.backend openai --llm.model fake --llm.min_gap_steps 1 --llm.until 200 --llm.base_url".split()
+    )
+    plans = "--synthetic_warmup 0 --synthetic_settled 1 --synthetic_execution_prob 1 --ask_uncertainty 0"
+    explorer = "--expl_behavior plan2explore --expl_task_actor shared --eval_every 0 --steps 60"
+    with FakeLLM() as server:
+        model.append(server.openai_url)
+        server.script(Say(text="not JSON"))
+        assert train(folder / "full", "--configs", "lore_full", *model, *plans.split()) == 0
+        assert train(folder / "prior", "--configs", "lore_prior", *model, *explorer.split()) == 0
+    return metrics_of(folder / "full") | metrics_of(folder / "prior")
+
+
 def test_docs_logs_explains_each_metric_and_no_other(workdir, tmp_path):
     patterns = first_column("docs/logs.md", 0)
     metrics = metrics_of(workdir / "logdir" / "debug")
@@ -231,12 +249,7 @@ def test_docs_logs_explains_each_metric_and_no_other(workdir, tmp_path):
         run = ("--expl_behavior", name, "--expl_task_actor", actor, "--steps", "60", "--eval_every", "0")
         assert train(tmp_path / name, *run) == 0
         metrics |= metrics_of(tmp_path / name)
-    with FakeLLM() as server:
-        server.script(Say(status=500))
-        run = ("--configs", "debug", "dummy_cue", "lore_full", "--steps", "60", "--eval_every", "0")
-        run += ("--llm.backend", "openai", "--llm.model", "fake", "--llm.base_url", server.openai_url)
-        assert train(tmp_path / "llm", *run) == 0
-        metrics |= metrics_of(tmp_path / "llm")
+    metrics |= metrics_of_advice(tmp_path)
     for name in metrics:
         assert any(fnmatchcase(name, pattern) for pattern in patterns), f"{name} is not explained"
     absents = ("loss/vector", "loss/audio", "env/tv", "env/tv_share", "eval/tv_share")
@@ -280,10 +293,11 @@ def test_every_suite_is_listed_with_tasks_that_exist(readme):
             envs.make_env(config.load(["--task", task]), "train", 0)
 
 
-PAGES = ("logs", "workers", "audio", "exploration", "ablation")
+PAGES = ("logs", "workers", "audio", "exploration", "llm", "llm.ja", "ablation")
 
 
 @pytest.mark.parametrize("page", [*READMES, *(f"docs/{name}.md" for name in PAGES)])
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)]+)\)", text_of(page)):
-        assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), target
+        path = (ROOT / page).parent / target.partition("#")[0]
+        assert target.startswith("https://") or path.exists(), target

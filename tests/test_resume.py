@@ -3,7 +3,9 @@
 import re
 import shutil
 import signal
+import struct
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -196,13 +198,23 @@ def test_episodes_younger_than_the_checkpoint_are_set_aside_and_not_counted(kill
     assert after["transitions"] == known["transitions"] + 2
 
 
+def middle_of_largest_member(path):
+    """Where in a zip file the middle of its largest member's data lies: between members there is padding."""
+    with zipfile.ZipFile(path) as archive:
+        member = max(archive.infolist(), key=lambda member: member.file_size)
+    with open(path, "rb") as file:
+        file.seek(member.header_offset)
+        name, extra = struct.unpack("<26xHH", file.read(30))  # lengths, at the end of the local header
+    return member.header_offset + 30 + name + extra + member.compress_size // 2
+
+
 @posix
 @pytest.mark.parametrize("damage", ["cut off", "one bit flipped", "empty"])
 def test_broken_checkpoint_is_noticed_and_the_one_before_is_used(killed, damage):
     data = (killed / "latest.pt").read_bytes()
-    middle = len(data) // 2
-    flipped = data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
-    broken = {"cut off": data[:middle], "one bit flipped": flipped, "empty": b""}[damage]
+    place = middle_of_largest_member(killed / "latest.pt")
+    flipped = data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+    broken = {"cut off": data[: len(data) // 2], "one bit flipped": flipped, "empty": b""}[damage]
     for name in ("latest.pt", f"checkpoints/step-{80:012d}.pt"):  # one file, where it was not copied
         (killed / name).write_bytes(broken)
     with signal_at(61):

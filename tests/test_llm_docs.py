@@ -1,0 +1,356 @@
+"""What docs/llm.md promises is so: its commands run, its classes advise, its tables and numbers are right."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from llm_servers import FakeLLM, Say
+from run_helpers import log, main, metrics, train
+from test_readme import metrics_of
+
+import config as configs
+import dreamer
+import evaluate
+from envs import make_env
+from lore_llm import advice, language_models
+from lore_llm.advice import PROBLEMS, AdviceSpec, Request
+from lore_llm.captions import make_captioner
+from lore_llm.options import SkillLibrary
+
+ROOT = Path(__file__).parent.parent
+GUIDES = ("docs/llm.md", "docs/llm.ja.md")
+KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "GEMINI_MODEL", "OPENAI_API_KEY", "GOOGLE_GEMINI_BASE_URL")
+KEY = "secret-key-of-the-test"
+FAST = (
+    "--configs debug --device cpu --steps 130 --eval_every 0 --save_every 1000 --llm.until 130 "
+    "--log_decisions_every 10 --train_ratio 1"
+).split()
+
+
+def text_of(guide: str) -> str:
+    return (ROOT / guide).read_text(encoding="utf-8")
+
+
+def blocks(language: str, guide: str = GUIDES[0]) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(guide), re.MULTILINE | re.DOTALL)
+
+
+def tables(guide: str) -> list[list[list[str]]]:
+    """The cells of each row of each table."""
+    found = re.findall(r"(?:^\|.*\n)+", text_of(guide), re.MULTILINE)
+    return [[row.split(" | ") for row in table.strip("| \n").split("\n")][2:] for table in found]
+
+
+def names(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+TRAIN = [command for command in COMMANDS if command.startswith("python3 dreamer.py")]
+
+
+def command_with(*words: str) -> list[str]:
+    """The options of the one training command of the guide that has these words."""
+    (found,) = (command for command in TRAIN if all(word in shlex.split(command) for word in words))
+    return shlex.split(found)[2:]
+
+
+@pytest.fixture(autouse=True)
+def workdir(tmp_path, monkeypatch) -> Path:
+    """A folder with the modules of the guide, from which commands are run; no keys in the environment."""
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "mypackage").mkdir()
+    for block in blocks("python"):
+        if match := re.match(r"# (mypackage/\w+\.py)\n", block):
+            (tmp_path / match[1]).write_text(block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mypackage"]:
+        del sys.modules[name]
+
+
+def last(logdir: Path, name: str) -> float:
+    """The last value that a run logged of a metric, 0 if none."""
+    return next((line[name] for line in reversed(metrics(logdir)) if name in line), 0.0)
+
+
+# The text
+
+
+def test_both_guides_hold_the_same_blocks_and_as_many_rows():
+    own, other = (re.findall(r"^```.*?^```$", text_of(guide), re.M | re.S) for guide in GUIDES)
+    assert own == other
+    own, other = (
+        [[sorted(names(cell)) for row in table for cell in row] for table in tables(guide)]
+        for guide in GUIDES
+    )
+    assert own == other
+    assert [len(text_of(guide).split("\n## ")) for guide in GUIDES] == [12, 12]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_options_that_are_named_exist(guide):
+    schema = configs.read()
+    groups = ("llm", "prior", "synthetic", "options")
+    for name in re.findall(r"`(?:--)?((?:llm|prior|synthetic|options)\.[\w.]+)", text_of(guide)):
+        assert name in schema.options, name
+    for name in re.findall(r"`--([\w.]+)", text_of(guide)):
+        assert name in schema.options, name
+    leaves = {name.partition(".")[2] for name in schema.options if name.split(".")[0] in groups}
+    turned = [name for row in troubles(guide) for name in names(row[2])]
+    others = {"gemini_cli", "train.log", "decisions.jsonl", "skills.yaml", "synthetic/eval_loss"}
+    others |= set(PROBLEMS)
+    assert len(turned) > 25
+    for name in turned:
+        assert name in leaves | others, name
+
+
+def troubles(guide: str) -> list[list[str]]:
+    return tables(guide)[3]
+
+
+def test_metrics_of_the_troubleshooting_table_are_those_of_logs_md():
+    explained = set(names(text_of("docs/logs.md")))
+    for guide in GUIDES:
+        looked_at = [name for row in troubles(guide) for name in names(row[1]) if "/" in name]
+        assert len(looked_at) > 20
+        for name in looked_at:
+            one_of = "llm_adapter/errors/*" if name.startswith("llm_adapter/errors/") else name
+            assert one_of in explained, name
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_reasons_are_all_that_there_are(guide):
+    rows = tables(guide)[4]
+    assert sorted(name for row in rows for name in names(row[0])) == sorted(PROBLEMS)
+    told = set(names(re.search(r"^.*`http_4xx`.*$", text_of(guide), re.MULTILINE)[0]))
+    kinds = set(re.findall(r"\w+", re.search(r"one of (.*?adapter)", advice.AdviserFault.__doc__, re.S)[1]))
+    assert kinds < told
+
+
+def test_the_backends_are_all_that_there_are():
+    from lore_llm.backends import BACKENDS
+
+    rows = [names(row[0])[0] for row in tables(GUIDES[0])[1]]
+    assert sorted(rows) == sorted([*BACKENDS, "package.module:Class"])
+    assert language_models.GEMINI_MODEL in text_of(GUIDES[0])
+
+
+def test_the_caption_of_the_guide_is_crafters():
+    config = configs.load(["--configs", "crafter", "lore_full"])
+    env = make_env(config, "train", 0)
+    captioner = make_captioner(config, env.obs_space, env.act_space)
+    obs, _ = env.reset()
+    (shown,) = blocks("text")
+    starts = [line.partition(":")[0] for line in captioner.caption(obs).splitlines()]
+    assert len(starts) == len(shown.splitlines())
+    for start, line in zip(starts, shown.splitlines(), strict=True):
+        assert line.startswith(start[:6])
+
+
+# Costs
+
+
+@pytest.mark.parametrize(("task", "column"), [("crafter_reward", 1), ("minigrid_DoorKey-5x5", 2)])
+def test_sizes_of_the_prompt_are_those_of_the_guide(task, column):
+    config = configs.load(["--configs", "lore_full", "--task", task])
+    env = make_env(config, "train", 0)
+    captioner = make_captioner(config, env.obs_space, env.act_space)
+    caption = captioner.caption(env.reset()[0])
+    llm = config.llm
+    told = tuple(captioner.actions), tuple(captioner.subgoals)
+    spec = AdviceSpec(*told, llm.features, llm.max_reply_chars, config.options.max_options)
+    model = language_models.LanguageModel(spec, llm, about=captioner.about)
+    one, two = ([Request(caption, frozenset({"prior", "plan"}))] * count for count in (1, 2))
+    sizes = [len(language_models.INSTRUCTION) + len(model.prompt(one))]
+    sizes += [len(model.prompt(two)) - len(model.prompt(one)), len(json.dumps(model.schema(one)))]
+    for guide in GUIDES:
+        rows = [row[column] for row in tables(guide)[2][-3:]]
+        written = [int(cell.strip(" |").replace(",", "")) for cell in rows]
+        assert written == pytest.approx(sizes, rel=0.15)
+
+
+def test_the_example_of_costs_is_right():
+    text = text_of(GUIDES[0])
+    assert "500,000 · 0.1 · (1 - 0.27) = 36,500" in text and round(500_000 * 0.1 * 0.73) == 36_500
+    assert round(10_000 / (0.1 * 0.73), -4) == 140_000 and "about step 140,000" in text
+    price = 10_000 * (1_700 * 0.10 + 250 * 0.40) / 1e6
+    assert f"(1,700 · 0.10 + 250 · 0.40) / 1,000,000 = {price:.2f}" in text
+    defaults = configs.load([]).llm
+    assert (defaults.budget_calls, defaults.budget_tokens) == (10_000, 20_000_000)
+
+
+# Commands
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_is_understood(command):
+    program, *args = shlex.split(command)
+    if command in TRAIN:
+        config = configs.load(args[1:])
+        assert config.llm.enabled
+    elif program == "python3":
+        assert args[0] == "evaluate.py"
+        evaluate.parse(args[1:])
+    else:
+        others = ("export GEMINI_API_KEY=", "npm install ", "vllm serve ", "ollama pull ")
+        assert command.startswith(others)
+
+
+def run(*options: str, logdir: str, task: str = "crafter_reward") -> Path:
+    """Run a command of the guide for some steps; the logdir."""
+    assert main(*options, *FAST, "--task", task, "--logdir", logdir) == 0
+    assert KEY.encode() not in b"".join(
+        path.read_bytes() for path in Path(logdir).rglob("*") if path.is_file()
+    )
+    return Path(logdir)
+
+
+def test_rules_and_nobody_advise_as_the_guide_says():
+    logdir = run(*command_with("lore_full", "rules"), logdir="a", task="minigrid_DoorKey-5x5")
+    assert last(logdir, "llm_adapter/answers") > 5 and last(logdir, "options/count") > 0
+    logdir = run(*command_with("lore_full", "none"), logdir="b", task="dummy_cue")
+    assert last(logdir, "llm_adapter/questions") > 0 == last(logdir, "llm_adapter/answers")
+
+
+def test_gemini_is_asked_recorded_and_replayed_as_the_guide_says(workdir, monkeypatch):
+    recording, replaying = (
+        command_with("./answers.sqlite", f"./logdir/{name}") for name in ("recorded", "replayed")
+    )
+    with FakeLLM() as server:
+        monkeypatch.setenv("GEMINI_API_KEY", KEY)
+        there = ("--llm.base_url", server.url)
+        first = run(*command_with("./logdir/gemini"), *there, logdir="first")
+        assert last(first, "llm_adapter/calls") > 0 and (first / "llm_cache.sqlite").is_file()
+        assert "Adviser: gemini, model gemini-3.5-flash-lite" in log(first)
+        recorded = run(*recording, *there, logdir="recorded")
+        assert (workdir / "answers.sqlite").is_file() and last(recorded, "llm_adapter/calls") > 0
+    monkeypatch.delenv("GEMINI_API_KEY")
+    for name in ("replayed", "again"):  # nobody is there, and no key
+        logdir = run(*replaying, *there, logdir=name)
+        assert last(logdir, "llm_adapter/calls") == 0 < last(logdir, "llm_adapter/answers")
+        assert last(logdir, "llm_adapter/dropped") == 0
+    decisions = [(Path(name) / "decisions.jsonl").read_text() for name in ("recorded", "replayed", "again")]
+    assert decisions[0] == decisions[1] == decisions[2]
+
+
+@pytest.mark.parametrize("server_of", ["./logdir/vllm", "./logdir/ollama"])
+def test_openai_compatible_servers_are_asked_as_the_guide_says(server_of):
+    options = command_with(server_of)
+    with FakeLLM(Say()) as server:
+        logdir = run(*options, "--llm.base_url", server.openai_url, logdir="own", task="dummy_cue")
+        asked = [request for request in server.asked if request.path.endswith("/chat/completions")]
+        model = "gemma3:4b" if "ollama" in server_of else "fake-model"
+        assert asked and asked[0].body["model"] == model
+    assert last(logdir, "llm_adapter/answers") > 0 and (logdir / "llm_cache.sqlite").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands for the program")
+def test_gemini_cli_is_asked_as_the_guide_says(workdir, monkeypatch):
+    program = workdir / "bin" / "gemini"
+    program.parent.mkdir()
+    reply = {"answers": [{"number": 1, "confidence": 0.5, "plan": ["action_0"]}]}
+    said = json.dumps({"response": json.dumps(reply)})
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    logdir = run(*command_with("gemini_cli"), "--max_batch", "1", logdir="cli", task="dummy_cue")
+    assert last(logdir, "llm_adapter/answers") > 0 and "Adviser: gemini_cli" in log(logdir)
+
+
+# Classes and files of one's own
+
+
+def test_own_adviser_is_asked_with_the_image():
+    options = command_with("mypackage.my_adviser:MyAdviser")
+    logdir = run(*options, logdir="own")
+    assert last(logdir, "llm_adapter/answers") > 5
+    assert not any("llm_adapter/errors" in name for name in metrics_of(logdir))
+    checkpoint = dreamer.tools.load_checkpoint(logdir)[0]
+    assert any("features" in key or "mlp" in key for key in checkpoint["agent"]["world_model"])
+    from mypackage.my_adviser import MyAdviser
+
+    config = configs.load(options)
+    spec = AdviceSpec(("noop", "other"), (), 1, 1000, 0)
+    image = make_env(config, "train", 0).reset()[0]["image"]
+    adviser = MyAdviser(spec, config.llm)
+    (answer,) = adviser.advise([Request("", frozenset({"prior", "features"}), {"image": image})])
+    assert not answer.problems and answer.advice.features and answer.advice.action_prior.logits[0] > 0
+
+
+def test_own_adviser_of_the_richer_form_proposes_a_skill_and_plans():
+    logdir = run(*command_with("mypackage.lumberjack:Lumberjack"), logdir="own")
+    assert last(logdir, "llm_adapter/answers") > 5
+    assert not any("llm_adapter/errors" in name for name in metrics_of(logdir))
+    assert "name: chop" in (logdir / "skills.yaml").read_text()
+    from mypackage.lumberjack import Lumberjack
+
+    adviser = Lumberjack(AdviceSpec(("noop", "move_left", "do"), ("collect_wood",), 0, 1000, 8), {})
+    (beside, far) = adviser.advise([Request(c, frozenset()) for c in ("left tree; right grass", "tree far")])
+    assert beside.plan == ("do",) * 3 and far.plan == ("move_left",) * 3 and not far.skills
+    assert adviser.identity == "lumberjack 1"
+
+
+def test_own_captioner_makes_shorter_captions(monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", KEY)
+    with FakeLLM() as server:
+        logdir = run(*command_with("mypackage.short:Short"), "--llm.base_url", server.url, logdir="own")
+        captions = [s["caption"] for asked in server.asked for s in asked.prompt["situations"]]
+    assert captions and not any("Achieved" in caption for caption in captions)
+    assert last(logdir, "llm_adapter/answers") > 0
+
+
+def test_skills_of_the_guide_are_a_library_without_mistakes(tmp_path):
+    config = configs.load(["--configs", "crafter", "lore_full"])
+    env = make_env(config, "train", 0)
+    (block,) = blocks("yaml")
+    path = tmp_path / "skills.yaml"
+    path.write_text(block)
+    library = SkillLibrary(path, make_captioner(config, env.obs_space, env.act_space), config.options)
+    changed, lines = library.poll()
+    assert changed == [0, 1] and all("was read: added" in line for line in lines)
+    chop, drink = library.skills()
+    assert chop.spec.subgoal == "collect_wood" and chop.timeout == 5 and not chop.pinned
+    assert drink.pinned and drink.timeout == 5
+    text = path.read_text()  # as LoRe writes it, with all fields that the guide names
+    assert all(f"\n{line}\n" in text for line in block.splitlines()[2:10] if "by:" not in line)
+
+
+def test_decisions_have_the_fields_of_the_guide(capsys):
+    run(*command_with("./logdir/crafter"), logdir="./logdir/crafter")
+    (line,) = (line for line in text_of(GUIDES[0]).splitlines() if "`decisions.jsonl` gets one line" in line)
+    told = json.loads(Path("./logdir/crafter/decisions.jsonl").read_text().splitlines()[0])
+    fields = set(names(line)) - {"log_decisions_every", "decisions.jsonl", "plan"}
+    assert fields | {"step", "env"} == set(told)
+    (script,) = (block for block in blocks("python") if "decisions.jsonl" in block)
+    capsys.readouterr()
+    exec(script, {})
+    assert "beta 0." in capsys.readouterr().out
+
+
+def test_what_may_change_on_resume_and_what_not(tmp_path, capfd):
+    options = ("--configs", "lore_full", "--llm.backend", "none", "--eval_every", "0")
+    assert train(tmp_path / "run", *options, "--steps", "40") == 0
+    assert train(tmp_path / "run", *options, "--steps", "50", "--beta_max", "0.1") == 0
+    for option in ("--max_options", "--option_max_length", "--llm.features"):
+        assert train(tmp_path / "run", *options, "--steps", "60", option, "3") == 2
+        assert "advised otherwise" in capfd.readouterr().err
+
+
+def test_what_the_limits_refuse_is_refused(tmp_path, capfd):
+    for more in (
+        ("lore_options", "--expl_behavior", "plan2explore"),
+        ("lore_full", "--imag_gradient", "dynamics"),
+        ("lore_prior", "--expl_behavior", "lpm", "--expl_task_actor", "separate"),
+        ("lore_prior", "--task", "dummy_continuous"),
+    ):
+        assert train(tmp_path / "run", "--configs", *more) == 2, more
+        assert capfd.readouterr().err.startswith("error: ")
+    assert dataclasses.is_dataclass(Request)
