@@ -17,6 +17,7 @@ from torch import Tensor
 
 import distributions as dists
 import networks
+from basics import UserError
 from lore_llm import synthetic
 from lore_llm.advice import MAX_PLAN
 from lore_llm.captions import Captioner
@@ -364,9 +365,15 @@ class Guide(Unguided):
         began, before = ({"symbolic": own[key][env].numpy()} for key in ("macro_began", "macro_before"))
         slot = torch.nonzero(self.options.uids == uid).flatten().tolist()
         subgoal = self.subgoals[slot[0]] if slot else None
-        reached = subgoal is not None and self.captioner.reached(subgoal, began, now)
         action = int(own["script"][env, own["position"][env] - 1])
-        return reached, self.captioner.blocked(before, now, action)
+        try:
+            reached = subgoal is not None and self.captioner.reached(subgoal, began, now)
+            return bool(reached), bool(self.captioner.blocked(before, now, action))
+        except Exception as error:  # of a user's captioner
+            raise UserError(
+                f"{type(self.captioner).__name__}.reached or .blocked (--llm.captioner) failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _record(self, env, own, value, scale, obs, reached) -> None:
         uid = int(own["macro"][env])
