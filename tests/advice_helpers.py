@@ -10,6 +10,9 @@ import torch.nn.functional as F
 import config as configs
 import dreamer
 from config import Config
+from envs.dummy import COLORS
+from lore_llm import LLMAdapter
+from lore_llm.rules import Rules
 
 ACTIONS = 5
 BATCH, LENGTH = 2, 6
@@ -107,3 +110,41 @@ def some_feat(agent: dreamer.Dreamer, *batch: int, seed: int = 0) -> torch.Tenso
     deter = torch.randn(*batch, config.deter, generator=generator)
     index = torch.randint(config.classes, (*batch, config.stoch), generator=generator)
     return rssm.feat({"deter": deter, "stoch": F.one_hot(index, config.classes).float()})
+
+
+class CueOracle(LLMAdapter):
+    """Knows the rewarded action of the dummy tasks from the observation."""
+
+    instant = True
+
+    def infer(self, obs_np, num_actions):
+        """The simple form of an adviser, as a user writes it."""
+        if "vector" in obs_np:
+            cue = int(obs_np["vector"].argmax())
+        else:
+            middle = obs_np["image"][len(obs_np["image"]) // 2, obs_np["image"].shape[1] // 2].astype(int)
+            cue = int(np.abs(middle - COLORS).sum(-1).argmin())
+        return {"prior_logits": self.logits(cue, num_actions), "confidence": 1.0, "plan": [f"action_{cue}"]}
+
+    def logits(self, cue, num_actions):
+        return [20.0 * (action == cue) for action in range(num_actions)]
+
+
+class CueLiar(CueOracle):
+    """Advises against the rewarded action."""
+
+    def logits(self, cue, num_actions):
+        return [-20.0 * (action == cue) for action in range(num_actions)]
+
+
+class Remote(Rules):
+    """The embedded rules as an adviser whose answers take a call, and are kept in the cache."""
+
+    instant = False
+    reachable = True
+
+    def advise(self, requests):
+        """Answers, as long as there is a network."""
+        if not Remote.reachable:
+            raise AssertionError("nobody may be asked")
+        return super().advise(requests)

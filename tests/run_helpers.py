@@ -105,7 +105,8 @@ def moment(logdir: Path) -> dict:
 def differences(one, other, where: str = "") -> list[str]:
     """Where two nested structures of plain values and tensors differ, to the last bit."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        same = one.dtype == other.dtype and torch.equal(one, other)
+        same = one.dtype == other.dtype and one.shape == other.shape
+        same = same and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
         return [] if same else [f"{where}: {one} and {other}"]
     if type(one) is not type(other):
         return [f"{where}: {one!r} and {other!r}"]

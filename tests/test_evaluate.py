@@ -275,3 +275,82 @@ def with_another_task(logdir: Path, folder: Path) -> Path:
     payload, _, _ = tools.load_checkpoint(logdir)
     payload["config"] = payload["config"].replace("task: dummy_cue", "task: dummy_vector")
     return tools.save_checkpoint(folder, payload, STEPS, keep=1)
+
+
+# Why
+
+
+@pytest.fixture(scope="module")
+def advised_logdir(tmp_path_factory) -> Path:
+    """A run with a prior that was learned from good advice, and whose skills are two."""
+    folder = tmp_path_factory.mktemp("advised")
+    (folder / "skills.yaml").write_text("skills: [{name: twice, actions: [action_1, action_1]}]\n")
+    options = "--llm.enabled True --llm.backend advice_helpers:CueOracle --prior.enabled True"
+    options += " --options.enabled True --llm.max_gap_steps 1 --llm.min_gap_steps 1 --llm.until 1000"
+    options += f" --steps {STEPS} --prefill 64 --eval_every 0 --opt.lr 3e-3 --opt.warmup 0"
+    assert dreamer.main(["--configs", "dummy_cue", "debug", "--logdir", str(folder), *options.split()]) == 0
+    return folder
+
+
+def panels(monkeypatch) -> list[dict]:
+    """What is drawn beside the frames, in the test."""
+    drawn = []
+    draw = evaluate.decision_panel
+    monkeypatch.setattr(
+        evaluate, "decision_panel", lambda frame, info, width: drawn.append(info) or draw(frame, info, width)
+    )
+    return drawn
+
+
+def test_explain_shows_each_decision_beside_its_frame(advised_logdir, played, monkeypatch, capsys):
+    drawn = panels(monkeypatch)
+    result = run(capsys, "--logdir", advised_logdir, "--episodes", 2, "--envs", 2, "--explain")
+    files = [advised_logdir / "videos" / f"explain_{STEPS}_{index}.mp4" for index in range(2)]
+    assert result["videos"] == [str(file) for file in files]
+    reader = imageio_ffmpeg.read_frames(files[0])
+    width, height = next(reader)["size"]
+    assert width > height > 200 and len(list(reader)) == CUE_LENGTH + 1
+    assert len(drawn) == 2 * (CUE_LENGTH + 1)
+    actions = [index for episode in played for index in episode.steps["action"]]
+    for info, action in zip(drawn, actions, strict=True):
+        assert info["actions"] == ["action_0", "action_1", "action_2", "action_3"]
+        assert info["choice"] == f"action_{action}" and info["caption"] == "image: an image is seen"
+        assert info["beta"] == 0 and info["mix"] == info["actor"] != info["adviser"]
+        for name in ("actor", "adviser", "mix"):
+            assert sum(info[name]) == pytest.approx(1, abs=1e-5)
+        assert math.isfinite(info["value"]) and math.isfinite(info["predicted_return"])
+    assert {info["option"] for info in drawn} == {None, "twice"}
+
+
+def test_advised_plays_through_the_prior_as_training_does(advised_logdir, monkeypatch, capsys):
+    drawn = panels(monkeypatch)
+    bare = run(capsys, "--logdir", advised_logdir, "--episodes", 1)
+    result = run(capsys, "--logdir", advised_logdir, "--episodes", 1, "--advised", "--explain")
+    assert (bare["policy"], result["policy"]) == ("agent", "advised")
+    assert all(info["beta"] > 0 and info["mix"] != info["actor"] for info in drawn)
+    assert evaluate.main(["--logdir", str(advised_logdir), "--episodes", "1", "--advised"]) == 0
+    assert ", through the prior" in capsys.readouterr().out
+
+
+def test_explaining_does_not_change_what_is_played(advised_logdir, logdir, capsys):
+    for folder in (advised_logdir, logdir):
+        plain = run(capsys, "--logdir", folder, "--episodes", 2)
+        told = run(capsys, "--logdir", folder, "--episodes", 2, "--explain")
+        assert told["returns"] == plain["returns"]
+
+
+def test_explain_of_a_run_without_advice_shows_the_actor_alone(logdir, monkeypatch, capsys):
+    drawn = panels(monkeypatch)
+    run(capsys, "--logdir", logdir, "--episodes", 1, "--explain")
+    assert len(drawn) == CUE_LENGTH + 1
+    assert all(info["adviser"] is None and info["beta"] == 0 for info in drawn)
+
+
+def test_what_cannot_be_explained_or_advised_is_refused(logdir, tmp_path, capsys):
+    assert "prior.enabled" in error(capsys, "--logdir", logdir, "--advised")
+    for name in ("--advised", "--explain"):
+        assert "leave one out" in error(capsys, "--logdir", logdir, "--random", name)
+    options = ["--configs", "debug", "--task", "dummy_continuous", "--steps", "100", "--eval_every", "0"]
+    assert dreamer.main([*options, "--logdir", str(tmp_path)]) == 0
+    assert "one Discrete action" in error(capsys, "--logdir", tmp_path, "--explain")
+    assert not (tmp_path / "videos").exists()

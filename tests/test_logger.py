@@ -427,6 +427,23 @@ def test_mp4_shows_the_frames_large_enough_to_watch(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_mp4_of_frames_that_come_one_by_one_is_that_of_all_at_once(tmp_path):
+    frames = _moving_square(6)
+    write_mp4(tmp_path / "whole.mp4", frames, fps=12)
+    write_mp4(tmp_path / "stream.mp4", (frame for frame in frames), fps=12)
+    assert (tmp_path / "stream.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_mp4_whose_frames_fail_leaves_nothing(tmp_path):
+    def frames():
+        yield from _moving_square(3)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_mp4(tmp_path / "broken.mp4", frames(), fps=12)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_mp4_of_odd_size_is_made_even(tmp_path):
     write_mp4(tmp_path / "odd.mp4", np.full((2, 257, 301, 3), 200, np.uint8), fps=10)
     info, decoded = _decode(tmp_path / "odd.mp4")
