@@ -132,7 +132,7 @@ class Coach(NoCoach):
         self.spaces = advice_spaces(config, agent.actions.space)
         self.synthetic = SyntheticItems(config, numpy_rng(config.seed, "synthetic"))
         self.reliability = Reliability(config.prior.reliability_rate)  # of executed plans
-        self.proposals: deque[Proposal] = deque(maxlen=JUDGED)
+        self.proposals: deque[Proposal] = deque(maxlen=max(JUDGED, self.n_envs))
         self.started: dict[int, int] = {}  # env -> place where a plan began in this step
         self.model_losses: list[float] = []  # of the last two evaluations
         self.library: SkillLibrary | None = None

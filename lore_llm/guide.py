@@ -192,8 +192,8 @@ class Guide(Unguided):
         if self.prior:
             seen = self.last_seen  # of which `policy` is the mix
             kl = seen.policy.parts[0].detach().kl(seen.plain.parts[0])  # [N, H]
-            decided = torch.ones_like(kl) * dream.decided  # a number from the host would wait for the GPU
-            mean = (kl.detach() * decided).sum() / decided.sum().clamp(min=1)
+            share = torch.ones_like(kl) * weight  # a number from the host would wait for the GPU
+            mean = (kl.detach() * share).sum() / share.sum().clamp(min=1)
             self.prior.limit(mean)
             kl = torch.where(seen.beta > 0, kl, 0.0)  # without rounding errors where nobody advises
             # In units of the entropy bonus: that is on the mix, and alone it would teach the actor to undo
