@@ -58,7 +58,7 @@ FROZEN = {
         *("lpm.layers", "lpm.units", "lpm.error", "lpm.error_floor"),
     ),
     "advice": (
-        *("llm.enabled", "llm.features", "prior.enabled", "prior.layers", "prior.units"),
+        *("llm.enabled", "llm.features", "prior.enabled", "prior.layers", "prior.units", "prior.logit_clip"),
         *("synthetic.enabled", "options.enabled", "options.max_options", "options.option_max_length"),
         *("options.layers", "options.units"),
     ),

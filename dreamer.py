@@ -368,7 +368,8 @@ class Dreamer:
         weights = {name: state.get(name, {}) for name in self.weights()}
         weights["explorer"] = self.explorer.adopt(state["explorer"], resume)
         if not resume and _shapes(self.guide.state_dict()) != _shapes(weights["guide"]):
-            notes.append("The checkpoint's agent was advised otherwise; what advice teaches starts anew")
+            if self.config.llm.enabled:
+                notes.append("The checkpoint's agent was advised otherwise; what advice teaches starts anew")
             del weights["guide"]
             groups = len(self.opt.param_groups) - len(self._guide_groups())
         if not resume and _shapes(self.explorer.state_dict()) != _shapes(weights["explorer"]):

@@ -244,7 +244,13 @@ class Coach(NoCoach):
         if not waiting:
             return
         env, place = (np.array(column) for column in zip(*((p.env, p.place) for p in waiting), strict=True))
-        judged = self.agent.judge(tensors(self.replay.latents(env, place), [p.plan for p in waiting]))
+        latents = self.replay.latents(env, place)
+        known = latents["deter"].any(1)  # a late answer may be about a step of the prefill, without latents
+        waiting = [proposal for proposal, has in zip(waiting, known, strict=True) if has]
+        if not waiting:
+            return
+        latents = {key: value[known] for key, value in latents.items()}
+        judged = self.agent.judge(tensors(latents, [p.plan for p in waiting]))
         gains = (judged["plan"] - judged["policy"]) / judged["scale"]
         calm = judged["disagreement"] <= np.maximum(float(self.guide.largest), 1e-8)
         for index, proposal in enumerate(waiting):
