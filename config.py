@@ -58,7 +58,7 @@ FROZEN = {
         *("lpm.layers", "lpm.units", "lpm.error", "lpm.error_floor"),
     ),
     "advice": (
-        *("llm.enabled", "llm.features", "prior.enabled", "prior.layers", "prior.units"),
+        *("llm.enabled", "llm.features", "prior.enabled", "prior.layers", "prior.units", "prior.logit_clip"),
         *("synthetic.enabled", "options.enabled", "options.max_options", "options.option_max_length"),
         *("options.layers", "options.units"),
     ),
@@ -909,6 +909,12 @@ def _advice_problems(config: Config) -> Iterator[str]:
         yield (
             f"options.enabled True measures skills by the task's reward alone, which is not what "
             f"expl_behavior {config.expl_behavior} seeks: use greedy"
+        )
+    curious = config.expl_behavior not in ("greedy", "random") and config.expl_task_actor == "shared"
+    if config.synthetic.enabled and curious:
+        yield (
+            f"synthetic.enabled True measures plans by the task's reward alone, which is not what the actor "
+            f"seeks with expl_behavior {config.expl_behavior}: use greedy, or expl_task_actor separate"
         )
     if config.options.enabled and config.imag_gradient != "reinforce":
         yield f"options.enabled True needs imag_gradient reinforce, not {config.imag_gradient}"

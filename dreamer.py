@@ -36,7 +36,7 @@ from exploration import EXPLORERS, Greedy, Random, param_group
 from logger import Logger, Timer, WandbRun, add_heat_strip, write_mp4, write_wav
 from lore_llm import synthetic
 from lore_llm.captions import make_captioner
-from lore_llm.coach import Coach, NoCoach, advice_spaces
+from lore_llm.coach import Coach, NoCoach, advice_spaces, make_advisor
 from lore_llm.guide import Guide
 from parallel import VecEnv, make_vec
 from replay import Replay
@@ -368,7 +368,8 @@ class Dreamer:
         weights = {name: state.get(name, {}) for name in self.weights()}
         weights["explorer"] = self.explorer.adopt(state["explorer"], resume)
         if not resume and _shapes(self.guide.state_dict()) != _shapes(weights["guide"]):
-            notes.append("The checkpoint's agent was advised otherwise; what advice teaches starts anew")
+            if self.config.llm.enabled:
+                notes.append("The checkpoint's agent was advised otherwise; what advice teaches starts anew")
             del weights["guide"]
             groups = len(self.opt.param_groups) - len(self._guide_groups())
         if not resume and _shapes(self.explorer.state_dict()) != _shapes(weights["explorer"]):
@@ -573,6 +574,11 @@ class Run:
             notes = [*notes, *self.agent.load_state_dict(checkpoint["agent"], resume=resume)]
         stored = obs_space | act_space | advised
         plan = self._plan_replay(stored, saved)
+        if config.llm.enabled:
+            captioner = self.agent.guide.captioner
+            advisor, more = make_advisor(config, captioner, len(self.envs), self.logdir)
+            self._parts.callback(advisor.close)
+            notes = [*notes, *more]
         self.prefill = Random(act_space, numpy_rng(config.seed, "prefill"))
         self.stats = EpisodeStats(config.envs.amount, config.action_repeat)
         self.success = SuccessRates(config.task.partition("_")[0])
@@ -607,8 +613,7 @@ class Run:
             )
         self.replay = self._make_replay(stored, plan, defaults)
         if config.llm.enabled:
-            self.coach = Coach(self.agent, self.replay, config, self.logdir, self.timer)
-            self._parts.callback(self.coach.close)
+            self.coach = Coach(advisor, self.agent, self.replay, config, self.logdir, self.timer)
         # Not earlier: the ring's memory is to be taken as it fills.
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")

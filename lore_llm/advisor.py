@@ -277,8 +277,12 @@ class Advisor:
             yield env, Request(caption, wants, one)
 
     def _key(self, request: Request) -> str:
-        image = request.obs.get("image") if self.config["send_image"] else None
-        return question_key(self.identity, request.wants, request.caption, image)
+        seen = {}
+        if self.adviser.by_observation:
+            seen = request.obs
+        elif self.config["send_image"] and "image" in request.obs:
+            seen = {"image": request.obs["image"]}
+        return question_key(self.identity, request.wants, request.caption, seen)
 
     def _answer_at_once(self, question: _Question) -> None:
         try:

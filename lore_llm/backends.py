@@ -53,6 +53,14 @@ class LLMAdapter:
         """Part of the cache's key: advisers that may answer the same question differently differ in it."""
         return f"{type(self).__module__}:{type(self).__qualname__} {self.spec.digest}"
 
+    @property
+    def by_observation(self) -> bool:
+        """Whether an answer depends on the whole observation, as `infer`'s does, not on the caption alone.
+
+        Then equal captions are no reason to take an earlier answer.
+        """
+        return type(self).advise is LLMAdapter.advise and type(self).ask is LLMAdapter.ask
+
     def infer(self, obs_np: Mapping[str, Any], num_actions: int) -> Mapping[str, Any]:
         """The simple form: a dict with `prior_logits` [num_actions], `confidence` 0..1 and `features` [K].
 
@@ -179,6 +187,10 @@ def make_adviser(
     notes = [f"Adviser: {backend}{why}" + (f", model {made.model}." if getattr(made, "model", None) else ".")]
     if config["send_image"] and backend != "gemini" and ":" not in backend:
         notes.append(f"--llm.send_image True: {backend} gets no frames, only captions.")
+    if config["features"] and backend in ("rules", "none"):
+        notes.append(f"--llm.features {config['features']}: {backend} gives none, so they stay 0.")
+    if config["rules_quality"] != "oracle" and backend != "rules":
+        notes.append(f"--llm.rules_quality {config['rules_quality']} changes nothing: {backend} advises.")
     if backend == "gemini_cli" and config["timeout_s"] < SLOW_START:
         notes.append(
             f"The program gemini takes seconds to start: with --llm.timeout_s {config['timeout_s']:g} "

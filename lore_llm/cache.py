@@ -14,8 +14,9 @@ import threading
 import time
 import zlib
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -45,13 +46,18 @@ BROKEN = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
-def question_key(identity: str, wants: Iterable[str], caption: str, image: np.ndarray | None = None) -> str:
-    """Under what an answer is kept: a hash of who is asked, for what, and about what."""
-    frame = None
-    if image is not None:
-        image = np.ascontiguousarray(image)
-        frame = [str(image.dtype), image.shape, hashlib.sha256(image.tobytes()).hexdigest()]
-    question = json.dumps([identity, sorted(wants), caption, frame])
+def question_key(
+    identity: str, wants: Iterable[str], caption: str, seen: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> str:
+    """Under what an answer is kept: a hash of who is asked, for what, and about what.
+
+    `seen` is what the adviser sees of the observation beside the caption.
+    """
+    arrays = []
+    for key in sorted(seen):
+        array = np.ascontiguousarray(seen[key])
+        arrays.append([key, str(array.dtype), array.shape, hashlib.sha256(array.tobytes()).hexdigest()])
+    question = json.dumps([identity, sorted(wants), caption, arrays])
     return hashlib.sha256(question.encode()).hexdigest()
 
 

@@ -19,6 +19,7 @@ from logger import Timer
 from lore_llm.advice import AdviceSpec
 from lore_llm.advisor import Advisor, Answered
 from lore_llm.backends import make_adviser
+from lore_llm.captions import Captioner
 from lore_llm.guide import PLAN, Guide
 from lore_llm.options import SkillLibrary
 from lore_llm.prior import Reliability, bounded
@@ -55,6 +56,24 @@ def advice_spaces(
     return found, defaults
 
 
+def make_advisor(
+    config: Mapping, captioner: Captioner, n_envs: int, logdir: Path
+) -> tuple[Advisor, list[str]]:
+    """Who asks for advice about `n_envs` envs, and lines for the log. Raises UserError."""
+    llm = config.llm
+    spec = AdviceSpec(
+        tuple(captioner.actions), tuple(captioner.subgoals), llm.features, llm.max_reply_chars,
+        config.options.max_options,
+    )  # fmt: skip
+    adviser, notes = make_adviser(llm, spec, captioner, config.seed)
+    wants = {"prior": config.prior.enabled, "plan": config.synthetic.enabled, "features": llm.features}
+    advisor = Advisor(
+        adviser, captioner, llm, cache_path=logdir / CACHE, n_envs=n_envs,
+        deterministic=config.deterministic, wants=frozenset(k for k, v in wants.items() if v),
+    )  # fmt: skip
+    return advisor, notes
+
+
 class NoCoach:
     """Nobody advises."""
 
@@ -85,9 +104,6 @@ class NoCoach:
     def load_state_dict(self, state: Mapping[str, Any], step: int, exact: bool) -> None:
         """Go on from what `state_dict` gave at this env step; the replay holds the same places if `exact`."""
 
-    def close(self) -> None:
-        """Let go of everything."""
-
 
 class Proposal(NamedTuple):
     """A plan that waits to be judged."""
@@ -101,28 +117,22 @@ class Proposal(NamedTuple):
 class Coach(NoCoach):
     """Asks an adviser and hands its answers out."""
 
-    def __init__(self, agent: Any, replay: Replay, config: Mapping, logdir: Path, timer: Timer):
-        self.agent, self.replay, self.config, self.logdir, self.timer = agent, replay, config, logdir, timer
+    def __init__(
+        self, advisor: Advisor, agent: Any, replay: Replay, config: Mapping, logdir: Path, timer: Timer
+    ):
+        self.advisor, self.agent, self.replay = advisor, agent, replay
+        self.config, self.logdir, self.timer = config, logdir, timer
         self.guide: Guide = agent.guide
         self.captioner = self.guide.captioner
         llm, self.n_envs = config.llm, replay.n_envs
         self.until = config.steps / 2 if llm.until is None else llm.until
         self.actions = {name: index for index, name in enumerate(self.captioner.actions)}
-        spec = AdviceSpec(
-            tuple(self.captioner.actions), tuple(self.captioner.subgoals), llm.features, llm.max_reply_chars,
-            config.options.max_options,
-        )  # fmt: skip
-        adviser, self._notes = make_adviser(llm, spec, self.captioner, config.seed)
-        wants = {"prior": config.prior.enabled, "plan": config.synthetic.enabled, "features": llm.features}
-        self.advisor = Advisor(
-            adviser, self.captioner, llm, cache_path=Path(llm.cache or logdir / CACHE), n_envs=self.n_envs,
-            deterministic=config.deterministic, wants=frozenset(k for k, v in wants.items() if v),
-        )  # fmt: skip
+        self._notes: list[str] = []
         self.rng = numpy_rng(config.seed, "coach")
         self.spaces = advice_spaces(config, agent.actions.space)
         self.synthetic = SyntheticItems(config, numpy_rng(config.seed, "synthetic"))
         self.reliability = Reliability(config.prior.reliability_rate)  # of executed plans
-        self.proposals: deque[Proposal] = deque(maxlen=JUDGED)
+        self.proposals: deque[Proposal] = deque(maxlen=max(JUDGED, self.n_envs))
         self.started: dict[int, int] = {}  # env -> place where a plan began in this step
         self.model_losses: list[float] = []  # of the last two evaluations
         self.library: SkillLibrary | None = None
@@ -234,7 +244,13 @@ class Coach(NoCoach):
         if not waiting:
             return
         env, place = (np.array(column) for column in zip(*((p.env, p.place) for p in waiting), strict=True))
-        judged = self.agent.judge(tensors(self.replay.latents(env, place), [p.plan for p in waiting]))
+        latents = self.replay.latents(env, place)
+        known = latents["deter"].any(1)  # a late answer may be about a step of the prefill, without latents
+        waiting = [proposal for proposal, has in zip(waiting, known, strict=True) if has]
+        if not waiting:
+            return
+        latents = {key: value[known] for key, value in latents.items()}
+        judged = self.agent.judge(tensors(latents, [p.plan for p in waiting]))
         gains = (judged["plan"] - judged["policy"]) / judged["scale"]
         calm = judged["disagreement"] <= np.maximum(float(self.guide.largest), 1e-8)
         for index, proposal in enumerate(waiting):
@@ -275,7 +291,7 @@ class Coach(NoCoach):
             self._count("synthetic/eval_loss", loss)
 
     def _sequences(self, episodes: Sequence[Arrays]) -> Arrays:
-        """A batch of windows from the start of episodes; those that are too short are continued by others."""
+        """A batch of windows, evenly spread over the episodes, which lie one behind the other."""
         c = self.config
         window, rows = c.batch_length + c.replay_context, c.batch_size
         keys = [key for key in self.replay.layout if key not in ("deter", "stoch")]
@@ -308,13 +324,18 @@ class Coach(NoCoach):
         for env, view in enumerate(self.agent.explain(state)):
             view = {key: _rounded(value) for key, value in view.items()}
             view["action"] = self.captioner.actions[view["action"]]
-            caption = self.captioner.caption({key: value[env] for key, value in obs.items()})
-            lines.append(json.dumps({"step": step, "env": env, "caption": caption, **view}))
+            lines.append(json.dumps({"step": step, "env": env, "caption": self._caption(obs, env), **view}))
         try:
             with open(self.logdir / DECISIONS, "a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
         except OSError as error:
             raise UserError(f"Cannot write {self.logdir / DECISIONS}: {error.strerror}.") from error
+
+    def _caption(self, obs: Arrays, env: int) -> str | None:
+        try:
+            return str(self.captioner.caption({key: value[env] for key, value in obs.items()}))
+        except Exception:  # of a user's captioner: the advisor tells of it
+            return None
 
     def _count(self, name: str, value: float) -> None:
         self.counts.setdefault(name, []).append(value)
@@ -382,9 +403,6 @@ class Coach(NoCoach):
             except (ValueError, TypeError, KeyError):
                 continue  # cut off by a kill
         atomic_write(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
-
-    def close(self) -> None:
-        self.advisor.close()
 
 
 def _rounded(value: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import distributions as dists
 import networks
+from basics import UserError
 from lore_llm import synthetic
 from lore_llm.advice import MAX_PLAN
 from lore_llm.captions import Captioner
@@ -71,7 +72,6 @@ class Guide(Unguided):
         self.config, self.captioner, self.rngs = config, captioner, generators
         self.ensemble = disagreement
         feat, self.actions = world_model.rssm.feat_size, world_model.actions.size
-        self.start_action = int(next(iter(world_model.actions.space.values())).start)
         self.prior = Prior(feat, self.actions, config) if config.prior.enabled else None
         self.options = OptionActor(feat, self.actions, config) if config.options.enabled else None
         self.subgoals: list[str | None] = [None] * config.options.max_options  # of the options, by slot
@@ -192,8 +192,8 @@ class Guide(Unguided):
         if self.prior:
             seen = self.last_seen  # of which `policy` is the mix
             kl = seen.policy.parts[0].detach().kl(seen.plain.parts[0])  # [N, H]
-            decided = torch.as_tensor(dream.decided, device=kl.device).expand_as(kl)
-            mean = (kl.detach() * decided).sum() / decided.sum().clamp(min=1)
+            share = torch.ones_like(kl) * weight  # a number from the host would wait for the GPU
+            mean = (kl.detach() * share).sum() / share.sum().clamp(min=1)
             self.prior.limit(mean)
             kl = torch.where(seen.beta > 0, kl, 0.0)  # without rounding errors where nobody advises
             # In units of the entropy bonus: that is on the mix, and alone it would teach the actor to undo
@@ -220,7 +220,7 @@ class Guide(Unguided):
             self.rollout = None
         if self.options:
             chosen = dream.choice[..., : self.options.slots].sum(-1)
-            metrics["options/imagined_share"] = chosen.mean()
+            metrics["options/imagined_share"] = (chosen * dream.decided).sum() / dream.decided.sum()
         return losses, metrics
 
     def learn(
@@ -236,7 +236,8 @@ class Guide(Unguided):
         if self.options:
             losses["option_end"] = self.options.end_loss(feat, data)
         with torch.no_grad():
-            plain = self.policy(behavior, feat, advised=False)
+            if self.prior or self.ensemble:
+                plain = self.policy(behavior, feat, advised=False)
             if self.prior:
                 self._judge(world_model, behavior, feat, plain, data)
             if self.ensemble:
@@ -264,6 +265,8 @@ class Guide(Unguided):
     # --- Acting ----------------------------------------------------------------------------------------
 
     def act(self, behavior: ImagBehavior, feat: Tensor, advised: bool, training: bool) -> Policy:
+        if not (advised or training):  # nobody asks for its uncertainty
+            return self.policy(behavior, feat, advised=False)
         seen = self.seen(behavior, feat, advised)
         if training:
             self.doubt = seen.uncertainty.float().cpu().numpy()
@@ -362,9 +365,15 @@ class Guide(Unguided):
         began, before = ({"symbolic": own[key][env].numpy()} for key in ("macro_began", "macro_before"))
         slot = torch.nonzero(self.options.uids == uid).flatten().tolist()
         subgoal = self.subgoals[slot[0]] if slot else None
-        reached = subgoal is not None and self.captioner.reached(subgoal, began, now)
         action = int(own["script"][env, own["position"][env] - 1])
-        return reached, self.captioner.blocked(before, now, action)
+        try:
+            reached = subgoal is not None and self.captioner.reached(subgoal, began, now)
+            return bool(reached), bool(self.captioner.blocked(before, now, action))
+        except Exception as error:  # of a user's captioner
+            raise UserError(
+                f"{type(self.captioner).__name__}.reached or .blocked (--llm.captioner) failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _record(self, env, own, value, scale, obs, reached) -> None:
         uid = int(own["macro"][env])

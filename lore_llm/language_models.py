@@ -417,10 +417,11 @@ async def _run_program(command: list[str], given: bytes | None) -> tuple[int, by
             _read_bounded(process.stdout), _read_bounded(process.stderr), _feed(process.stdin, given)
         )
         code = await process.wait()
-    finally:
-        if process.returncode is None:
-            _end(process)
-            await process.wait()
+    except BaseException:  # time is over. The program may have ended and left a child that holds its output
+        _end(process)
+        await process.wait()
+        process._transport.close()  # the pipes, which asyncio lets go of at their end only
+        raise
     if len(out) > MAX_BODY:
         raise AdviserFault("bad_reply", f"{Path(command[0]).name} writes more than {MAX_BODY} bytes")
     return code, out, err

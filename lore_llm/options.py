@@ -709,6 +709,13 @@ class SkillLibrary:
             raise UserError(
                 f"options.option_max_length {self._max_length}: the checkpoint has a skill of {longest} steps"
             )
+        for skill in (*slots, *waiting):
+            subgoal = skill and skill.spec.subgoal
+            if subgoal not in (None, *self._subgoals):
+                raise UserError(
+                    f"llm.captioner: the checkpoint has a skill with the subgoal {_show(subgoal)}, which is "
+                    "unknown to it"
+                )
         self.slots, self._waiting = slots, waiting
         self._next_uid, self._step = state["next_uid"], state["step"]
         self._removed = {(tuple(actions), *rest): step for actions, *rest, step in state["removed"]}

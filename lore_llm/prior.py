@@ -13,7 +13,9 @@ from torch import Tensor, nn
 import networks
 
 SMALLEST_TARGET = 1e-6  # nats
-GAIN_FLOOR = 0.001  # gains, in units of the scale of returns, that are too small to tell anything
+# In units of the scale of returns:
+GAIN_FLOOR = 0.02  # gains that are too small to tell anything
+SMALL_ADVANTAGE = 0.05  # the critic's own noise: steps with less of an advantage tell nothing
 
 
 class Reliability(nn.Module):
@@ -37,16 +39,11 @@ class Reliability(nn.Module):
         self.moments.lerp_(new, self.rate)
 
     @property
-    def informed(self) -> Tensor:
-        """Whether there was anything to learn from yet, a bool scalar."""
-        return self.moments[0] > 0
-
-    @property
     def value(self) -> Tensor:
         """The estimate, a scalar."""
         weight, mean, square = self.moments.unbind()
         total = weight.clamp(min=1e-30)
-        remembered = total * (2 / self.rate - 1)
+        remembered = (2 / self.rate - 1) * total / (2 - total)  # (sum of weights)^2 / sum of their squares
         t = remembered.sqrt() * (mean / total) / (square / total + GAIN_FLOOR**2).sqrt()
         return 0.5 * (1 + torch.erf(t / math.sqrt(2)))
 
@@ -62,6 +59,7 @@ class Prior(nn.Module):
         self.mlp = networks.mlp(feat, c.layers, units)
         self.out = networks.Linear(units, actions, 0.0)  # without advice, all actions alike
         self.reliability = Reliability(c.reliability_rate)
+        self.register_buffer("heard", torch.zeros((), dtype=torch.bool))  # any advice yet
         self.register_buffer("dual", torch.zeros(()))
         self.register_buffer("share", torch.ones(()))  # of beta_max that llm.until leaves
 
@@ -75,7 +73,7 @@ class Prior(nn.Module):
         c = self.config
         threshold = c.uncertainty_threshold
         doubt = ((uncertainty - threshold) / (1 - threshold)).clamp(0, 1)
-        trust = self.reliability.value * self.reliability.informed  # none before the first advice
+        trust = self.reliability.value * self.heard
         return c.beta_max * self.share * trust * doubt / (1 + self.dual)
 
     def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
@@ -94,13 +92,16 @@ class Prior(nn.Module):
         logits, probs (the actor's) and action (one-hot) [..., A]; advantage [...] in units of the scale of
         returns; `mask` [...] where there was advice. The gain is the covariance of what was followed, against
         what the actor would have on average, with the advantage. Not their mean product: where the critic
-        expects too little or too much of everything, that would praise or blame any advice.
+        expects too little or too much of everything, that would praise or blame any advice. Steps whose
+        advantage is small are left out: as long as there are few rewards, that is nearly all of them, and
+        what the critic guesses about them would outweigh what is known.
         """
-        advice, count = F.softmax(logits, -1), mask.sum().clamp(min=1)
-        followed = (advice * (action - probs)).sum(-1)
-        advantage = advantage - torch.where(mask, advantage, 0.0).sum() / count
-        gain = torch.where(mask, followed * advantage, 0.0).sum() / count
-        self.reliability.update(gain, mask.any())
+        followed = (F.softmax(logits, -1) * (action - probs)).sum(-1)
+        advantage = advantage - torch.where(mask, advantage, 0.0).sum() / mask.sum().clamp(min=1)
+        telling = mask & (advantage.abs() > SMALL_ADVANTAGE)
+        gain = torch.where(telling, followed * advantage, 0.0).sum() / telling.sum().clamp(min=1)
+        self.reliability.update(gain, telling.any())
+        self.heard |= mask.any()
 
     @torch.no_grad()
     def limit(self, kl: Tensor) -> None:

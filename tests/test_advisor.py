@@ -167,6 +167,28 @@ def metric(advisor: Advisor, name: str) -> float:
     return advisor.metrics()[f"llm_adapter/{name}"]
 
 
+class ByEye(LLMAdapter):
+    """Looks at the observation and never reads the caption."""
+
+    def infer(self, obs_np, num_actions):
+        return {"prior_logits": [float(obs_np["vector"][0]), 0.0, 0.0]}
+
+
+class Terse(Captioner):
+    def caption(self, obs) -> str:
+        return "the same"
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_who_looks_at_the_observation_is_not_cached_by_caption(tmp_path, size):
+    adviser = ByEye(SPEC, config.load([]).llm)
+    options = {"captioner": Terse(), "deterministic": True, "max_gap_steps": 1, "cache_size": size}
+    with made(tmp_path, adviser, envs=2, **options) as advisor:
+        for step in range(2):
+            heard = ask(advisor, 1 + step, 5, first=step == 0)
+            assert [number(answered) for answered in heard] == [1 + step, 5]
+
+
 # --- When it asks -------------------------------------------------------------------------------------------
 
 

@@ -622,12 +622,13 @@ def test_a_program_that_counts_otherwise_still_advises(program, stats):
     assert reply.answers[0].advice.plan == ("left",) and reply.tokens_in > 100
 
 
-def test_a_slow_program_is_ended_with_its_children(program):
-    program.install("""\
+@pytest.mark.parametrize("end", ["time.sleep(60)", "os._exit(0)"])
+def test_a_slow_program_is_ended_with_its_children(program, end):
+    program.install(f"""\
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         with open(os.path.join(here, "child"), "w") as file:
             file.write(str(child.pid))
-        time.sleep(60)
+        {end}
     """)
     adviser, notes = make("gemini_cli", timeout_s=2.5)
     assert "Try 30" in notes[1]
@@ -897,8 +898,16 @@ def test_a_replay_needs_neither_key_nor_server_nor_program(connect, backend, tmp
         assert replayed.identity == connect(backend).identity
 
 
-def test_a_frame_that_goes_nowhere_is_said():
-    assert "--llm.send_image True: none gets no frames" in make("none", send_image=True)[1][1]
+@pytest.mark.parametrize(
+    "option, line",
+    [
+        ({"send_image": True}, "--llm.send_image True: none gets no frames"),
+        ({"features": 3}, "--llm.features 3: none gives none"),
+        ({"rules_quality": "adversarial"}, "--llm.rules_quality adversarial changes nothing: none advises"),
+    ],
+)
+def test_an_option_that_does_nothing_here_is_said(option, line):
+    assert len(make("none")[1]) == 1 and line in make("none", **option)[1][1]
 
 
 def test_every_name_of_a_backend_is_an_option():

@@ -63,9 +63,19 @@ def add_env(monkeypatch):
         ("--device cuda:77", "auto"),
         ("--replay.capacity 5", "replay.capacity"),
         ("--replay.capacity 100000000000", "replay.capacity"),
+        ("--configs debug dummy_cue lore_full --llm.backend rulez", "rules"),
+        ("--configs debug dummy_cue lore_full --llm.backend gemini", "GEMINI_API_KEY"),
+        (
+            "--configs debug dummy_cue lore_full --llm.backend gemini --llm.model x --llm.replay True",
+            "--llm.cache",
+        ),
     ],
 )
-def test_wrong_option_is_refused_with_a_hint_and_writes_nothing(tmp_path, capfd, options, nearest):
+def test_wrong_option_is_refused_with_a_hint_and_writes_nothing(
+    tmp_path, capfd, monkeypatch, options, nearest
+):
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     assert nearest in refusal(capfd, tmp_path / "run", *options.split())
     assert list(tmp_path.iterdir()) == []
 

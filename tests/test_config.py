@@ -759,3 +759,25 @@ def test_failed_save_keeps_the_old_file(tmp_path):
     with pytest.raises(UserError):
         load().save(tmp_path / "file" / "config.yaml")
     assert path.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "file"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("--prior.enabled True", "needs an adviser"),
+        ("--llm.enabled True", "what for"),
+        ("--configs lore_prior --expl_behavior random", "works on the task's actor"),
+        ("--configs lore_prior --expl_behavior lpm --expl_task_actor separate", "works on the task's actor"),
+        ("--configs lore_options --expl_behavior lpm", "measures skills by the task's reward"),
+        ("--configs lore_options --imag_gradient both", "needs imag_gradient reinforce"),
+        ("--configs lore_synth --expl_behavior plan2explore", "measures plans by the task's reward"),
+    ],
+)
+def test_advice_that_cannot_work_is_refused(line, reason):
+    assert reason in fails(line)
+
+
+def test_advice_goes_with_explorers_that_leave_the_tasks_reward_or_actor_alone():
+    load("--configs lore_prior --expl_behavior plan2explore")
+    load("--configs lore_synth --expl_behavior plan2explore --expl_task_actor separate")
+    load("--configs lore_synth --expl_behavior random")

@@ -5,12 +5,15 @@ That a real GPU records our update, and that it gives the same numbers, is teste
 
 import contextlib
 
+import advice_helpers
 import pytest
 import torch
 from test_models import DISCRETE, OBS, make_agent, make_batch
+from torch.overrides import TorchFunctionMode
 
 import cuda_graph
 import dreamer
+from lore_llm import synthetic
 
 
 class FakeStream:
@@ -93,3 +96,39 @@ def test_a_recorded_update_gives_the_plain_numbers_on_a_gpu():
     plain, graphed = (agent.weights()["world_model"] for agent in agents)
     for key, value in plain.items():
         torch.testing.assert_close(graphed[key], value, rtol=1e-3, atol=1e-4)
+
+
+# What needs the host: numbers that are copied to the GPU, and those that are read back.
+OF_THE_HOST = {
+    *(torch.tensor, torch.as_tensor, torch.from_numpy, torch.nonzero, torch.masked_select),
+    *(torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.nonzero),
+    *(torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__),
+}
+
+
+class HostCalls(TorchFunctionMode):
+    """Within, notes what cannot be recorded."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in OF_THE_HOST:
+            self.found.append(func.__name__)
+        if func is torch.Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.found += ["mask" for i in index if isinstance(i, torch.Tensor) and i.dtype == torch.bool]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("paths", [(), ("prior",), ("synthetic",), ("options",), advice_helpers.PATHS])
+def test_an_update_needs_no_host(paths):
+    agent = advice_helpers.make_agent(paths)
+    batch = {k: torch.from_numpy(v) for k, v in advice_helpers.make_batch(agent).items()}
+    if "synthetic" in paths:
+        items = advice_helpers.make_items(agent, synthetic.amount(agent.config))
+        batch |= {f"item_{key}": value for key, value in items.items()}
+    with HostCalls() as calls:
+        agent._update(batch)
+    assert calls.found == []

@@ -84,19 +84,24 @@ def test_advice_that_says_little_stays_as_it_is(tmp_path):
 def test_keys_tell_questions_apart():
     image = np.zeros((2, 3, 3), np.uint8)
     questions = [
-        ("me", {"prior"}, "seen", None),
-        ("you", {"prior"}, "seen", None),
-        ("me", {"plan"}, "seen", None),
-        ("me", {"prior", "plan"}, "seen", None),
-        ("me", {"prior"}, "seen\x00", None),
-        ("me", {"prior"}, "\ud800", None),
-        ("me", {"prior"}, "seen", image),
-        ("me", {"prior"}, "seen", image + 1),
-        ("me", {"prior"}, "seen", image.reshape(3, 2, 3)),
+        ("me", {"prior"}, "seen", {}),
+        ("you", {"prior"}, "seen", {}),
+        ("me", {"plan"}, "seen", {}),
+        ("me", {"prior", "plan"}, "seen", {}),
+        ("me", {"prior"}, "seen\x00", {}),
+        ("me", {"prior"}, "\ud800", {}),
+        ("me", {"prior"}, "seen", {"image": image}),
+        ("me", {"prior"}, "seen", {"frame": image}),
+        ("me", {"prior"}, "seen", {"image": image + 1}),
+        ("me", {"prior"}, "seen", {"image": image.reshape(3, 2, 3)}),
+        ("me", {"prior"}, "seen", {"image": image, "vector": image}),
     ]
     assert len({question_key(*question) for question in questions}) == len(questions)
     assert question_key("me", ["b", "a"], "x") == question_key("me", ["a", "b"], "x")
-    assert question_key("me", (), "x", image[:, ::-1]) == question_key("me", (), "x", image[:, ::-1].copy())
+    mirrored = {"image": image[:, ::-1]}
+    assert question_key("me", (), "x", mirrored) == question_key(
+        "me", (), "x", {"image": image[:, ::-1].copy()}
+    )
 
 
 def test_runs_that_are_open_at_once_see_what_the_others_wrote(tmp_path):

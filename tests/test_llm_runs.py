@@ -4,11 +4,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from advice_helpers import OBS, make_agent
 from llm_servers import FakeLLM, Say
 from run_helpers import assert_same_run, log, metrics, signal_at, train
 
 import dreamer
+from basics import UserError
+from lore_llm.captions import Captioner
 
 KEY = "sk-SecretOfTheTests123"
 LORE = (
@@ -33,6 +38,33 @@ def without_calls(logdir: Path) -> list[dict]:
     """Metrics, but not those of calls, which a replay does not make."""
     told = ("calls", "tokens", "cost", "cache_hit_rate")
     return [{k: v for k, v in line.items() if k.partition("/")[2] not in told} for line in metrics(logdir)]
+
+
+class Stumbling(Captioner):
+    """A user's captioner with a mistake."""
+
+    def caption(self, obs):
+        raise KeyError("image of the player")
+
+    def blocked(self, before, now, action):
+        return now["nothing"]
+
+
+def test_a_captioner_that_fails_does_not_end_the_run(tmp_path):
+    options = ("--llm.captioner", f"{__name__}:Stumbling", "--llm.backend", "none", "--steps", "110")
+    assert train(tmp_path, *LORE, *options) == 0
+    assert "the captioner failed (KeyError in test_llm_runs.py" in log(tmp_path)
+    lines = (tmp_path / "decisions.jsonl").read_text().splitlines()
+    assert lines and all(json.loads(line)["caption"] is None for line in lines)
+
+
+def test_a_captioner_that_cannot_tell_an_end_is_named():
+    agent = make_agent(("options",))
+    agent.guide.captioner = Stumbling(agent.guide.captioner.actions, OBS)
+    own = agent.guide.initial(OBS, 1) | {"macro": torch.tensor([1]), "position": torch.tensor([1])}
+    obs = {"symbolic": np.zeros((1, 2), np.int32)}
+    with pytest.raises(UserError, match="Stumbling.*--llm.captioner.*KeyError: 'nothing'"):
+        agent.guide._ended(0, own, obs)
 
 
 @pytest.mark.slow

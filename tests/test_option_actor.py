@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from advice_helpers import ACTIONS, OBS, give_skills, make_agent, make_batch, some_feat, unsettle
 
 import distributions as dists
@@ -539,3 +540,12 @@ def test_spaces_of_what_is_stored_fit_the_replay():
     spaces, defaults = advice_spaces(agent.config, {"action": gymnasium.spaces.Discrete(ACTIONS)})
     assert set(spaces) == {"decision", "option"} and defaults == {"decision": 1.0, "option": 0.0}
     assert advice_spaces(make_agent(()).config, {"action": gymnasium.spaces.Discrete(5)}) == ({}, {})
+
+
+def test_metric_tells_how_many_of_the_imagined_choices_are_options():
+    agent = make_agent(("options",))
+    choice = F.one_hot(torch.tensor([[0, 4, 3, 5], [4, 0, 0, 6]]), 3 + ACTIONS).float()  # slot 0, or none
+    decided = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]])  # what was drawn elsewhere is void
+    dream = models.Imagined(torch.zeros(2, 5, 1), choice[..., 3:], choice, decided, decided)
+    _, metrics = agent.guide.loss(agent.behavior, dream, None, 1.0)
+    assert float(metrics["options/imagined_share"]) == 0.5

@@ -27,10 +27,10 @@ from lore_llm.prior import GAIN_FLOOR, Prior, Reliability, bounded
 
 
 def make_prior(*options: str, **values: float) -> Prior:
-    """A prior net whose reliability has been informed; `values` of its options."""
+    """A prior net that has heard advice; `values` of its options."""
     words = [word for name, value in values.items() for word in (f"--prior.{name}", str(value))]
     agent = make_agent(("prior",), *options, *words)
-    agent.guide.prior.reliability.moments[0] = 1.0
+    agent.guide.prior.heard.fill_(True)
     return agent.guide.prior
 
 
@@ -65,7 +65,7 @@ def test_beta_grows_with_the_reliability():
 
 def test_there_is_no_weight_before_the_first_advice():
     prior = make_prior()
-    prior.reliability.moments.zero_()
+    prior.heard.fill_(False)
     assert float(prior.beta(torch.tensor(1.0))) == 0
     assert float(prior.reliability.value) == 0.5
 
@@ -401,6 +401,18 @@ def test_reliability_gain_by_hand():
     assert float(prior.reliability.value) == pytest.approx(0.5 * (1 + math.erf(t / math.sqrt(2))))
 
 
+@pytest.mark.parametrize("updates", [1, 30, 300])
+def test_reliability_counts_the_updates_that_it_remembers(updates):
+    rate, reliability = 0.01, Reliability(0.01)
+    for index in range(updates):  # gains of -1 and 1.2 in turn
+        reliability.update(torch.tensor(1.2 if index % 2 else -1.0), torch.tensor(True))
+    weights = [rate * (1 - rate) ** age for age in range(updates)]
+    count = sum(weights) ** 2 / sum(weight**2 for weight in weights)
+    total, mean, square = reliability.moments.tolist()
+    t = math.sqrt(count) * (mean / total) / math.sqrt(square / total + GAIN_FLOOR**2)
+    assert float(reliability.value) == pytest.approx(0.5 * (1 + math.erf(t / math.sqrt(2))), abs=1e-4)
+
+
 def test_reliability_stays_where_nothing_was_advised_or_is_not_finite():
     prior = make_prior()
     follow(prior, 0.5, updates=3)
@@ -408,6 +420,21 @@ def test_reliability_stays_where_nothing_was_advised_or_is_not_finite():
     prior.reliability.update(torch.tensor(5.0), torch.tensor(False))
     prior.reliability.update(torch.tensor(math.inf), torch.tensor(True))
     assert torch.equal(prior.reliability.moments, before)
+
+
+def test_steps_with_small_advantages_tell_nothing():
+    prior = make_prior(reliability_rate=1.0)
+    logits = 4.0 * F.one_hot(torch.zeros(1, 8, dtype=torch.int64), ACTIONS)
+    probs = torch.full((1, 8, ACTIONS), 1 / ACTIONS)
+    action = F.one_hot(torch.tensor([[0, 1] * 4]), ACTIONS).float()
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    noise = torch.tensor([[0.02, -0.02] * 4])  # what the critic guesses praises the advice
+    prior.follow(logits, probs, action, noise, mask)
+    assert float(prior.reliability.value) == 0.5
+    reward = noise.clone()
+    reward[0, 1] = 0.9  # and what is known blames it
+    prior.follow(logits, probs, action, reward, mask)
+    assert float(prior.reliability.value) < 0.2
 
 
 def test_reliability_counts_the_steps_at_which_the_actor_chose():

@@ -666,6 +666,14 @@ def test_checkpoint_that_does_not_fit_the_options_is_refused(path):
             _library(**change).load_state_dict(state)
 
 
+def test_checkpoint_with_a_subgoal_of_another_captioner_is_refused():
+    library = _library()
+    library.propose([_spec(subgoal="drink")], 0)
+    other = SkillLibrary(None, SimpleNamespace(actions=ACTIONS, subgoals=("eat",)), OPTIONS)
+    with pytest.raises(UserError, match="llm.captioner.*subgoal drink"):
+        other.load_state_dict(library.state_dict())
+
+
 def test_library_needs_no_torch():
     code = "import sys, lore_llm.options; sys.exit('torch' in sys.modules)"
     root = Path(options.__file__).parents[1]
