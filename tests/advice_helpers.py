@@ -112,6 +112,19 @@ def some_feat(agent: dreamer.Dreamer, *batch: int, seed: int = 0) -> torch.Tenso
     return rssm.feat({"deter": deter, "stoch": F.one_hot(index, config.classes).float()})
 
 
+class SilentAdvisor:
+    """Behind the interface of an Advisor, for tests that put answers into its mouth."""
+
+    def ask(self, *args, **kwargs):
+        return []
+
+    def metrics(self):
+        return {}
+
+    def close(self):
+        """Nothing is open."""
+
+
 class CueOracle(LLMAdapter):
     """Knows the rewarded action of the dummy tasks from the observation."""
 

@@ -5,9 +5,10 @@ import json
 import gymnasium
 import numpy as np
 import pytest
-from advice_helpers import ACTIONS, OBS, Remote, make_agent
+from advice_helpers import ACTIONS, OBS, Remote, SilentAdvisor, make_agent
 from run_helpers import assert_same_run, differences, log, main, metrics, moment, signal_at, train
 
+import dreamer
 import episodes
 import tools
 from episodes import EpisodeWriter
@@ -155,7 +156,11 @@ def test_run_from_a_recorded_cache_needs_nobody_and_is_the_same(tmp_path, monkey
     assert (second / "decisions.jsonl").read_text() == (first / "decisions.jsonl").read_text()
 
 
-def test_run_goes_on_with_other_envs_and_forgets_what_names_places_in_the_old_replay(tmp_path):
+def test_run_goes_on_with_other_envs_and_forgets_what_names_places_in_the_old_replay(tmp_path, monkeypatch):
+    judge = dreamer.Dreamer.judge
+    monkeypatch.setattr(  # any plan is good enough
+        dreamer.Dreamer, "judge", lambda *args: (found := judge(*args)) | {"plan": found["plan"] + 9}
+    )
     options = (*DOORKEY, *FULL, "--llm.until", "1000")
     with signal_at(101):
         assert train(tmp_path, *options) == 143
@@ -365,7 +370,7 @@ def test_files_of_a_run_without_advice_are_learned_from_with_defaults(tmp_path):
 def test_coach_brings_answers_to_the_steps_that_asked(tmp_path):
     agent = make_agent(("prior",), "--prior.logit_clip", "2", "--llm.until", "1000")
     replay = late_replay()
-    coach = Coach(agent, replay, agent.config, tmp_path, Timer())
+    coach = Coach(SilentAdvisor(), agent, replay, agent.config, tmp_path, Timer())
     add_steps(replay, 6)
     prior = ActionPrior(logits=(9.0, 0.0, 0.0, 0.0, -9.0))
     answers = [
@@ -379,7 +384,6 @@ def test_coach_brings_answers_to_the_steps_that_asked(tmp_path):
     assert entries["llm_logits"].tolist() == [[2, 0, 0, 0, -2], [0] * 5]
     assert advised(replay, 1) == [4] and advised(replay, 0) == []
     assert replay.ring["llm_logits"][12 + 4].tolist() == [2, 0, 0, 0, -2]
-    coach.close()
 
 
 # ---- Refusals

@@ -7,7 +7,16 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from advice_helpers import ACTIONS, OBS, advised_config, make_agent, make_batch, make_items, unsettle
+from advice_helpers import (
+    ACTIONS,
+    OBS,
+    SilentAdvisor,
+    advised_config,
+    make_agent,
+    make_batch,
+    make_items,
+    unsettle,
+)
 
 import distributions as dists
 import models
@@ -342,7 +351,7 @@ def make_coach(tmp_path, *options, paths=("synthetic",)):
         OBS | act | found, 2, 60, 6, 1, 0, deter_size=rssm.deter, stoch_size=rssm.stoch,
         classes=rssm.classes, defaults=defaults,
     )  # fmt: skip
-    return agent, Coach(agent, replay, agent.config, tmp_path, Timer())
+    return agent, Coach(SilentAdvisor(), agent, replay, agent.config, tmp_path, Timer())
 
 
 def judge_as(agent, *, plan=2.0, policy=1.0, disagreement=0.0):
