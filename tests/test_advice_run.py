@@ -162,7 +162,7 @@ def test_run_goes_on_with_other_envs_and_forgets_what_names_places_in_the_old_re
         dreamer.Dreamer, "judge", lambda *args: (found := judge(*args)) | {"plan": found["plan"] + 9}
     )
     options = (*DOORKEY, *FULL, "--llm.until", "1000")
-    with signal_at(101):
+    with signal_at(115):
         assert train(tmp_path, *options) == 143
     before = tools.load_checkpoint(tmp_path)[0]["coach"]
     assert before["synthetic"]["items"] and len(before["doubt"]) == 2
