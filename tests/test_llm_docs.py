@@ -227,7 +227,7 @@ def test_gemini_is_asked_recorded_and_replayed_as_the_guide_says(workdir, monkey
     with FakeLLM() as server:
         monkeypatch.setenv("GEMINI_API_KEY", KEY)
         there = ("--llm.base_url", server.url)
-        first = run(*command_with("./logdir/gemini"), *there, logdir="first")
+        first = run(*command_with("./logdir/gemini"), *there, "--deterministic", "True", logdir="first")
         assert last(first, "llm_adapter/calls") > 0 and (first / "llm_cache.sqlite").is_file()
         assert "Adviser: gemini, model gemini-3.5-flash-lite" in log(first)
         recorded = run(*recording, *there, logdir="recorded")
@@ -245,7 +245,8 @@ def test_gemini_is_asked_recorded_and_replayed_as_the_guide_says(workdir, monkey
 def test_openai_compatible_servers_are_asked_as_the_guide_says(server_of):
     options = command_with(server_of)
     with FakeLLM(Say()) as server:
-        logdir = run(*options, "--llm.base_url", server.openai_url, logdir="own", task="dummy_cue")
+        there = ("--llm.base_url", server.openai_url, "--deterministic", "True")
+        logdir = run(*options, *there, logdir="own", task="dummy_cue")
         asked = [request for request in server.asked if request.path.endswith("/chat/completions")]
         model = "gemma3:4b" if "ollama" in server_of else "fake-model"
         assert asked and asked[0].body["model"] == model
@@ -261,7 +262,8 @@ def test_gemini_cli_is_asked_as_the_guide_says(workdir, monkeypatch):
     program.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    logdir = run(*command_with("gemini_cli"), "--max_batch", "1", logdir="cli", task="dummy_cue")
+    waits = ("--max_batch", "1", "--deterministic", "True")
+    logdir = run(*command_with("gemini_cli"), *waits, logdir="cli", task="dummy_cue")
     assert last(logdir, "llm_adapter/answers") > 0 and "Adviser: gemini_cli" in log(logdir)
 
 
