@@ -141,6 +141,7 @@ def without_adviser(logdir):
     return lines, state
 
 
+@pytest.mark.slow
 def test_run_from_a_recorded_cache_needs_nobody_and_is_the_same(tmp_path, monkeypatch):
     cache = tmp_path / "answers.sqlite"
     options = [*DOORKEY, *FULL, "--llm.backend", "advice_helpers:Remote", "--llm.cache", str(cache)]
@@ -254,6 +255,7 @@ def test_decisions_tell_why(tmp_path):
     assert {line["option"] for line in lines} - {None}
 
 
+@pytest.mark.slow
 def test_logging_decisions_does_not_change_the_run(tmp_path, whole):
     often, never = tmp_path / "often", tmp_path / "never"
     assert train(often, *DOORKEY, *FULL, "--llm.log_decisions_every", "1", "--eval_every", "0") == 0
