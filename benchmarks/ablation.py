@@ -286,7 +286,6 @@ def draw(result: dict, out: Path) -> None:
             left.fill_between(steps, low, high, color=style["color"], alpha=0.12, lw=0)
     left.set(title="evaluation without advice", xlabel="env steps", ylabel="return")
     left.grid(alpha=0.3)
-    left.legend(fontsize=8)
     for place, (arm, each) in enumerate(result["summary"].items()):
         if "to_final" in each:
             measure = each["to_final"]
@@ -295,6 +294,7 @@ def draw(result: dict, out: Path) -> None:
     right.set_yticks(range(len(result["summary"])), [TITLES[arm] for arm in result["summary"]], fontsize=8)
     right.invert_yaxis()
     right.set(title="env steps to the baseline's final return")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(out, dpi=80)
 
 
