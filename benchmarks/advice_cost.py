@@ -13,7 +13,6 @@ round. Options of the program follow after `--`, for all runs: `-- --llm.min_gap
 
 import contextlib
 import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from llm_servers import FakeLLM, Say
-from turns import Program, serve, take_turns
+from turns import Program, compared, serve, take_turns
 from update_speed import make_parser
 
 import dreamer
@@ -86,16 +85,7 @@ def main() -> None:
             for name in names
         }
         take_turns(programs, args.warmup, args.repeats)
-    base = programs[args.base].seconds
-    result = {
-        name: {
-            "seconds": round(statistics.median(program.seconds), 4),
-            "ratio": round(statistics.median(s / b for s, b in zip(program.seconds, base, strict=True)), 3),
-            "peak_gib": round(program.peak_gib, 2),
-            "parameters": program.about["parameters"],
-        }
-        for name, program in programs.items()
-    }
+    result = compared(programs, args.base, "seconds")
     print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 
 

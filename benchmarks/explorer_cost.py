@@ -8,11 +8,10 @@ round. Options of the program follow after `--`, for all but greedy: `-- --lpm.s
 """
 
 import json
-import statistics
 import sys
 from pathlib import Path
 
-from turns import Program, take_turns
+from turns import Program, compared, take_turns
 from update_speed import make_parser
 
 EXPLORERS = ("surprise", "plan2explore", "lpm")
@@ -36,16 +35,7 @@ def main() -> None:
             commands[f"{explorer} {actor}"] = serve + options
     programs = {name: Program(command) for name, command in commands.items()}
     take_turns(programs, args.warmup, args.repeats)
-    base = programs["greedy"].seconds
-    result = {
-        name: {
-            "update_s": round(statistics.median(program.seconds), 4),
-            "ratio": round(statistics.median(s / b for s, b in zip(program.seconds, base, strict=True)), 3),
-            "peak_gib": round(program.peak_gib, 2),
-            "parameters": program.about["parameters"],
-        }
-        for name, program in programs.items()
-    }
+    result = compared(programs, "greedy", "update_s")
     print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
 
 

@@ -7,6 +7,7 @@ but the standard library here, because the programs' modules may have the same n
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -70,3 +71,19 @@ def take_turns(programs: Mapping[str, Program], warmup: int, repeats: int) -> No
             program.update(count=turn >= warmup)
     for program in programs.values():
         program.close()
+
+
+def compared(programs: Mapping[str, Program], base: str, seconds: str) -> dict[str, dict]:
+    """Of each program the median, called `seconds`, and the median ratio to `base` in the same round."""
+    reference = programs[base].seconds
+    return {
+        name: {
+            seconds: round(statistics.median(program.seconds), 4),
+            "ratio": round(
+                statistics.median(s / b for s, b in zip(program.seconds, reference, strict=True)), 3
+            ),
+            "peak_gib": round(program.peak_gib, 2),
+            "parameters": program.about["parameters"],
+        }
+        for name, program in programs.items()
+    }
