@@ -95,16 +95,11 @@ def evaluate(
         low = episodes // envs * envs
         nearest = f"{low} or {low + envs}" if low else envs
         raise UserError(f"--episodes {episodes} must be a multiple of --envs {envs}: take {nearest}")
-    payload, path, notes = tools.load_checkpoint(checkpoint)
-    for note in notes:
-        print(note, file=sys.stderr)
-    config = Config.from_yaml(payload["config"], f"the config in {path}")
+    payload, path, config = load(checkpoint, seed)
     if advised and not config.prior.enabled:
         raise UserError(
             "--advised plays through the prior of a run with prior.enabled True; this one has none"
         )
-    # Compiling would take longer than most evaluations.
-    config = config.replace({"seed": seed, "compile": False})
     chosen = choose_device(device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -143,14 +138,24 @@ def evaluate(
                 file = video_folder / f"evaluate_{label}_{index}.mp4"
                 videos += write_video(file, episode, config, heard)
             if explain_folder:
-                videos.append(explain_folder / f"explain_{label}_{index}.mp4")
-                write_explained(videos[-1], episode, config)
+                file = explain_folder / f"explain_{label}_{index}.mp4"
+                videos.append(write_explained(file, episode, config))
     finally:
         vec.close()
     policy = "random" if random else "advised" if advised else "agent"
     about = {"task": config.task, "policy": policy, "checkpoint": str(path)}
     about |= {"step": payload["step"], "seed": seed, "episodes": episodes, "envs": envs}
     return {**about, **summarize(done, config.task), "videos": [str(video) for video in videos]}
+
+
+def load(checkpoint: str | Path, seed: int) -> tuple[dict, Path, Config]:
+    """A checkpoint, where it lies, and its config with the seed of this evaluation. Raises UserError."""
+    payload, path, notes = tools.load_checkpoint(checkpoint)
+    for note in notes:
+        print(note, file=sys.stderr)
+    config = Config.from_yaml(payload["config"], f"the config in {path}")
+    # Compiling would take longer than most evaluations.
+    return payload, path, config.replace({"seed": seed, "compile": False})
 
 
 def has_images(envs: VecEnv) -> bool:
@@ -177,14 +182,15 @@ def explained(agent: Dreamer, captioner: Captioner, advised: bool, obs: Arrays, 
     return views
 
 
-def write_explained(path: Path, episode: EvalEpisode, config: Config) -> None:
-    """Write an episode as an mp4 with its views beside the frames."""
+def write_explained(path: Path, episode: EvalEpisode, config: Config) -> Path:
+    """Write an episode as an mp4 with its views beside the frames; the path."""
     frames = newest(episode.frames, config.frame_stack)  # [L, H, W, C]
     frames = frames if frames.shape[-1] == 3 else frames[..., :1].repeat(3, -1)
     pictures = (
         decision_panel(frame, view, PANEL_PIXELS) for frame, view in zip(frames, episode.views, strict=True)
     )
     write_mp4(path, pictures, config.video_fps)
+    return path
 
 
 def outcome(episode: EvalEpisode, action_repeat: int) -> dict[str, float]:

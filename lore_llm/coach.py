@@ -271,7 +271,6 @@ class Coach(NoCoach):
         settled = not self.config.eval_every
         if len(losses) == 2:
             settled = losses[1] > (1 - self.config.synthetic.synthetic_settled) * losses[0]
-        # Steps of the prefill have no latents yet that a plan could be rolled out from.
         return step >= max(self.config.synthetic.synthetic_warmup, self.config.prefill) and settled
 
     def items(self) -> Any:

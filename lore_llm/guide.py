@@ -207,9 +207,7 @@ class Guide(Unguided):
             metrics["uncertainty_gate/reliability"] = self.prior.reliability.value
         if self.rollout:
             cloned = self.rollout
-            with torch.no_grad():
-                feat = cloned.feat[:, :-1]
-            log_prob = self.policy(behavior, feat, advised=False).parts[0].log_probs
+            log_prob = self.policy(behavior, cloned.feat[:, :-1], advised=False).parts[0].log_probs
             log_prob = (log_prob[..., -self.actions :] * cloned.action).sum(-1)  # [M, L]
             bc = -(cloned.clone_weight * log_prob).sum() / cloned.valid.sum().clamp(min=1)
             losses["advice_bc"] = self.config.synthetic.lambda_bc * bc

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,14 @@ def signal_at(step: int, signum: int = signal.SIGTERM) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dreamer.Run, "interact", interact)
         yield
+
+
+def stop_and_resume(logdir: Path, *options: str, at: Sequence[int]) -> None:
+    """Train with a stop at each of these env steps, and go on each time by the same command."""
+    for step in at:
+        with signal_at(step):
+            assert train(logdir, *options) == 128 + signal.SIGTERM
+    assert train(logdir, *options) == 0
 
 
 def train_process(

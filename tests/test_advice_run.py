@@ -6,7 +6,17 @@ import gymnasium
 import numpy as np
 import pytest
 from advice_helpers import ACTIONS, OBS, Remote, SilentAdvisor, make_agent
-from run_helpers import assert_same_run, differences, log, main, metrics, moment, signal_at, train
+from run_helpers import (
+    assert_same_run,
+    differences,
+    log,
+    main,
+    metrics,
+    moment,
+    signal_at,
+    stop_and_resume,
+    train,
+)
 
 import dreamer
 import episodes
@@ -73,27 +83,6 @@ def test_an_adviser_that_is_silent_changes_no_bit_of_what_is_learned(tmp_path, p
 
 
 # ---- Stops
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A function that gives the logdir of the uninterrupted run with some options; each is run once."""
-    done = {}
-
-    def run(*options):
-        if options not in done:
-            done[options] = tmp_path_factory.mktemp("whole")
-            assert train(done[options], *options) == 0
-        return done[options]
-
-    return run
-
-
-def stop_and_resume(logdir, *options, at):
-    for step in at:
-        with signal_at(step):
-            assert train(logdir, *options) == 143
-    assert train(logdir, *options) == 0
 
 
 def assert_same_advised_run(one, other):

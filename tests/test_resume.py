@@ -17,6 +17,7 @@ from run_helpers import (
     metrics,
     moment,
     signal_at,
+    stop_and_resume,
     train,
     train_process,
 )
@@ -29,28 +30,6 @@ from config import Config
 from envs.dummy import Dummy
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signal to a process")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A function that gives the logdir of the uninterrupted run with some options; each is run once."""
-    done = {}
-
-    def run(*options):
-        if options not in done:
-            done[options] = tmp_path_factory.mktemp("whole")
-            assert train(done[options], *options) == 0
-        return done[options]
-
-    return run
-
-
-def stop_and_resume(logdir, *options, at):
-    """Train with a stop at each of these env steps, and go on each time by the same command."""
-    for step in at:
-        with signal_at(step):
-            assert train(logdir, *options) == 128 + signal.SIGTERM
-    assert train(logdir, *options) == 0
 
 
 CASES = {

@@ -429,6 +429,15 @@ def test_plans_of_the_prefill_are_not_judged(tmp_path):
         assert len(coach.synthetic.items) == known
 
 
+def test_late_plans_about_steps_without_latents_are_not_judged(tmp_path):
+    agent, coach = make_coach(tmp_path, "--eval_every", "0", "--synthetic.synthetic_warmup", "0")
+    fill(coach.replay, latents=False)
+    judge_as(agent)
+    obs, _, _ = ask_with(coach, answer(), step=10)
+    coach.after(obs, agent.initial_state(2), 10)
+    assert not coach.synthetic.items and "synthetic/accepted" not in coach.metrics()
+
+
 def test_loss_of_the_model_is_known_of_the_last_two_evaluations(tmp_path):
     agent, coach = make_coach(tmp_path)
     told = iter([5.0, 4.0, 3.5])
