@@ -204,7 +204,7 @@ class Guide(Unguided):
             metrics |= {f"uncertainty_gate/{name}": value.mean() for name, value in gate.items()}
             metrics["uncertainty_gate/avg_kl"] = mean
             metrics["uncertainty_gate/dual"] = self.prior.dual.clone()
-            metrics["uncertainty_gate/reliability"] = self.prior.reliability.value
+            metrics["uncertainty_gate/reliability"] = self.prior.trust
         if self.rollout:
             cloned = self.rollout
             log_prob = self.policy(behavior, cloned.feat[:, :-1], advised=False).parts[0].log_probs

@@ -41,11 +41,15 @@ class Reliability(nn.Module):
     @property
     def value(self) -> Tensor:
         """The estimate, a scalar."""
+        return self.lowered(0.0)
+
+    def lowered(self, errors: float | Tensor) -> Tensor:
+        """The estimate if the mean gain were less than measured by so many standard errors, a scalar."""
         weight, mean, square = self.moments.unbind()
         total = weight.clamp(min=1e-30)
         remembered = (2 / self.rate - 1) * total / (2 - total)  # (sum of weights)^2 / sum of their squares
         t = remembered.sqrt() * (mean / total) / (square / total + GAIN_FLOOR**2).sqrt()
-        return 0.5 * (1 + torch.erf(t / math.sqrt(2)))
+        return 0.5 * (1 + torch.erf((t - errors) / math.sqrt(2)))
 
 
 class Prior(nn.Module):
@@ -59,7 +63,7 @@ class Prior(nn.Module):
         self.mlp = networks.mlp(feat, c.layers, units)
         self.out = networks.Linear(units, actions, 0.0)  # without advice, all actions alike
         self.reliability = Reliability(c.reliability_rate)
-        self.register_buffer("heard", torch.zeros((), dtype=torch.bool))  # any advice yet
+        self.register_buffer("heard", torch.zeros(()))  # running mean of whether there was advice: towards 1
         self.register_buffer("dual", torch.zeros(()))
         self.register_buffer("share", torch.ones(()))  # of beta_max that llm.until leaves
 
@@ -73,8 +77,16 @@ class Prior(nn.Module):
         c = self.config
         threshold = c.uncertainty_threshold
         doubt = ((uncertainty - threshold) / (1 - threshold)).clamp(0, 1)
-        trust = self.reliability.value * self.heard
-        return c.beta_max * self.share * trust * doubt / (1 + self.dual)
+        return c.beta_max * self.share * self.trust * doubt / (1 + self.dual)
+
+    @property
+    def trust(self) -> Tensor:
+        """The reliability as it counts, a scalar: 0 before any advice, and lowered the longer there is some.
+
+        Where rewards are rare, nothing tells for long whether an adviser harms: whoever cannot show that the
+        advice helps loses the trust that it was given at first.
+        """
+        return self.reliability.lowered(self.config.caution * self.heard) * (self.heard > 0)
 
     def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
         """Squared error to the advice `logits` [B, T, A] where `mask` [B, T], a scalar; 0 where none is.
@@ -101,7 +113,7 @@ class Prior(nn.Module):
         telling = mask & (advantage.abs() > SMALL_ADVANTAGE)
         gain = torch.where(telling, followed * advantage, 0.0).sum() / telling.sum().clamp(min=1)
         self.reliability.update(gain, telling.any())
-        self.heard |= mask.any()
+        self.heard.lerp_(torch.where(mask.any(), 1.0, self.heard), self.config.reliability_rate)
 
     @torch.no_grad()
     def limit(self, kl: Tensor) -> None:

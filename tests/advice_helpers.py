@@ -99,7 +99,7 @@ def unsettle(agent: dreamer.Dreamer) -> None:
     parts = [agent.world_model.reward_head, agent.behavior.critic, agent.behavior.slow_critic]
     if agent.guide.prior:
         parts.append(agent.guide.prior)
-        agent.guide.prior.heard.fill_(True)  # advice was seen
+        agent.guide.prior.heard.fill_(1.0)  # advice has been there for long
     for part in parts:
         torch.nn.init.normal_(part.out.weight, std=0.1)
 

@@ -27,10 +27,10 @@ from lore_llm.prior import GAIN_FLOOR, Prior, Reliability, bounded
 
 
 def make_prior(*options: str, **values: float) -> Prior:
-    """A prior net that has heard advice; `values` of its options."""
+    """A prior net that has just heard its first advice; `values` of its options."""
     words = [word for name, value in values.items() for word in (f"--prior.{name}", str(value))]
     agent = make_agent(("prior",), *options, *words)
-    agent.guide.prior.heard.fill_(True)
+    agent.guide.prior.heard.fill_(1e-9)
     return agent.guide.prior
 
 
@@ -65,7 +65,7 @@ def test_beta_grows_with_the_reliability():
 
 def test_there_is_no_weight_before_the_first_advice():
     prior = make_prior()
-    prior.heard.fill_(False)
+    prior.heard.fill_(0.0)
     assert float(prior.beta(torch.tensor(1.0))) == 0
     assert float(prior.reliability.value) == 0.5
 
@@ -120,7 +120,7 @@ def test_the_actor_is_seen_through_the_prior_and_then_mixed_with_the_uniform():
     seen = agent.guide.seen(agent.behavior, feat)
     logits = agent.behavior.actor.outs[0](agent.behavior.actor.mlp(feat))
     prior = agent.guide.prior(feat)
-    assert float(seen.beta.min()) > 0.05
+    assert float(seen.beta.min()) > 0.03
     expected = 0.9 * F.softmax(logits + seen.beta[:, None] * prior, -1) + 0.1 / ACTIONS
     assert torch.allclose(seen.policy.parts[0].probs, expected, atol=1e-6)
     assert torch.equal(seen.plain.parts[0].probs, agent.behavior.actor(feat).parts[0].probs)
@@ -355,6 +355,23 @@ def follow(prior: Prior, quality: float, updates: int = 150, bias: float = 0.0, 
         mask = torch.rand(4, 16, generator=generator) < 0.5
         prior.follow(logits, probs, F.one_hot(action, ACTIONS).float(), advantage, mask)
     return float(prior.reliability.value)
+
+
+def test_advice_that_does_not_show_that_it_helps_loses_its_weight():
+    prior = make_prior(caution=1.0, reliability_rate=0.1)
+    assert float(prior.trust) == 0.5
+    follow(prior, 0.0, updates=1)
+    prior.reliability.moments.zero_()  # nothing told anything
+    assert float(prior.heard) == pytest.approx(0.1)
+    assert float(prior.trust) == pytest.approx(0.5 * (1 + math.erf(-0.1 / math.sqrt(2))))
+    nothing = torch.zeros(4, 16, dtype=torch.bool)
+    probs = torch.full((4, 16, ACTIONS), 1 / ACTIONS)
+    prior.follow(probs, probs, probs, torch.zeros(4, 16), nothing)  # without advice nobody loses anything
+    assert float(prior.heard) == pytest.approx(0.1)
+    prior.heard.fill_(1.0)
+    assert float(prior.trust) == pytest.approx(0.1587, abs=1e-4)  # normal distribution at -1
+    prior.reliability.moments.copy_(torch.tensor([1.0, 1.0, 1.0]))  # a gain each time
+    assert float(prior.trust) > 0.99
 
 
 def test_reliability_starts_at_a_half():
