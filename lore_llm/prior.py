@@ -77,16 +77,17 @@ class Prior(nn.Module):
         c = self.config
         threshold = c.uncertainty_threshold
         doubt = ((uncertainty - threshold) / (1 - threshold)).clamp(0, 1)
-        return c.beta_max * self.share * self.trust * doubt / (1 + self.dual)
+        trust = self.trust * (self.heard > 0)
+        return c.beta_max * self.share * trust * doubt / (1 + self.dual)
 
     @property
     def trust(self) -> Tensor:
-        """The reliability as it counts, a scalar: 0 before any advice, and lowered the longer there is some.
+        """The reliability as it counts, a scalar: lowered the longer there is advice.
 
         Where rewards are rare, nothing tells for long whether an adviser harms: whoever cannot show that the
         advice helps loses the trust that it was given at first.
         """
-        return self.reliability.lowered(self.config.caution * self.heard) * (self.heard > 0)
+        return self.reliability.lowered(self.config.caution * self.heard)
 
     def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
         """Squared error to the advice `logits` [B, T, A] where `mask` [B, T], a scalar; 0 where none is.
