@@ -60,6 +60,8 @@ class Outcome(NamedTuple):
 class Guide(Unguided):
     """Heeds advice along the paths that the config enables. `disagreement(feat, action)` is an ensemble's."""
 
+    averages = ("largest",)  # buffers that are means over all learners
+
     def __init__(
         self,
         world_model: WorldModel,
@@ -256,9 +258,11 @@ class Guide(Unguided):
         mask = (data["llm_mask"] & ~data["is_last"])[:, :-1]
         if self.options:
             mask = mask & data["decision"][:, :-1]  # elsewhere the actor did not choose
-        self.prior.follow(
-            data["llm_logits"][:, :-1], primitives(plain, self.actions)[:, :-1], action, advantage, mask
-        )
+        coming = (data["reward"] != 0).float()
+        last, term, nothing = data["is_last"], data["is_terminal"], torch.zeros_like(coming)
+        rewarded = lambda_return(last, term, coming, nothing, 1.0, 1.0) > 0  # [B, T-1] later in the window
+        probs = primitives(plain, self.actions)[:, :-1]
+        self.prior.follow(data["llm_logits"][:, :-1], probs, action, advantage, mask, rewarded)
 
     # --- Acting ----------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ class Reliability(nn.Module):
     falls to 0 where following does harm.
     """
 
+    averages = ("moments",)  # buffers that are means over all learners
+
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
@@ -54,6 +56,8 @@ class Reliability(nn.Module):
 
 class Prior(nn.Module):
     """A net from feat [..., F] to the logits [..., A] that the adviser would give, and their weight."""
+
+    averages = ("heard", "dual")
 
     def __init__(self, feat: int, actions: int, config: Mapping):
         super().__init__()
@@ -99,19 +103,28 @@ class Prior(nn.Module):
         return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
 
     @torch.no_grad()
-    def follow(self, logits: Tensor, probs: Tensor, action: Tensor, advantage: Tensor, mask: Tensor) -> None:
+    def follow(
+        self,
+        logits: Tensor,
+        probs: Tensor,
+        action: Tensor,
+        advantage: Tensor,
+        mask: Tensor,
+        rewarded: Tensor | bool = True,
+    ) -> None:
         """Learn from real steps whether following the advice raises the advantage.
 
         logits, probs (the actor's) and action (one-hot) [..., A]; advantage [...] in units of the scale of
         returns; `mask` [...] where there was advice. The gain is the covariance of what was followed, against
         what the actor would have on average, with the advantage. Not their mean product: where the critic
-        expects too little or too much of everything, that would praise or blame any advice. Steps whose
-        advantage is small are left out: as long as there are few rewards, that is nearly all of them, and
-        what the critic guesses about them would outweigh what is known.
+        expects too little or too much of everything, that would praise or blame any advice. Steps are left
+        out whose advantage is small, and those after which no reward was seen (`rewarded` [...]): as long as
+        there are few rewards, that is nearly all of them, and what the critic guesses about them, which tends
+        to praise what is done often, would outweigh what is known.
         """
         followed = (F.softmax(logits, -1) * (action - probs)).sum(-1)
         advantage = advantage - torch.where(mask, advantage, 0.0).sum() / mask.sum().clamp(min=1)
-        telling = mask & (advantage.abs() > SMALL_ADVANTAGE)
+        telling = mask & rewarded & (advantage.abs() > SMALL_ADVANTAGE)
         gain = torch.where(telling, followed * advantage, 0.0).sum() / telling.sum().clamp(min=1)
         self.reliability.update(gain, telling.any())
         self.heard.lerp_(torch.where(mask.any(), 1.0, self.heard), self.config.reliability_rate)

@@ -454,10 +454,38 @@ def test_steps_with_small_advantages_tell_nothing():
     assert float(prior.reliability.value) < 0.2
 
 
+def test_steps_without_a_reward_behind_them_tell_nothing():
+    prior = make_prior(reliability_rate=1.0)
+    logits = 4.0 * F.one_hot(torch.zeros(1, 8, dtype=torch.int64), ACTIONS)
+    probs = torch.full((1, 8, ACTIONS), 1 / ACTIONS)
+    action = F.one_hot(torch.tensor([[0, 1] * 4]), ACTIONS).float()
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    guess = torch.tensor([[0.5, -0.5] * 4])
+    prior.follow(logits, probs, action, guess, mask, torch.zeros(1, 8, dtype=torch.bool))
+    assert float(prior.reliability.value) == 0.5
+    prior.follow(logits, probs, action, guess, mask, mask)
+    assert float(prior.reliability.value) > 0.8
+
+
+@pytest.mark.parametrize(("reward_at", "told"), [(None, 0.0), (3, 1.0), (6, 0.0)])
+def test_only_rewards_later_in_the_episode_count(reward_at, told, monkeypatch):
+    agent = make_agent(("prior",))
+    unsettle(agent)
+    data = agent.upload(make_batch(agent))
+    data["reward"] = torch.zeros_like(data["reward"])
+    data["is_last"][:, 4] = data["is_first"][:, 5] = True
+    if reward_at is not None:
+        data["reward"][:, reward_at] = 1.0
+    seen = []
+    monkeypatch.setattr(Prior, "follow", lambda self, *args: seen.append(args[-1]))
+    agent._update(data)
+    assert seen[0][:, 1].float().mean() == told  # of the second step after the context
+
+
 def test_reliability_counts_the_steps_at_which_the_actor_chose():
     agent = make_agent(("prior", "options"))
     noted = {}
-    agent.guide.prior.follow = lambda *args: noted.update(mask=args[-1])
+    agent.guide.prior.follow = lambda *args: noted.update(mask=args[-2])
     batch = make_batch(agent)
     batch["llm_mask"][:] = True
     batch["is_last"][1, 4] = True
