@@ -6,6 +6,7 @@ evaluate, save. `--help` lists presets and options. Running the same command aga
 
 import contextlib
 import functools
+import os
 import shutil
 import signal
 import sys
@@ -24,29 +25,32 @@ from torch import Tensor
 import audio
 import config as configs
 import cuda_graph
+import distributed
 import models
 import networks
 import replay as replays
 import tools
-from basics import UserError, numpy_rng
+from basics import UserError, derive_seed, numpy_rng
 from config import Config
+from distributed import LostRank, Ranks
 from envs import make_env
 from episodes import EpisodeWriter
 from exploration import EXPLORERS, Greedy, Random, param_group
-from logger import Logger, Timer, WandbRun, add_heat_strip, write_mp4, write_wav
+from logger import Collector, Logger, Timer, WandbRun, add_heat_strip, merged_logs, write_mp4, write_wav
 from lore_llm import synthetic
 from lore_llm.captions import make_captioner
 from lore_llm.coach import Coach, NoCoach, advice_spaces, make_advisor
 from lore_llm.guide import Guide
 from parallel import VecEnv, make_vec
 from replay import Replay
-from stats import ACHIEVEMENT, EpisodeStats, SuccessRates
+from stats import ACHIEVEMENT, EpisodeStats, SuccessRates, merged_successes
 
 OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
 OPEN_LOOP_ROWS = 6  # sequences shown in it
 EXPLAIN_ROLLOUTS = 8  # imagined for a predicted return
 REPLAY_STATE = "replay_state"  # folder in the logdir, with one folder for each checkpoint
 REPLAY_RING = "replay_ring"  # folder in the logdir for a ring on the disk
+RANK_FOLDER = "rank-{}"  # in these two, what belongs to another learner than the first
 ESTIMATE_UPDATES = 20  # updates after which the run's duration is estimated
 
 Arrays = dict[str, np.ndarray]
@@ -68,8 +72,10 @@ class Dreamer:
         act_space: Mapping[str, gymnasium.Space],
         config: Config,
         device: torch.device,
+        ranks: Ranks | None = None,
     ):
-        self.config, self.device = config, device
+        """`ranks` are the learners with which it shares its gradients; without, it learns alone."""
+        self.config, self.device, self.ranks = config, device, ranks or Ranks()
         check_actions(act_space, config.actor_dist)
         advised = advice_spaces(config, act_space)[0]
         obs_space = dict(obs_space) | {k: v for k, v in advised.items() if k == "llm_features"}
@@ -82,7 +88,8 @@ class Dreamer:
             self.explorer = EXPLORERS[config.expl_behavior](self.world_model, config).to(device)
         self.greedy = Greedy(self.world_model, config)  # who explores when nobody does any more
         names = ("act", "train", "explore", "report", "synthetic", "options", "features")
-        self.rngs = {name: tools.torch_rng(config.seed, name, device=device) for name in names}
+        own = self.ranks.names()
+        self.rngs = {name: tools.torch_rng(config.seed, name, *own, device=device) for name in names}
         self.obs_space = dict(obs_space)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(tools.derive_seed(config.seed, "guide"))
@@ -95,6 +102,7 @@ class Dreamer:
                 f"The agent would see nothing: no pattern of --encoder.*_keys fits {', '.join(self.unseen)}."
             )
         self.opt = tools.LaProp(self._param_groups(), **config.opt)
+        self._join(self.world_model, self.behavior, self.explorer, self.guide)
         seen = {key for key in obs_space if not key.startswith("log_")}
         self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal", "symbolic", "llm_features"})
         self.autocast = functools.partial(
@@ -109,9 +117,19 @@ class Dreamer:
             self._compile()
             self._record()
 
+    def _join(self, *parts: torch.nn.Module) -> None:
+        """Let all ranks begin with the same weights, and see what they have to share in an update."""
+        modules = [module for part in parts for module in part.modules()]
+        self.ranks.copy([value for part in parts for value in part.state_dict().values()])
+        self.trained = [p for group in self.opt.param_groups for p in group["params"]]
+        self.averages = [getattr(m, name) for m in modules for name in getattr(m, "averages", ())]
+        for module in modules:
+            if isinstance(module, models.ReturnNorm):
+                module.gather = self.ranks.gather
+
     def _record(self) -> None:
-        """On CUDA, record the update anew as a graph."""
-        if compiles(self.config, self.device) and self.device.type == "cuda":
+        """On CUDA, record the update anew as a graph; not what several learners do together."""
+        if compiles(self.config, self.device) and self.device.type == "cuda" and self.ranks.size == 1:
             drawn = [rng for name, rng in self.rngs.items() if name not in ("act", "report")]
             self.update = cuda_graph.GraphedUpdate(self._update, *drawn)
 
@@ -261,7 +279,12 @@ class Dreamer:
         losses |= expl_losses | guide_losses
         self.opt.zero_grad()
         total.backward()
+        for param in self.trained if self.ranks.size > 1 else ():
+            if param.grad is None:  # perhaps it has one on another rank
+                param.grad = torch.zeros_like(param)
+        self.ranks.average([param.grad for param in self.trained])
         outcome = self.opt.step()
+        self.ranks.average(self.averages)
         metrics |= more_metrics | expl_metrics | guide_metrics
         metrics |= {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
         metrics |= {"opt/loss": total.detach()} | {f"opt/{name}": value for name, value in outcome.items()}
@@ -358,6 +381,21 @@ class Dreamer:
             "skills": self.guide.skills(),
         }
 
+    def own_state_dict(self) -> dict:
+        """What another rank than 0 has of its own: random states, and what its explorer remembers."""
+        return {key: self.state_dict()[key] for key in ("rngs", "explorer")}
+
+    def load_own_state_dict(self, state: dict) -> None:
+        """Go on with the `own_state_dict` of this rank."""
+        self._set_rngs(state["rngs"])
+        _load_weights(self.explorer, state["explorer"], "explorer")
+
+    def _set_rngs(self, states: Mapping[str, Tensor]) -> None:
+        for name, rng in self.rngs.items():
+            # A run may go on with another kind of device, whose generators have other states.
+            if name in states and states[name].shape == rng.get_state().shape:
+                rng.set_state(states[name])
+
     def load_state_dict(self, state: dict, *, resume: bool = True) -> list[str]:
         """Take weights, optimiser and random states from a checkpoint; lines for the log about what was not.
 
@@ -386,11 +424,8 @@ class Dreamer:
         self.opt.load_state_dict(state["optimizer"], groups)
         self._record()  # a recorded update writes the moments that were replaced
         self.updates = state["updates"]
-        if resume:
-            for name, rng in self.rngs.items():
-                # A run may go on with another kind of device, whose generators have other states.
-                if name in state["rngs"] and state["rngs"][name].shape == rng.get_state().shape:
-                    rng.set_state(state["rngs"][name])
+        if resume and self.ranks.leads:  # the others have their own
+            self._set_rngs(state["rngs"])
         return notes
 
 
@@ -460,6 +495,11 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def count_gpus() -> int:
+    """How many CUDA GPUs are here that work."""
+    return torch.cuda.device_count() if cuda_works() else 0
+
+
 def cuda_works() -> bool:
     """Whether a CUDA GPU is here and computes: a driver too old for this torch is found out now."""
     if not torch.cuda.is_available():
@@ -524,7 +564,8 @@ def stop_signals() -> Iterator[list[int]]:
 class Run:
     """Everything that a run consists of, and the counters that tell where it is.
 
-    `step` counts env steps (action repeat included), `transitions` stored steps that are not is_first.
+    `step` counts env steps (action repeat included), `transitions` stored steps that are not is_first. Of
+    several learners each has a run with a share of envs, replay and batch; what they count is of all.
     """
 
     def __init__(
@@ -534,19 +575,24 @@ class Run:
         checkpoint: dict | None = None,
         resume: bool = False,
         notes: Sequence[str] = (),
+        ranks: Ranks | None = None,
     ):
         """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken.
 
         `notes` are lines that the log begins with. Raises UserError; what can be wrong with the command is
         found before anything is written.
         """
-        self.config, self.logdir = config, logdir
+        self.config, self.logdir, self.ranks = config, logdir, ranks or Ranks()
         if config.deterministic:
             tools.enable_determinism()
         if config.threads:
             torch.set_num_threads(config.threads)
-        tools.seed_everything(config.seed)
-        self.device = choose_device(config.device)
+        elif self.ranks.size > 1:  # which share the cores of their machine
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks.local_size))
+        tools.seed_everything(config.seed, *self.ranks.names())
+        self.device = choose_device(distributed.place(config.device, config.parallel, count_gpus()))
+        check_shares(config, self.ranks)
+        self.batch_size = self.ranks.share(config.batch_size, "batch_size")
         self.step = self.transitions = self.episodes = self.evaluations = 0
         self.streak = self.timed_updates = 0
         self.eval_envs: VecEnv | None = None
@@ -569,18 +615,18 @@ class Run:
         act_space = self.envs.act_space
         advised, defaults = advice_spaces(config, act_space)
         obs_space = self.envs.obs_space
-        self.agent = Dreamer(obs_space, act_space, config, self.device)
+        self.agent = Dreamer(obs_space, act_space, config, self.device, self.ranks)
         if checkpoint:
             notes = [*notes, *self.agent.load_state_dict(checkpoint["agent"], resume=resume)]
         stored = obs_space | act_space | advised
         plan = self._plan_replay(stored, saved)
         if config.llm.enabled:
             captioner = self.agent.guide.captioner
-            advisor, more = make_advisor(config, captioner, len(self.envs), self.logdir)
+            advisor, more = make_advisor(config, captioner, len(self.envs), self.logdir, self.ranks.size)
             self._parts.callback(advisor.close)
             notes = [*notes, *more]
-        self.prefill = Random(act_space, numpy_rng(config.seed, "prefill"))
-        self.stats = EpisodeStats(config.envs.amount, config.action_repeat)
+        self.prefill = Random(act_space, numpy_rng(config.seed, "prefill", *self.ranks.names()))
+        self.stats = EpisodeStats(len(self.envs), config.action_repeat)
         self.success = SuccessRates(config.task.partition("_")[0])
         self.coach = NoCoach()
         every = {"log": config.log_every, "eval": config.eval_every, "save": config.save_every}
@@ -588,22 +634,31 @@ class Run:
         self.ratio = tools.Ratio(config.train_ratio / (config.batch_size * config.batch_length))
 
         wandb = None
-        if config.wandb.enabled:
+        if config.wandb.enabled and self.ranks.leads:
             run_id = saved["logger"]["wandb"] if saved else None
             wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), run_id)
-        self.logger = Logger(
-            self.logdir,
-            total_steps=config.steps,
-            fps=config.video_fps,
-            resume_step=saved["every"]["log"]["last"] if saved else None,  # what came later is told again
-            wandb=wandb,
-        )
+        if self.ranks.leads:
+            self.logger = Logger(
+                self.logdir,
+                total_steps=config.steps,
+                fps=config.video_fps,
+                resume_step=saved["every"]["log"]["last"] if saved else None,  # what came later is told again
+                wandb=wandb,
+            )
+        else:
+            self.logger = Collector()
         self._parts.callback(self.logger.close)
         self.print = self.logger.print
         self.print(
             f"{config.task} on {device_name(self.device)} in {precision(config, self.device)}: "
             f"{self.agent.parameters():,} parameters; presets {', '.join(config.presets) or 'none'}"
         )
+        if self.ranks.size > 1:
+            notes = [
+                *notes,
+                f"{self.ranks.size} learners share {config.envs.amount} environments, batches of "
+                f"{config.batch_size} sequences, and the replay",
+            ]
         for line in [*notes, plan.line]:
             self.print(line)
         if self.agent.unseen:
@@ -613,7 +668,8 @@ class Run:
             )
         self.replay = self._make_replay(stored, plan, defaults)
         if config.llm.enabled:
-            self.coach = Coach(advisor, self.agent, self.replay, config, self.logdir, self.timer)
+            parts = advisor, self.agent, self.replay, config, self.logdir, self.timer, self.ranks
+            self.coach = Coach(*parts)
         # Not earlier: the ring's memory is to be taken as it fills.
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
@@ -622,13 +678,17 @@ class Run:
         else:
             self._start()
         self._print_notes(self.envs)
-        config.save(self.logdir / "config.yaml")
+        if self.ranks.leads:
+            config.save(self.logdir / "config.yaml")
 
     def _make_envs(self, mode: str) -> VecEnv:
         options = self.config.envs
         video = mode == "eval" and self.config.eval_videos
-        make = functools.partial(make_env, self.config, mode, video=video)
-        amount = options.amount if mode == "train" else options.eval_amount
+        amount, first = options.eval_amount, 0
+        if mode == "train":
+            amount = self.ranks.share(options.amount, "envs.amount")
+            first = self.ranks.rank * amount
+        make = functools.partial(make_env, self.config, mode, video=video, first=first)
         envs = make_vec(
             make, amount, options.parallel,
             timeout=options.timeout, max_restarts=options.max_restarts, ray_address=options.ray_address,
@@ -651,8 +711,23 @@ class Run:
         if saved and capacity == "auto":  # what was chosen once stays: the free memory differs each time
             capacity = saved["capacity"]
         backend, sampler = config.replay.backend, config.replay.sampler
-        ring = self.logdir / REPLAY_RING
-        return replays.plan(layout, len(self.envs), window, capacity, backend, ring, sampler)
+        here = self.ranks.local_size  # learners that share this machine's memory
+        if capacity != "auto":
+            capacity = int(capacity) * here // self.ranks.size
+        plan = replays.plan(
+            layout,
+            len(self.envs) * here,
+            window,
+            capacity,
+            backend,
+            self._own(self.logdir / REPLAY_RING),
+            sampler,
+        )
+        return plan._replace(capacity=self.ranks.tell(plan.capacity // here))
+
+    def _own(self, folder: Path) -> Path:
+        """The folder itself for the first learner, and one in it for each other."""
+        return folder if self.ranks.leads else folder / RANK_FOLDER.format(self.ranks.rank)
 
     def _make_replay(
         self, spaces: Mapping[str, gymnasium.Space], plan: replays.Plan, defaults: Mapping[str, float]
@@ -660,26 +735,28 @@ class Run:
         config, rssm, c = self.config, self.config.rssm, self.config.replay
         folder = Path(config.traindir) if config.traindir else self.logdir / "train_eps"
         replay = Replay(
-            spaces, len(self.envs), plan.capacity, config.batch_length, config.replay_context, config.seed,
+            spaces, len(self.envs), plan.capacity, config.batch_length, config.replay_context,
+            derive_seed(config.seed, *self.ranks.names()) if self.ranks.rank else config.seed,
             deter_size=rssm.deter, stoch_size=rssm.stoch, classes=rssm.classes, backend=plan.backend,
-            folder=self.logdir / REPLAY_RING, sampler=c.sampler, online=c.online,
+            folder=self._own(self.logdir / REPLAY_RING), sampler=c.sampler, online=c.online,
             curious={k.removeprefix("curious_"): v for k, v in c.items() if k.startswith("curious_")},
             writer=EpisodeWriter(folder, spaces, len(self.envs), c.keep_steps), defaults=defaults,
         )  # fmt: skip
         self._parts.callback(replay.close)
         self._parts.callback(self.sampler.shutdown)  # before the replay that it reads is closed
+        self.ranks.wait()  # until all have cleared what a kill has left, and before anybody writes
         return replay
 
     def _start(self) -> None:
         """Begin a new run; episodes that are already in the training folder are learned from and counted."""
-        loaded = self.replay.load_episodes()
+        loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
         for line in loaded.lines:
             self.print(line)
-        if loaded.steps:
-            self.print(f"Loaded {loaded.steps:,} steps from {self.replay.writer.folder}")
-        self.transitions = loaded.transitions
+        steps, self.transitions = self.ranks.total(loaded.steps, loaded.transitions)
+        if steps:
+            self.print(f"Loaded {steps:,} steps from {self.replay.writer.folder}")
         self.step = self.transitions * self.config.action_repeat
-        self.episodes = loaded.steps - loaded.transitions
+        self.episodes = steps - self.transitions
         self._reset_envs(self.episodes)
 
     def _reset_envs(self, episode: int) -> None:
@@ -703,16 +780,19 @@ class Run:
         self._print_notes()  # the coach's are in no checkpoint; the envs may be closed
         # Two, for until the checkpoint is written, an older one of the same step needs its own.
         place = self._replay_state(self.step)
-        replay = self.replay.save(place, latents=clean, keep=2)
-        state = self._state_dict(replay, None if failed else self.envs.state())
-        tools.save_checkpoint(self.logdir, state, self.step, self.config.keep_checkpoints)
-        for folder in place.parent.iterdir():
-            if not (self.logdir / tools.CHECKPOINTS / f"{folder.name}.pt").exists():
-                shutil.rmtree(folder)
-            elif folder != place:
-                for latents in folder.glob("*/latents.npz"):
-                    latents.unlink()  # large, and of use to the last stop only
+        replay = self.replay.save(self._own(place), latents=clean, keep=2)
+        own = self._own_state_dict(replay, None if failed else self.envs.state())
+        state = self._state_dict(own)
+        if self.ranks.leads:
+            tools.save_checkpoint(self.logdir, state, self.step, self.config.keep_checkpoints)
+            for folder in place.parent.iterdir():
+                if not (self.logdir / tools.CHECKPOINTS / f"{folder.name}.pt").exists():
+                    shutil.rmtree(folder)
+                elif folder != place:
+                    for latents in folder.rglob("latents.npz"):
+                        latents.unlink()  # large, and of use to the last stop only
         self.print(f"Saved {self.logdir / 'latest.pt'} at step {self.step:,}")
+        self.ranks.wait()
 
     def _replay_state(self, step: int) -> Path:
         """Folder of what the replay keeps beside the checkpoint of an env step."""
@@ -725,53 +805,128 @@ class Run:
         except UserError as error:
             self.print(f"The steps since the last checkpoint could not be saved: {error}")
 
-    def _state_dict(self, replay: dict, envs: list[dict] | None) -> dict:
+    def _own_state_dict(self, replay: dict, envs: list[dict] | None) -> dict:
+        """What each learner has of its own."""
+        return {
+            "acting": {k: v.cpu() for k, v in self.state.items()},
+            "obs": _tensors(self.obs),
+            "envs": envs and [{**state, "actions": _tensors(state["actions"])} for state in envs],
+            "prefill": self.prefill.rng.bit_generator.state,
+            "replay": replay,
+            "stats": self.stats.state_dict(),
+            "coach": self.coach.state_dict(),
+            "rng": tools.rng_state(),
+        }
+
+    def _state_dict(self, own: dict) -> dict:
+        """The checkpoint. What the learners beside the first have of their own they write beside it."""
+        replay = own["replay"]
+        told = {name: getattr(self, name).state_dict() for name in ("logger", "success")}
+        told |= {"moment": replay["moment"], "open": list(replay["open"].values())}
+        told |= {"next_episode": self.envs.next_episode}
+        told = self.ranks.collect(told)
+        moments = [each["moment"] for each in told]
+        if not self.ranks.leads:
+            path = self._own_path(self._replay_state(self.step), moments[0])
+            own["agent"] = self.agent.own_state_dict()
+            tools.save_tensors(path, own)
+            for older in sorted(path.parent.glob("*.pt"))[:-2]:
+                older.unlink()
+        self.ranks.wait()  # a checkpoint is there when all that belongs to it is there
+        if self.ranks.size > 1:
+            replay |= {"newest": max(moments), "opened": [name for each in told for name in each["open"]]}
         return {
             "config": self.config.to_yaml(),
             "step": self.step,
             "transitions": self.transitions,
             "episodes": self.episodes,
             "evaluations": self.evaluations,
-            "next_episode": self.envs.next_episode,
+            "next_episode": max(each["next_episode"] for each in told),
+            "ranks": self.ranks.size,
             "agent": self.agent.state_dict(),
-            "acting": {k: v.cpu() for k, v in self.state.items()},
-            "obs": _tensors(self.obs),
-            "envs": envs and [{**state, "actions": _tensors(state["actions"])} for state in envs],
-            "prefill": self.prefill.rng.bit_generator.state,
-            "replay": replay,
-            "capacity": self.replay.n_envs * self.replay.rows,
-            "logger": self.logger.state_dict(),
-            "stats": self.stats.state_dict(),
-            "success": self.success.state_dict(),
+            "capacity": self.replay.n_envs * self.replay.rows * self.ranks.size,
+            "logger": merged_logs([each["logger"] for each in told]),
+            "success": merged_successes([each["success"] for each in told]),
             "every": {name: clock.state_dict() for name, clock in self.every.items()},
             "ratio": self.ratio.state_dict(),
-            "coach": self.coach.state_dict(),
-            "rng": tools.rng_state(),
+            **own,
         }
+
+    def _own_path(self, place: Path, moment: str, rank: int | None = None) -> Path:
+        """The file of a learner's own state, beside the checkpoint whose replay was saved at `moment`."""
+        return place / RANK_FOLDER.format(self.ranks.rank if rank is None else rank) / f"{moment}.pt"
 
     def _resume(self, saved: dict) -> None:
         """Go on from a checkpoint of this run, at the very moment at which it was written."""
         self.step, self.transitions = saved["step"], saved["transitions"]
         self.episodes, self.evaluations = saved["episodes"], saved["evaluations"]
-        self.prefill.rng.bit_generator.state = saved["prefill"]
-        self.logger.load_state_dict(saved["logger"])
-        self.success.load_state_dict(saved["success"])
         for name, clock in self.every.items():
             clock.load_state_dict(saved["every"][name])
         self.ratio.load_state_dict(saved["ratio"])
-        loaded = self.replay.load(saved["replay"], self._replay_state(self.step))
+        if self.ranks.leads:  # what had been counted by all until then
+            self.logger.load_state_dict(saved["logger"])
+            self.success.load_state_dict(saved["success"])
+        if saved.get("ranks", 1) == self.ranks.size:
+            own = saved if self.ranks.leads else self._read_own(saved)
+            loaded = self._load_replay(own)
+        else:
+            own = saved if self.ranks.leads else None
+            loaded = self._divide_replay(saved)
         for line in loaded.lines:
             self.print(line)
-        if saved.get("coach"):
-            self.coach.load_state_dict(saved["coach"], self.step, loaded.exact)
-        if loaded.exact and self._restore_envs(saved):
-            self.stats.load_state_dict(saved["stats"])
-            self.state = {k: v.to(self.device) for k, v in saved["acting"].items()}
+        if own:
+            self.prefill.rng.bit_generator.state = own["prefill"]
+            if own.get("coach"):
+                self.coach.load_state_dict(own["coach"], self.step, loaded.exact)
+        if loaded.exact and self._restore_envs(own):
+            self.stats.load_state_dict(own["stats"])
+            self.state = {k: v.to(self.device) for k, v in own["acting"].items()}
         else:
             self.print("The open episodes end here, as they cannot be gone on with; the envs start new ones.")
             self._reset_envs(saved["next_episode"])
-        tools.set_rng_state(saved["rng"])  # last: nothing may draw after it
-        self.print(f"Resumed at step {self.step:,} with {loaded.steps:,} steps in the replay")
+        if own:
+            tools.set_rng_state(own["rng"])  # nothing may draw after it
+        steps = self.ranks.total(loaded.steps)[0]
+        self.print(f"Resumed at step {self.step:,} with {steps:,} steps in the replay")
+
+    def _read_own(self, saved: dict, rank: int | None = None) -> dict | None:
+        """What a learner beside the first wrote of its own with the checkpoint; None if it is not there."""
+        path = self._own_path(self._replay_state(self.step), saved["replay"]["moment"], rank)
+        try:
+            return tools.load_tensors(path)
+        except (OSError, tools.BrokenCheckpoint):
+            return None
+
+    def _load_replay(self, own: dict | None) -> replays.Loaded:
+        """This learner's replay as it was; the first sets aside what the checkpoint does not know."""
+        if not self.ranks.leads:
+            self.ranks.wait()
+        if own:
+            loaded = self.replay.load(
+                own["replay"], self._own(self._replay_state(self.step)), self.ranks.leads
+            )
+            if not self.ranks.leads:
+                self.agent.load_own_state_dict(own["agent"])
+        else:
+            loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
+        if self.ranks.leads:
+            self.ranks.wait()
+        return loaded
+
+    def _divide_replay(self, saved: dict) -> replays.Loaded:
+        """The episodes of a run of another number of learners, divided over those of today."""
+        lines = []
+        if self.ranks.leads:
+            place = self._replay_state(self.step)
+            now, before = self.ranks.size, saved.get("ranks", 1)
+            lines = [f"The run had {before} learners and now has {now}: the replay is divided anew."]
+            lines += self.replay.release(saved["replay"], place)
+            for rank in range(1, saved.get("ranks", 1)):
+                if own := self._read_own(saved, rank):
+                    self.replay.release(own["replay"], place / RANK_FOLDER.format(rank), tidy=False)
+        self.ranks.wait()
+        loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
+        return loaded._replace(lines=lines + loaded.lines)
 
     def _restore_envs(self, saved: dict) -> bool:
         """Play the open episodes again. False if they are not what they were."""
@@ -813,7 +968,7 @@ class Run:
     def _count(self, obs: Arrays) -> None:
         """Count what was stored, and log the episodes that it ends."""
         first = int(obs["is_first"].sum())
-        moved = len(self.envs) - first
+        first, moved = self.ranks.total(first, len(self.envs) - first)
         self.episodes += first
         self.transitions += moved
         self.step += moved * self.config.action_repeat
@@ -829,7 +984,7 @@ class Run:
         if self.step < self.config.prefill:
             return
         due = self.ratio(self.transitions)
-        if self.replay.can_sample(self.config.batch_size):  # else what is due now is not owed later
+        if not self.ranks.any(not self.replay.can_sample(self.batch_size)):  # else it is not owed later
             self.due = due
         if self.due:
             self._draw()
@@ -840,7 +995,7 @@ class Run:
         items = self.coach.items()
 
         def draw() -> tuple[Arrays, Arrays, dict[str, Tensor]]:
-            batch = self.replay.sample(self.config.batch_size)
+            batch = self.replay.sample(self.batch_size)
             where = batch.pop("where")
             return batch, where, self.agent.upload({**batch, **items()})
 
@@ -891,7 +1046,8 @@ class Run:
             return
         path = self.logdir / "diagnosis.pt"
         diagnosis = {"step": self.step, "batch": _tensors(batch), "agent": self.agent.state_dict()}
-        tools.save_tensors(path, diagnosis)
+        if self.ranks.leads:
+            tools.save_tensors(path, diagnosis)
         raise Diverged(
             f"The gradient was not finite in {self.streak} updates in a row, so the run stops. The batch and "
             f"the weights are in {path}. Resume with a lower --opt.lr; the last checkpoint is untouched."
@@ -900,8 +1056,15 @@ class Run:
     def evaluate(self, stop: Sequence[int] = ()) -> bool:
         """Full episodes in the evaluation envs: returns, videos and episode files.
 
-        False if it was stopped in between; then nothing is kept of it, and it can be done anew.
+        False if it was stopped in between; then nothing is kept of it, and it can be done anew. Other
+        learners wait for the first.
         """
+        done = self.ranks.tell(self._evaluate(stop) if self.ranks.leads else None)
+        self.evaluations += done
+        self.coach.copy_evaluation(self.ranks)
+        return done
+
+    def _evaluate(self, stop: Sequence[int]) -> bool:
         config = self.config
         if self.eval_envs is None:
             self.eval_envs = self._make_envs("eval")
@@ -928,7 +1091,6 @@ class Run:
             if config.eval_videos:
                 self._write_eval_videos(done)
             self.coach.evaluated([episode.steps for episode in done])
-        self.evaluations += 1
         for episode in advised:
             length = episode.length * config.action_repeat
             self.logger.add({"eval_advised/episode_return": episode.score})
@@ -961,10 +1123,17 @@ class Run:
                 self.logger.video(name, newest(frames, config.frame_stack), self.step)
 
     def log(self) -> None:
-        """Write what was collected since the last time."""
-        self.logger.add({"replay/size": self.replay.size, "opt/updates": self.agent.updates})
-        self.logger.add(self.success.metrics() | self.coach.metrics())
-        self.logger.add(self.timer.shares())
+        """Write what was collected since the last time, by all learners."""
+        size = self.ranks.total(self.replay.size)[0]
+        self.logger.add({"replay/size": size, "opt/updates": self.agent.updates})
+        self.logger.add(self.coach.metrics() | self.timer.shares())
+        told = self.ranks.collect((self.logger.state_dict(), self.success.state_dict()))
+        logs, successes = zip(*told, strict=True)
+        if self.ranks.size > 1:
+            self.logger.load_state_dict(merged_logs(logs))
+        success = SuccessRates(self.config.task.partition("_")[0])
+        success.load_state_dict(merged_successes(successes))
+        self.logger.add(success.metrics())
         self.logger.write(self.step)
         self._print_notes(self.envs)
 
@@ -1100,7 +1269,7 @@ def train(run: Run, stop: Sequence[int] = ()) -> None:
     It ends between two steps when all are done, or soon after `stop` gets an entry. What is due then and not
     done is done first by the resumed run, so it sees the same numbers.
     """
-    while not stop:
+    while not run.ranks.any(stop or run.ranks.orphaned()):
         if run.every["eval"].due(run.step) and not run.evaluate(stop):
             break
         run.every["eval"](run.step)
@@ -1115,8 +1284,19 @@ def train(run: Run, stop: Sequence[int] = ()) -> None:
         run.logger.progress(run.step)
 
 
-def open_run(argv: list[str]) -> Run:
-    """The run that the command line asks for: a new one, or one that is gone on with.
+@dataclass
+class Command:
+    """What the command line asks for: a new run, or to go on with one."""
+
+    config: Config
+    logdir: Path
+    checkpoint: dict | None  # that it starts from
+    resume: bool  # the checkpoint's run is gone on with
+    notes: list[str]  # lines that the log begins with
+
+
+def read_command(argv: list[str]) -> Command:
+    """Understand the command line. Raises UserError.
 
     A logdir with a checkpoint is resumed. `--from_checkpoint` without `--logdir`, or with its own run's,
     resumes the run that the checkpoint belongs to; with a new logdir it starts a new run from its weights
@@ -1135,7 +1315,7 @@ def open_run(argv: list[str]) -> Run:
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
     folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
-    return Run(config, folder, checkpoint, resume, notes)
+    return Command(config, folder, checkpoint, resume, notes)
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -1163,23 +1343,58 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code: 0, 2 for the user's mistakes, 130, 143."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        with stop_signals() as stop, contextlib.closing(open_run(argv)) as run:
-            try:
-                train(run, stop)
-            except Diverged:
-                raise
-            except UserError:
-                run.save_after_failure()
-                raise
-            run.save(clean=True)
-            if stop:
-                run.print(f"Stopped by {signal.Signals(stop[0]).name}; the same command goes on")
-        return 128 + stop[0] if stop else 0
+        command = read_command(argv)
+        if command.config.parallel > 1 and not distributed.launched():
+            distributed.place(command.config.device, command.config.parallel, count_gpus())
+            check_shares(command.config, Ranks(command.config.parallel))
+            return distributed.launch(command.config.parallel, [*argv, "--logdir", str(command.logdir)])
+        with stop_signals() as stop, contextlib.closing(join(command.config)) as ranks:
+            command.logdir = Path(ranks.tell(str(command.logdir)))
+            return run_command(command, stop, ranks)
+    except LostRank as error:
+        if distributed.LAUNCHER not in os.environ:  # else it says what happened
+            print(f"error: {error}", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def check_shares(config: Config, ranks: Ranks) -> None:
+    """Raise UserError for what several learners cannot share."""
+    ranks.share(config.batch_size, "batch_size")
+    ranks.share(config.envs.amount, "envs.amount")
+    if ranks.size > 1 and config.options.enabled:
+        raise UserError(
+            "Skills (options.enabled) are learned by one learner alone: leave --parallel out, or take"
+            " lore_prior or lore_synth"
+        )
+
+
+def join(config: Config) -> Ranks:
+    """This process among the learners."""
+    device = choose_device(distributed.place(config.device, config.parallel, count_gpus()))
+    return distributed.join(device)
+
+
+def run_command(command: Command, stop: list[int], ranks: Ranks) -> int:
+    """Train, and save at the end; the exit code."""
+    parts = command.config, command.logdir, command.checkpoint, command.resume, command.notes, ranks
+    with contextlib.closing(Run(*parts)) as run:
+        try:
+            train(run, stop)
+        except (Diverged, LostRank):
+            raise
+        except UserError:
+            if ranks.size == 1:  # the others would have to save theirs of the same moment
+                run.save_after_failure()
+            raise
+        run.save(clean=True)
+        if stop:
+            run.print(f"Stopped by {signal.Signals(stop[0]).name}; the same command goes on")
+    return 128 + stop[0] if stop else 0
 
 
 if __name__ == "__main__":

@@ -161,6 +161,8 @@ def spread(predictions: Tensor) -> Tensor:
 class RewardNorm(nn.Module):
     """Divides by the running standard deviation where it is above 1, so that nothing is ever amplified."""
 
+    averages = ("moments",)  # buffers that are means over all learners
+
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate

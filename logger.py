@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import wave
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -194,6 +194,38 @@ class Logger:
             self._events.close()
             if self._wandb:
                 self._wandb.close()
+
+
+class Collector(Logger):
+    """The Logger of a learner beside the first: it collects, and tells nothing."""
+
+    def __init__(self):
+        self._wandb = None
+        self._sums: dict[str, float | torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._values: dict[str, float] = {}
+
+    def write(self, step: int) -> None:
+        """Start anew: the first learner has told it."""
+        self._sums, self._counts, self._values = {}, {}, {}
+
+    def print(self, text: str) -> None:
+        """Nobody reads it."""
+
+    def progress(self, step: int) -> None:
+        """Nobody sees it."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def merged_logs(states: Sequence[dict]) -> dict:
+    """The `Logger.state_dict` of all that several have collected: sums and counts are added up."""
+    merged = dict(states[0])
+    for key in ("sums", "counts"):
+        names = {name: 0 for state in states for name in state[key]}
+        merged[key] = {name: sum(state[key].get(name, 0) for state in states) for name in names}
+    return merged
 
 
 class EventFile:

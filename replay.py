@@ -373,9 +373,10 @@ class Replay:
         self.heads[env] = start + length
         self.expect_first[env] = True
 
-    def load_episodes(self) -> Loaded:
+    def load_episodes(self, part: int = 0, parts: int = 1) -> Loaded:
         """Fill the ring, which is emptied first, from the writer's folder: the newest up to the capacity.
 
+        Of several replays that share the folder, each takes every `parts`-th file, from number `part` on.
         They come in the order in which they began, each to the stream with the fewest steps. Broken files
         are moved to broken/ in the folder. The environments must start new episodes.
         """
@@ -384,7 +385,7 @@ class Replay:
         reasons: list[str] = []
         while True:
             self.clear()
-            chosen = newest(episodes.list_episodes(folder), self.n_envs * self.rows)
+            chosen = newest(episodes.list_episodes(folder)[part::parts], self.n_envs * self.rows)
             found = len(broken)
             for file in chosen:
                 try:
@@ -453,30 +454,20 @@ class Replay:
             for key in self.no_latents
         }
 
-    def load(self, state: dict, folder: str | os.PathLike) -> Loaded:
+    def load(self, state: dict, folder: str | os.PathLike, tidy: bool = True) -> Loaded:
         """Build the very ring that `save` saw: same positions, same draws and, where it kept them, latents.
 
-        Episode files that are younger go to newer/. If `exact`, the open episodes go on; one whose
+        Episode files that are younger go to newer/, if this is to `tidy` the folder up: of several replays
+        that share it, one is. If `exact`, the open episodes go on; one whose
         environment starts anew is closed by its next step. If not (files are missing or broken; the capacity
         or the number of environments has changed), the ring is filled anew from the files that are there,
         open episodes are written to files as they are, and the environments must start new ones.
         """
-        lines = self._set_aside_newer(state)
-        self.writer.tick = max(self.writer.tick, state["tick"])
+        opened, lines = self._begin_load(state, folder, tidy)
         place = Path(folder) / state["moment"]
-        opened: dict[int, Rows] = {}
-        for env in state["open"]:
-            try:
-                path = place / f"open-{env}.npz"
-                opened[env] = episodes.read_episode(path, self.step_layout, defaults=self.defaults)
-            except (BrokenEpisode, UserError) as error:
-                lines.append(f"The open episode of environment {env} is lost: {error}")
         if lost := self._restore(state, opened):
             lines.append(f"The replay is filled anew and not as it was: {lost}.")
-            for env, rows in opened.items():
-                self.writer.resume(0, state["open"][env], rows)
-                self.writer.finish(0)
-            self.writer.flush()
+            self._finish_open(state, opened)
             loaded = self.load_episodes()
             return loaded._replace(lines=lines + loaded.lines)
         for env, rows in opened.items():
@@ -490,10 +481,41 @@ class Replay:
         self._restore_latents(episodes.load_arrays(place / "latents.npz"))
         return self._loaded(True, lines)
 
+    def release(self, state: dict, folder: str | os.PathLike, tidy: bool = True) -> list[str]:
+        """Write the open episodes that `save` saw as files, as they are; lines that the user should know.
+
+        With `tidy` as in `load`.
+        """
+        opened, lines = self._begin_load(state, folder, tidy)
+        self._finish_open(state, opened)
+        return lines
+
+    def _begin_load(
+        self, state: dict, folder: str | os.PathLike, tidy: bool
+    ) -> tuple[dict[int, Rows], list[str]]:
+        """The open episodes by environment, and lines that the user should know."""
+        lines = self._set_aside_newer(state) if tidy else []
+        self.writer.tick = max(self.writer.tick, state["tick"])
+        opened: dict[int, Rows] = {}
+        for env in state["open"]:
+            try:
+                path = Path(folder) / state["moment"] / f"open-{env}.npz"
+                opened[env] = episodes.read_episode(path, self.step_layout, defaults=self.defaults)
+            except (BrokenEpisode, UserError) as error:
+                lines.append(f"The open episode of environment {env} is lost: {error}")
+        return opened, lines
+
+    def _finish_open(self, state: dict, opened: dict[int, Rows]) -> None:
+        for env, rows in opened.items():
+            self.writer.resume(0, state["open"][env], rows)
+            self.writer.finish(0)
+        self.writer.flush()
+
     def _set_aside_newer(self, state: dict) -> list[str]:
-        opened = set(state["open"].values())
+        opened = set(state.get("opened", state["open"].values()))  # of all that share the folder
+        youngest = state.get("newest", state["moment"])
         files = episodes.list_episodes(self.writer.folder)
-        newer = [file for file in files if file.name > state["moment"] or file.name in opened]
+        newer = [file for file in files if file.name > youngest or file.name in opened]
         if not newer:
             return []
         episodes.move_into(newer, "newer")

@@ -116,11 +116,11 @@ def keep_freed_memory() -> bool:
     return all(mallopt(*option) == 1 for option in options.values())
 
 
-def seed_everything(seed: int) -> None:
+def seed_everything(seed: int, *names: str | int) -> None:
     """Seed the global generators of Python, NumPy and torch. Our own code draws from its own ones."""
-    random.seed(derive_seed(seed, "python"))
-    np.random.seed(derive_seed(seed, "numpy") % 2**32)
-    torch.manual_seed(derive_seed(seed, "torch"))
+    random.seed(derive_seed(seed, "python", *names))
+    np.random.seed(derive_seed(seed, "numpy", *names) % 2**32)
+    torch.manual_seed(derive_seed(seed, "torch", *names))
 
 
 def enable_determinism() -> None:
@@ -245,7 +245,8 @@ class BrokenCheckpoint(Exception):
     """A checkpoint file that was cut off or changed."""
 
 
-def _read_checkpoint(path: Path) -> dict:
+def load_tensors(path: Path) -> dict:
+    """Read what `save_tensors` wrote, on the CPU. Raises BrokenCheckpoint, or OSError if it is not there."""
     # torch.load does not look at the checksums, so a flipped bit would go into the weights unnoticed.
     try:
         with zipfile.ZipFile(path) as archive:
@@ -257,9 +258,13 @@ def _read_checkpoint(path: Path) -> dict:
     if damaged:
         raise BrokenCheckpoint(f"the checksum of {damaged} is wrong")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
         raise BrokenCheckpoint(str(error).split("\n")[0]) from error
+
+
+def _read_checkpoint(path: Path) -> dict:
+    payload = load_tensors(path)
     if not isinstance(payload, dict) or payload.pop("format", None) != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of LoRe. Use the version that wrote it.")
     return payload

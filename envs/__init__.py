@@ -68,8 +68,8 @@ NOT_FOR_3_13 = ("dm_control", "labmaze", "memory_maze")
 MAX_LISTED = 20  # names in an error; of more, the nearest are listed
 
 
-def make_env(config: Any, mode: str, index: int, video: bool = False) -> wrappers.Episode:
-    """Make environment number `index` of `config.task`, with the wrappers that the options ask for.
+def make_env(config: Any, mode: str, index: int, video: bool = False, first: int = 0) -> wrappers.Episode:
+    """Make environment number `first + index` of `config.task`, with the wrappers that the options ask for.
 
     `mode` is "train" or "eval". Each episode has a seed of its own, made from `config.seed`, mode, index and
     the episode's number, so training and evaluation never see the same one. With `video`, an environment
@@ -77,6 +77,7 @@ def make_env(config: Any, mode: str, index: int, video: bool = False) -> wrapper
     `functools.partial(make_env, config, mode)` can be pickled, for worker processes.
     Raises UserError for a task that does not exist or a package that is not installed.
     """
+    index += first
     seed_of = functools.partial(_seed_of, config, mode, index)
     env = Adapter(make_raw(config, seed_of("construction")), config.task)
     if mode == "eval" and index == 0:  # not in training: its seeds and steps are its own

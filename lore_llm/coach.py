@@ -15,6 +15,7 @@ import torch
 from gymnasium import spaces
 
 from basics import UserError, atomic_write, numpy_rng
+from distributed import Ranks
 from logger import Timer
 from lore_llm.advice import AdviceSpec
 from lore_llm.advisor import Advisor, Answered
@@ -57,10 +58,14 @@ def advice_spaces(
 
 
 def make_advisor(
-    config: Mapping, captioner: Captioner, n_envs: int, logdir: Path
+    config: Mapping, captioner: Captioner, n_envs: int, logdir: Path, learners: int = 1
 ) -> tuple[Advisor, list[str]]:
-    """Who asks for advice about `n_envs` envs, and lines for the log. Raises UserError."""
-    llm = config.llm
+    """Who asks for advice about `n_envs` envs, and lines for the log. Raises UserError.
+
+    Each of several learners has an adviser of its own, and its share of the budget.
+    """
+    shares = {name: config.llm[name] // learners for name in ("budget_calls", "budget_tokens")}
+    llm = config.replace({f"llm.{name}": value for name, value in shares.items()}).llm
     spec = AdviceSpec(
         tuple(captioner.actions), tuple(captioner.subgoals), llm.features, llm.max_reply_chars,
         config.options.max_options,
@@ -91,6 +96,9 @@ class NoCoach:
     def evaluated(self, episodes: Sequence[Arrays]) -> None:
         """Learn from evaluation episodes, each arrays [L, ...], how good the world model is."""
 
+    def copy_evaluation(self, ranks: Ranks) -> None:
+        """Take over what the first of several learners found out in its evaluation."""
+
     def metrics(self) -> dict[str, float]:
         return {}
 
@@ -118,7 +126,14 @@ class Coach(NoCoach):
     """Asks an adviser and hands its answers out."""
 
     def __init__(
-        self, advisor: Advisor, agent: Any, replay: Replay, config: Mapping, logdir: Path, timer: Timer
+        self,
+        advisor: Advisor,
+        agent: Any,
+        replay: Replay,
+        config: Mapping,
+        logdir: Path,
+        timer: Timer,
+        ranks: Ranks,
     ):
         self.advisor, self.agent, self.replay = advisor, agent, replay
         self.config, self.logdir, self.timer = config, logdir, timer
@@ -128,9 +143,9 @@ class Coach(NoCoach):
         self.until = config.steps / 2 if llm.until is None else llm.until
         self.actions = {name: index for index, name in enumerate(self.captioner.actions)}
         self._notes: list[str] = []
-        self.rng = numpy_rng(config.seed, "coach")
+        self.rng = numpy_rng(config.seed, "coach", *ranks.names())
         self.spaces = advice_spaces(config, agent.actions.space)
-        self.synthetic = SyntheticItems(config, numpy_rng(config.seed, "synthetic"))
+        self.synthetic = SyntheticItems(config, numpy_rng(config.seed, "synthetic", *ranks.names()))
         self.reliability = Reliability(config.prior.reliability_rate)  # of executed plans
         self.proposals: deque[Proposal] = deque(maxlen=max(JUDGED, self.n_envs))
         self.started: dict[int, int] = {}  # env -> place where a plan began in this step
@@ -141,6 +156,7 @@ class Coach(NoCoach):
             self.library = SkillLibrary(logdir / SKILLS, self.captioner, config.options)
             self.guide.set_skills(self.library)
         self.counts: dict[str, list[float]] = {}
+        self.leads = ranks.leads  # and so writes the decisions
 
     # --- Around a step ---------------------------------------------------------------------------------
 
@@ -229,7 +245,7 @@ class Coach(NoCoach):
                 self._set_skills(self.library.prune())
             self._count("options/used_share", float((state["macro"] > 0).float().mean()))
         every = self.config.llm.log_decisions_every
-        if every and step >= max(self.next_decision, self.config.prefill):
+        if every and self.leads and step >= max(self.next_decision, self.config.prefill):
             self.next_decision = step + every
             self._log_decisions(obs, state, step)
 
@@ -288,6 +304,9 @@ class Coach(NoCoach):
             loss = self.agent.model_loss(self._sequences(episodes))
             self.model_losses = [*self.model_losses[-1:], loss]
             self._count("synthetic/eval_loss", loss)
+
+    def copy_evaluation(self, ranks: Ranks) -> None:
+        self.model_losses = ranks.tell(self.model_losses)
 
     def _sequences(self, episodes: Sequence[Arrays]) -> Arrays:
         """A batch of windows, evenly spread over the episodes, which lie one behind the other."""
@@ -387,7 +406,8 @@ class Coach(NoCoach):
         if self.library is not None:
             self.library.load_state_dict(state["library"])
             self.guide.set_skills(self.library)
-        self._forget_decisions(step)
+        if self.leads:
+            self._forget_decisions(step)
 
     def _forget_decisions(self, step: int) -> None:
         """Lines that came after the checkpoint are told again."""

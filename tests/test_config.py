@@ -170,8 +170,8 @@ def test_option_that_is_gone_says_why():
 
 def test_old_values_name_the_new_ones():
     assert "the nearest is --envs.amount 4" in fails("--envs 4")
-    assert "the nearest is process" in fails("--parallel True")
-    assert "the nearest is none" in fails("--parallel False")
+    assert "the nearest is process" in fails("--envs.parallel True")
+    assert "the nearest is none" in fails("--envs.parallel False")
     assert "the nearest is float32" in fails("--precision 32")
     assert "the nearest is bfloat16" in fails("--precision 16")
     assert "write --configs debug" in fails("--debug True")

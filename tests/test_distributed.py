@@ -1,0 +1,435 @@
+"""Several learners: equal gradients, whole runs, stops, losses, resumes. Processes talk over gloo."""
+
+import hashlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from run_helpers import ROOT, TINY, assert_same_run, differences, log, main, metrics, moment
+from test_models import OBS
+
+import config as configs
+import distributed
+import dreamer
+import tools
+from basics import UserError
+from distributed import JoinedRanks, Ranks
+from logger import merged_logs
+from models import ReturnNorm
+from stats import SuccessRates, merged_successes
+
+BATCH, LENGTH, HORIZON, ACTIONS = 4, 5, 3, 4
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def as_rank(rank: int, size: int, port: int, folder: Path) -> None:
+    """Do the `work` of one of `size` processes."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    ranks = JoinedRanks(torch.device("cpu"))
+    work(ranks, folder)
+    ranks.close()
+
+
+def work(ranks: Ranks, folder: Path) -> None:
+    agent = make_agent(BATCH, ranks)
+    seen = gradients(agent, joint_batch(agent), ranks.rank, ranks.size)
+    torch.save({"exchanged": exchange(ranks), "gradients": seen}, folder / f"{ranks.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict]:
+    """What each of two processes has to tell of `work`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(as_rank, (2, free_port(), folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+# ---- What they exchange
+
+
+def exchange(ranks: Ranks) -> dict:
+    tensors = [torch.full((2, 3), float(ranks.rank)), torch.tensor(4.0 * ranks.rank)]
+    ranks.average(tensors)
+    ranks.average([])
+    own = torch.full((2,), float(ranks.rank))
+    ranks.copy([own])
+    result = {
+        "average": [tensor.tolist() for tensor in tensors],
+        "copy": own.tolist(),
+        "gather": ranks.gather(torch.arange(2.0) + 10 * ranks.rank).tolist(),
+        "total": ranks.total(1, ranks.rank),
+        "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
+        "tell": ranks.tell({"rank": ranks.rank}),
+        "collect": ranks.collect(ranks.rank),
+    }
+    norm = ReturnNorm(rate=1.0, limit=1.0, low=0.0, high=100.0)
+    norm.gather = ranks.gather
+    norm.update(torch.tensor([1.0, 2.0]) + 10 * ranks.rank)
+    result["range"] = norm.range.tolist()
+    return result
+
+
+def test_ranks_exchange_what_they_should(two_ranks):
+    for told in two_ranks:
+        assert told["exchanged"] == {
+            "average": [[[0.5] * 3] * 2, 2.0],
+            "copy": [0.0, 0.0],
+            "gather": [0.0, 1.0, 10.0, 11.0],
+            "total": [2, 1],
+            "any": [True, False],
+            "tell": {"rank": 0},
+            "collect": [0, 1],
+            "range": [1.0, 12.0],  # percentiles of the returns of both
+        }
+
+
+def test_one_learner_alone_is_all_there_is():
+    ranks, tensor = Ranks(), torch.tensor([1.0, 2.0])
+    ranks.average([tensor])
+    assert tensor.tolist() == [1.0, 2.0] and ranks.gather(tensor) is tensor
+    assert ranks.total(3, 4) == [3, 4] and ranks.any([1]) and not ranks.any([])
+    assert ranks.tell(5) == 5 and ranks.collect(5) == [5] and ranks.names() == ()
+
+
+# ---- Gradients
+
+
+def make_agent(batch_size: int, ranks: Ranks | None = None) -> dreamer.Dreamer:
+    argv = [
+        "--configs",
+        "debug",
+        "dummy_cue",
+        "--batch_size",
+        str(batch_size),
+        "--batch_length",
+        str(LENGTH),
+    ]
+    argv += [
+        "--imag_horizon",
+        str(HORIZON),
+        "--precision",
+        "float32",
+        "--opt.warmup",
+        "0",
+        "--opt.lr",
+        "1e-2",
+    ]
+    space = {"action": gymnasium.spaces.Discrete(ACTIONS)}
+    agent = dreamer.Dreamer(OBS, space, configs.load(argv), torch.device("cpu"), ranks)
+    torch.manual_seed(1)
+    for head in (agent.world_model.reward_head, agent.behavior.critic, agent.behavior.slow_critic):
+        torch.nn.init.normal_(head.out.weight, std=0.1)  # or no gradient would pass
+    return agent
+
+
+def joint_batch(agent: dreamer.Dreamer) -> dict[str, np.ndarray]:
+    rng, shape = np.random.default_rng(0), (BATCH, LENGTH + 1)
+    rssm = agent.config.rssm
+    batch = {
+        "image": rng.integers(256, size=(*shape, *OBS["image"].shape), dtype=np.uint8),
+        "action": rng.integers(ACTIONS, size=shape, dtype=np.int32),
+        "reward": rng.normal(size=shape).astype(np.float32),
+        "is_first": rng.random(shape) < 0.1,
+        "is_last": rng.random(shape) < 0.1,
+        "is_terminal": np.zeros(shape, bool),
+        "deter": rng.normal(size=(*shape, rssm.deter)).astype(np.float16),
+        "stoch": rng.integers(rssm.classes, size=(*shape, rssm.stoch)).astype(np.uint8),
+    }
+    for key, space in OBS.items():
+        batch.setdefault(key, rng.normal(size=(*shape, *space.shape)).astype(np.float32))
+    return batch
+
+
+def share_noise(agent: dreamer.Dreamer, rank: int, size: int) -> None:
+    """Let the agent draw its part of what one agent would draw for the batches of all ranks."""
+    for owner in (agent.rssm, agent.behavior.actor):
+        whole = owner.noise
+
+        def part(*shape, generator, whole=whole):
+            axis = 1 if shape[0] == HORIZON else 0  # [H, N], or [B, T]
+            joint = [n * size if index == axis else n for index, n in enumerate(shape)]
+            drawn = whole(*joint, generator=generator)
+            cut = [d.chunk(size, axis)[rank] for d in (drawn if isinstance(drawn, list) else [drawn])]
+            return cut if isinstance(drawn, list) else cut[0]
+
+        owner.noise = part
+
+
+def gradients(agent: dreamer.Dreamer, batch: dict, rank: int = 0, size: int = 1, updates: int = 3) -> dict:
+    """The gradients that the optimiser saw, and what became of weights and return percentiles."""
+    share_noise(agent, rank, size)
+    names = {
+        p: f"{part}.{n}"
+        for part in ("world_model", "behavior")
+        for n, p in getattr(agent, part).named_parameters()
+    }
+    seen, step = [], agent.opt.step
+    agent.opt.step = lambda: seen.append({names[p]: p.grad.clone() for p in agent.trained}) or step()
+    mine = {key: np.array_split(value, size)[rank] for key, value in batch.items()}
+    for _ in range(updates):
+        agent.rngs["train"].manual_seed(7)
+        agent.train(mine)
+    return {"grads": seen, "range": agent.behavior.retnorm.range, "weights": agent.weights()["world_model"]}
+
+
+def test_two_ranks_have_the_gradients_of_one_with_the_joint_batch(two_ranks):
+    agent = make_agent(BATCH)
+    alone = gradients(agent, joint_batch(agent))
+    ranks = [told["gradients"] for told in two_ranks]
+    assert differences(ranks[0], ranks[1]) == []  # to the bit, weights included
+    largest = 0.0
+    for update, (ours, theirs) in enumerate(zip(ranks[0]["grads"], alone["grads"], strict=True)):
+        assert ours.keys() == theirs.keys()
+        # Later ones are of weights that rounding has moved apart: LaProp makes large steps of tiny gradients.
+        close = 1e-5 if update == 0 else 1e-2
+        for name in ours:
+            size = float(theirs[name].abs().max())
+            largest = max(largest, size)
+            error = float((ours[name] - theirs[name]).abs().max())
+            assert error <= close * size + 1e-8, (update, name, error, size)
+    assert torch.allclose(ranks[0]["range"], alone["range"], rtol=1e-3)
+
+
+# ---- Counts of several
+
+
+def test_logs_and_successes_of_several_are_added_up():
+    logs = [
+        {"wandb": "id", "sums": {"a": 1.0, "b": 2.0}, "counts": {"a": 1, "b": 2}, "values": {"v": 5.0}},
+        {"wandb": None, "sums": {"a": 3.0, "c": 4.0}, "counts": {"a": 1, "c": 1}, "values": {}},
+    ]
+    merged = merged_logs(logs)
+    assert merged["sums"] == {"a": 4.0, "b": 2.0, "c": 4.0} and merged["counts"] == {"a": 2, "b": 2, "c": 1}
+    assert merged["wandb"] == "id" and merged["values"] == {"v": 5.0}
+    ours, theirs = SuccessRates("crafter"), SuccessRates("crafter")
+    ours.add({"log_achievement_x": 1.0})
+    for value in (0.0, 1.0, 0.0):
+        theirs.add({"log_achievement_x": value})
+    both = SuccessRates("crafter")
+    both.load_state_dict(merged_successes([ours.state_dict(), theirs.state_dict()]))
+    assert both.metrics()["crafter/success_rate/x"] == 50.0
+
+
+# ---- What cannot be shared
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ("--parallel 3", "--batch_size 2 cannot be divided over 3 learners: take 3"),
+        ("--parallel 2 --batch_size 5", "--batch_size 5 cannot be divided over 2 learners: take 4 or 6"),
+        ("--parallel 2 --envs.amount 3", "--envs.amount 3 cannot be divided over 2 learners: take 2 or 4"),
+        ("--parallel 2 --llm.enabled True --options.enabled True", "learned by one learner alone"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_anything_is_written(options, told, tmp_path, capsys):
+    assert main(*TINY, *options.split(), "--logdir", str(tmp_path / "run")) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "gpus", "environment", "place"),
+    [
+        ("auto", 1, 0, {}, "auto"),
+        ("cuda:1", 1, 2, {}, "cuda:1"),
+        ("auto", 2, 0, {}, "auto"),
+        ("cpu", 2, 2, {}, "cpu"),
+        ("auto", 2, 2, {}, "cuda:0"),
+        ("cuda", 2, 2, {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1}, None),
+        ("cuda", 1, 2, {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1}, "cuda:1"),
+        ("auto", 4, 2, {}, "take --parallel 2, or --device cpu"),
+        ("cuda", 2, 0, {}, "2 learners on this machine need 2 GPUs, and it has 0: take --device cpu"),
+        ("cuda:1", 2, 2, {}, "names one GPU for 2 learners"),
+    ],
+)
+def test_each_learner_has_a_gpu_of_its_own(name, parallel, gpus, environment, place, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, str(value))
+    if place is None or " " in place:
+        with pytest.raises(UserError, match=place or "leave --parallel out"):
+            distributed.place(name, parallel, gpus)
+    else:
+        assert distributed.place(name, parallel, gpus) == place
+
+
+# ---- Whole runs
+
+
+def run(logdir: Path, *options: str, wait: bool = True) -> subprocess.Popen:
+    """The tiny run with two learners, in processes of its own."""
+    command = [sys.executable, "dreamer.py", *TINY, "--parallel", "2", "--logdir", str(logdir), *options]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if wait:
+        process.out, process.err = process.communicate(timeout=300)
+    return process
+
+
+def until_logged(logdir: Path, text: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not ((logdir / "train.log").exists() and text in log(logdir)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def first_images(logdir: Path) -> set[str]:
+    found = set()
+    for path in (logdir / "train_eps").glob("*.npz"):
+        with np.load(path) as episode:
+            found.add(hashlib.sha256(episode["image"][0].tobytes()).hexdigest())
+    return found
+
+
+def test_two_learners_train_as_one_run(tmp_path):
+    process = run(tmp_path / "two", "--eval_every", "0", "--envs.amount", "4")
+    assert process.returncode == 0, process.err
+    assert "2 learners share 4 environments" in log(tmp_path / "two")
+    assert main(*TINY, "--logdir", str(tmp_path / "one"), "--eval_every", "0", "--envs.amount", "4") == 0
+    ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    for name in ("step", "replay/size", "opt/updates"):  # what all do together is counted as if one did it
+        assert [line[name] for line in ours] == [line[name] for line in theirs]
+    assert len(list((tmp_path / "two" / "train_eps").glob("*.npz"))) == 4  # an episode of each env
+    assert ours[-1]["opt/updates"] > 10 and np.isfinite(ours[-1]["loss/policy"])
+    state = tools.load_checkpoint(tmp_path / "two")[0]
+    assert state["ranks"] == 2 and state["transitions"] == state["step"] == 120
+
+
+@pytest.mark.slow
+def test_resumed_run_of_two_learners_equals_uninterrupted_run(tmp_path):
+    assert run(tmp_path / "whole").returncode == 0
+    assert run(tmp_path / "stopped", "--steps", "70").returncode == 0
+    assert run(tmp_path / "stopped").returncode == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    others = [own_moment(tmp_path / name) for name in ("whole", "stopped")]
+    assert differences(*others) == []
+    assert differences(others[0]["agent"]["rngs"], moment(tmp_path / "whole")["agent"]["rngs"]) != []
+
+
+def own_moment(logdir: Path) -> dict:
+    """What the second learner wrote of its own, without names of files."""
+    state = tools.load_checkpoint(logdir)[0]
+    place = logdir / "replay_state" / f"step-{state['step']:012d}" / "rank-1"
+    own = tools.load_tensors(place / f"{state['replay']['moment']}.pt")
+    for name in ("moment", "tick", "open", "streams"):
+        del own["replay"][name]
+    return own
+
+
+@pytest.mark.slow
+def test_another_number_of_learners_goes_on_with_the_same_episodes(tmp_path):
+    assert run(tmp_path, "--steps", "60").returncode == 0
+    steps = sum_of_steps(tmp_path)
+    assert main(*TINY, "--logdir", str(tmp_path), "--steps", "80") == 0
+    assert "The run had 2 learners and now has 1" in log(tmp_path)
+    assert f"Resumed at step 60 with {steps} steps in the replay" in log(tmp_path)
+    assert tools.load_checkpoint(tmp_path)[0]["step"] == 80
+    steps = sum_of_steps(tmp_path)
+    assert run(tmp_path, "--steps", "120").returncode == 0
+    assert "The run had 1 learners and now has 2" in log(tmp_path)
+    assert f"Resumed at step 80 with {steps} steps in the replay" in log(tmp_path)
+
+
+def sum_of_steps(logdir: Path) -> int:
+    """Steps that the last checkpoint's replay holds: of the episodes' files and of the open ones."""
+    files = sum(int(path.stem.split("-")[-1]) for path in (logdir / "train_eps").glob("*.npz"))
+    place = logdir / "replay_state" / f"step-{tools.load_checkpoint(logdir)[0]['step']:012d}"
+    for path in place.rglob("open-*.npz"):
+        with np.load(path) as rows:
+            files += len(rows["is_first"])
+    return files
+
+
+@pytest.mark.slow
+def test_a_stop_reaches_all_learners_and_the_run_goes_on(tmp_path):
+    process = run(tmp_path, "--steps", "100000", wait=False)
+    until_logged(tmp_path, "step 60/", process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and err == ""
+    step = tools.load_checkpoint(tmp_path)[0]["step"]
+    assert f"Saved {tmp_path / 'latest.pt'} at step {step}" in log(tmp_path)
+    assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
+    assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_learner_ends_the_run_in_one_line_and_it_goes_on_from_the_last_checkpoint(lost, tmp_path):
+    process = run(tmp_path, "--steps", "100000", "--save_every", "40", wait=False)
+    until_logged(tmp_path, "at step 40", process)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    ranks = {
+        Path(f"/proc/{pid}/environ").read_text().split("\0LOCAL_RANK=")[1][0]: int(pid) for pid in children
+    }
+    os.kill(ranks[str(lost)], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.strip().splitlines() == [
+        f"error: Learner {lost} was ended by SIGKILL. The same command goes on from the last checkpoint."
+    ]
+    step = tools.load_checkpoint(tmp_path)[0]["step"]
+    assert step >= 40
+    assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
+    assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
+
+
+def torchrun(logdir: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments, "dreamer.py", *TINY]
+    return subprocess.Popen(
+        [*command, "--logdir", str(logdir)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_torchrun_trains_as_parallel_does(tmp_path):
+    assert run(tmp_path / "parallel").returncode == 0
+    process = torchrun(tmp_path / "one", "--standalone", "--nproc-per-node", "2")
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    port = free_port()
+    nodes = [  # two machines with a learner each
+        torchrun(tmp_path / "two", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node),
+                 "--master-addr", "127.0.0.1", "--master-port", str(port))
+        for node in range(2)
+    ]  # fmt: skip
+    for process in nodes:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+    for name in ("one", "two"):
+        assert_same_run(tmp_path / "parallel", tmp_path / name)
+
+
+@pytest.mark.slow
+def test_two_learners_take_advice(tmp_path):
+    advice = "--configs lore_prior --llm.enabled True --synthetic.enabled True --llm.backend rules".split()
+    doorkey = "--configs debug doorkey --prefill 64 --steps 400 --envs.amount 2 --eval_every 100".split()
+    process = subprocess.run(
+        [sys.executable, "dreamer.py", *doorkey, *advice, "--parallel", "2", "--device", "cpu",
+         "--logdir", str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert metrics(tmp_path)[-1]["uncertainty_gate/advised_share"] > 0
