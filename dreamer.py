@@ -362,7 +362,8 @@ class Dreamer:
         """Take weights, optimiser and random states from a checkpoint; lines for the log about what was not.
 
         Without `resume` random states stay as they are, and so does an explorer that is not the
-        checkpoint's. Raises UserError where a shape differs.
+        checkpoint's, and the optimiser or the decoder if the file has none. Raises UserError where a shape
+        differs.
         """
         notes, groups = [], None
         weights = {name: state.get(name, {}) for name in self.weights()}
@@ -379,13 +380,20 @@ class Dreamer:
             del weights["explorer"]
             groups = len(self.opt.param_groups) - len(self._guide_groups())
             groups -= len(self.explorer.param_groups())
+        decoder = {k: v for k, v in self.world_model.state_dict().items() if k.startswith("decoder.")}
+        if not resume and not decoder.keys() & weights["world_model"].keys():
+            notes.append("The checkpoint has no decoder, which starts anew")
+            weights["world_model"] = weights["world_model"] | decoder
         if "guide" in weights:
             self.guide.set_names(state.get("skills", []))
         for name, value in weights.items():
             _load_weights(getattr(self, name), value, name)
-        self.opt.load_state_dict(state["optimizer"], groups)
+        if resume or "optimizer" in state:
+            self.opt.load_state_dict(state["optimizer"], groups)
+            self.updates = state["updates"]
+        else:
+            notes.append("The checkpoint has weights alone, so the optimiser starts anew")
         self._record()  # a recorded update writes the moments that were replaced
-        self.updates = state["updates"]
         if resume:
             for name, rng in self.rngs.items():
                 # A run may go on with another kind of device, whose generators have other states.
@@ -1120,10 +1128,10 @@ def open_run(argv: list[str]) -> Run:
 
     A logdir with a checkpoint is resumed. `--from_checkpoint` without `--logdir`, or with its own run's,
     resumes the run that the checkpoint belongs to; with a new logdir it starts a new run from its weights
-    and optimiser.
+    and optimiser. A file of weights alone belongs to no run.
     """
     logdir, source = configs.run_paths(argv)
-    home = run_folder(Path(source)) if source else None
+    home = run_folder(Path(source)) if source and not tools.holds_weights_alone(Path(source)) else None
     if home and (logdir is None or Path(logdir).resolve() == home.resolve()):
         logdir, resume, origin = home, True, source
     else:
