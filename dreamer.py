@@ -28,6 +28,7 @@ import models
 import networks
 import replay as replays
 import tools
+import weights
 from basics import UserError, numpy_rng
 from config import Config
 from envs import make_env
@@ -401,6 +402,13 @@ class Dreamer:
                     rng.set_state(state["rngs"][name])
         return notes
 
+    def transfer(self, state: Mapping, parts: Sequence[str]) -> list[str]:
+        """Take the named parts of a checkpoint, of another task or size, where shapes fit; lines for the log.
+
+        Everything else is as in a new agent, the optimiser too: its moments are of other losses.
+        """
+        return weights.transfer({name: getattr(self, name) for name in self.weights()}, state, parts)
+
 
 def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:
     """Raise UserError for an action that the actor cannot take, or that `actor_dist` does not fit."""
@@ -543,7 +551,8 @@ class Run:
         resume: bool = False,
         notes: Sequence[str] = (),
     ):
-        """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken.
+        """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken, or what
+        `transfer` names.
 
         `notes` are lines that the log begins with. Raises UserError; what can be wrong with the command is
         found before anything is written.
@@ -579,7 +588,11 @@ class Run:
         obs_space = self.envs.obs_space
         self.agent = Dreamer(obs_space, act_space, config, self.device)
         if checkpoint:
-            notes = [*notes, *self.agent.load_state_dict(checkpoint["agent"], resume=resume)]
+            agent = checkpoint["agent"]
+            if config.transfer and not resume:
+                notes = [*notes, *self.agent.transfer(agent, config.transfer)]
+            else:
+                notes = [*notes, *self.agent.load_state_dict(agent, resume=resume)]
         stored = obs_space | act_space | advised
         plan = self._plan_replay(stored, saved)
         if config.llm.enabled:
@@ -1128,11 +1141,16 @@ def open_run(argv: list[str]) -> Run:
 
     A logdir with a checkpoint is resumed. `--from_checkpoint` without `--logdir`, or with its own run's,
     resumes the run that the checkpoint belongs to; with a new logdir it starts a new run from its weights
-    and optimiser. A file of weights alone belongs to no run.
+    and optimiser. A file of weights alone belongs to no run, and `--transfer` always begins a new one.
     """
-    logdir, source = configs.run_paths(argv)
+    logdir, source, parts = configs.run_paths(argv)
     home = run_folder(Path(source)) if source and not tools.holds_weights_alone(Path(source)) else None
-    if home and (logdir is None or Path(logdir).resolve() == home.resolve()):
+    own = home and logdir and Path(logdir).resolve() == home.resolve()
+    if parts and own:
+        raise UserError(
+            f"--transfer begins a new run, and {logdir} is the checkpoint's: name another --logdir"
+        )
+    if own or (home and logdir is None and not parts):
         logdir, resume, origin = home, True, source
     else:
         resume = logdir is not None and bool(tools.find_checkpoints(logdir))

@@ -8,14 +8,14 @@ taken (`--from_checkpoint`) it may stand instead.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from basics import UserError, atomic_write
 from config import Config
@@ -24,6 +24,16 @@ SUFFIX = ".safetensors"
 FORMAT = "1"  # goes up when the program can no longer read what it wrote before
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_HEADER = 2**20  # bytes of names, shapes and the config; those of the largest agents are 40,000
+# What a part is called in an agent: its module, and how the names of its weights begin there.
+PARTS = {
+    "encoder": ("world_model", ("encoder.",)),
+    "rssm": ("world_model", ("rssm.",)),
+    "decoder": ("world_model", ("decoder.",)),
+    "reward": ("world_model", ("reward_head.",)),
+    "cont": ("world_model", ("cont_head.",)),
+    "actor": ("behavior", ("actor.",)),
+    "critic": ("behavior", ("critic.", "slow_critic.", "retnorm.")),
+}
 MODULES = ("world_model", "behavior", "explorer", "guide")
 # Options that say where something is on the machine that trained, or in its network.
 PLACES = ("logdir", "from_checkpoint", "traindir", "evaldir", "llm.base_url", "llm.cache", "envs.ray_address")
@@ -62,7 +72,7 @@ def write(
         "lore_format": FORMAT,
         "task": config.task,
         "step": str(step),
-        "config": config.replace(dict.fromkeys(PLACES)).to_yaml(),
+        "config": config.replace({**dict.fromkeys(PLACES), "transfer": []}).to_yaml(),
         "skills": json.dumps(agent.get("skills", [])),
         "torch": torch.__version__,
     }
@@ -145,3 +155,30 @@ def _skills(text: str) -> list[list[str | None]]:
     ):
         raise ValueError("skills must be pairs of a name and a subgoal")
     return skills
+
+
+def transfer(modules: Mapping[str, nn.Module], agent: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
+    """Copy the `PARTS` that are named from a checkpoint's agent to `modules`, each weight whose shape fits.
+
+    Returns lines that say what was taken, what was not and why. Raises UserError if nothing fits.
+    """
+    lines, some = [], False
+    for part in parts:
+        module, prefixes = PARTS[part]
+        here, there = (
+            {name: value for name, value in weights.items() if name.startswith(prefixes)}
+            for weights in (modules[module].state_dict(), agent[module])
+        )
+        taken = {k: v for k, v in there.items() if k in here and v.shape == here[k].shape}
+        modules[module].load_state_dict(taken, strict=False)
+        some |= bool(taken)
+        lines.append(f"Transferred {part}: {len(taken)} of {len(here)} tensors")
+        for name in sorted((here.keys() | there.keys()) - taken.keys()):
+            shapes = (tuple(each[name].shape) if name in each else "nothing" for each in (there, here))
+            fate = "starts anew" if name in here else "is left behind"
+            lines.append("  {} {}: {} in the checkpoint, {} here".format(name, fate, *shapes))
+    if not some:
+        reason = next((line.strip() for line in lines if line.startswith("  ")), "they have no weights")
+        raise UserError(f"Nothing of {', '.join(parts)} can be transferred, as no shape fits: {reason}")
+    others = [part for part in PARTS if part not in parts]
+    return [*lines, f"Not transferred, so it starts anew: {', '.join([*others, 'the optimiser'])}"]
