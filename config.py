@@ -37,7 +37,7 @@ CPU_PRESET_TASKS = (
     "lpm_noisytv",
 )  # task presets that take CPU_PRESET on a CPU when no scale preset is named
 QUICK_ON_CPU = ("cpu", "debug", "doorkey")
-RUN_PATHS = ("logdir", "from_checkpoint")  # where a run is, not what it is
+RUN_PATHS = ("logdir", "from_checkpoint", "transfer")  # where a run is and how it began, not what it is
 
 # What a resumed run cannot change, and why.
 FROZEN = {
@@ -662,7 +662,9 @@ def _value(option: Option, words: list[str], where: str) -> Any:
     takes_list = option.is_list or "list" in option.types
     if takes_list and text.startswith("["):
         return option.convert(_parse_yaml(text, where), where)
-    if takes_list and not (len(words) == 1 and words[0] in option.words):
+    if option.is_list and option.words:  # names have no comma in them
+        words = [name for word in words for name in word.split(",")]
+    if option.is_list or (takes_list and not (len(words) == 1 and words[0] in option.words)):
         return option.convert(words, where)
     if len(words) > 1:
         raise UserError(f"{where}: takes one value; unexpected {' '.join(words[1:])}")
@@ -728,7 +730,8 @@ def _merge(schema: Schema, command: Command, has_cuda: bool | None, saved: Confi
     if saved is not None and command.presets is None and "from_checkpoint" in command.options:
         values = dict(_flatten(saved))
         # The command says where the run is; episodes of the old run are not written to by a new one.
-        paths = (*RUN_PATHS, "traindir", "evaldir") if "logdir" in command.options else RUN_PATHS
+        new = "logdir" in command.options or command.options.get("transfer")
+        paths = (*RUN_PATHS, "traindir", "evaldir") if new else RUN_PATHS
         values |= {name: schema.options[name].default for name in paths}
         presets, added = saved.presets, saved.added
     else:
@@ -793,8 +796,8 @@ def load(argv: list[str], *, has_cuda: bool | None = None, saved: Config | None 
     return config
 
 
-def run_paths(argv: list[str]) -> tuple[str | None, str | None]:
-    """(logdir, from_checkpoint) as the command line gives them: where to look for a run to go on with.
+def run_paths(argv: list[str]) -> tuple[str | None, str | None, list[str] | None]:
+    """(logdir, from_checkpoint, transfer) as the command line gives them: which run to go on with, if any.
 
     Prints nothing and judges no combination of options, as these may depend on the run's saved config.
     """
@@ -879,6 +882,8 @@ def _problems(config: Config) -> Iterator[str]:
             "or what lies between two windows is not heard"
         )
     yield from _advice_problems(config)
+    if config.transfer and not config.from_checkpoint:
+        yield "transfer names parts of a checkpoint: add --from_checkpoint with its file"
     needed = config.envs.amount * (config.batch_length + config.replay_context)
     if config.replay.capacity != "auto" and config.replay.capacity < needed:
         yield (

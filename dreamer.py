@@ -30,6 +30,7 @@ import models
 import networks
 import replay as replays
 import tools
+import weights
 from basics import UserError, derive_seed, numpy_rng
 from config import Config
 from distributed import LostRank, Ranks
@@ -400,7 +401,8 @@ class Dreamer:
         """Take weights, optimiser and random states from a checkpoint; lines for the log about what was not.
 
         Without `resume` random states stay as they are, and so does an explorer that is not the
-        checkpoint's. Raises UserError where a shape differs.
+        checkpoint's, and the optimiser or the decoder if the file has none. Raises UserError where a shape
+        differs.
         """
         notes, groups = [], None
         weights = {name: state.get(name, {}) for name in self.weights()}
@@ -417,16 +419,30 @@ class Dreamer:
             del weights["explorer"]
             groups = len(self.opt.param_groups) - len(self._guide_groups())
             groups -= len(self.explorer.param_groups())
+        decoder = {k: v for k, v in self.world_model.state_dict().items() if k.startswith("decoder.")}
+        if not resume and not decoder.keys() & weights["world_model"].keys():
+            notes.append("The checkpoint has no decoder, which starts anew")
+            weights["world_model"] = weights["world_model"] | decoder
         if "guide" in weights:
             self.guide.set_names(state.get("skills", []))
         for name, value in weights.items():
             _load_weights(getattr(self, name), value, name)
-        self.opt.load_state_dict(state["optimizer"], groups)
+        if resume or "optimizer" in state:
+            self.opt.load_state_dict(state["optimizer"], groups)
+            self.updates = state["updates"]
+        else:
+            notes.append("The checkpoint has weights alone, so the optimiser starts anew")
         self._record()  # a recorded update writes the moments that were replaced
-        self.updates = state["updates"]
         if resume and self.ranks.leads:  # the others have their own
             self._set_rngs(state["rngs"])
         return notes
+
+    def transfer(self, state: Mapping, parts: Sequence[str]) -> list[str]:
+        """Take the named parts of a checkpoint, of another task or size, where shapes fit; lines for the log.
+
+        Everything else is as in a new agent, the optimiser too: its moments are of other losses.
+        """
+        return weights.transfer({name: getattr(self, name) for name in self.weights()}, state, parts)
 
 
 def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:
@@ -577,7 +593,8 @@ class Run:
         notes: Sequence[str] = (),
         ranks: Ranks | None = None,
     ):
-        """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken.
+        """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken, or what
+        `transfer` names.
 
         `notes` are lines that the log begins with. Raises UserError; what can be wrong with the command is
         found before anything is written.
@@ -617,7 +634,11 @@ class Run:
         obs_space = self.envs.obs_space
         self.agent = Dreamer(obs_space, act_space, config, self.device, self.ranks)
         if checkpoint:
-            notes = [*notes, *self.agent.load_state_dict(checkpoint["agent"], resume=resume)]
+            agent = checkpoint["agent"]
+            if config.transfer and not resume:
+                notes = [*notes, *self.agent.transfer(agent, config.transfer)]
+            else:
+                notes = [*notes, *self.agent.load_state_dict(agent, resume=resume)]
         stored = obs_space | act_space | advised
         plan = self._plan_replay(stored, saved)
         if config.llm.enabled:
@@ -1300,11 +1321,16 @@ def read_command(argv: list[str]) -> Command:
 
     A logdir with a checkpoint is resumed. `--from_checkpoint` without `--logdir`, or with its own run's,
     resumes the run that the checkpoint belongs to; with a new logdir it starts a new run from its weights
-    and optimiser.
+    and optimiser. A file of weights alone belongs to no run, and `--transfer` always begins a new one.
     """
-    logdir, source = configs.run_paths(argv)
-    home = run_folder(Path(source)) if source else None
-    if home and (logdir is None or Path(logdir).resolve() == home.resolve()):
+    logdir, source, parts = configs.run_paths(argv)
+    home = run_folder(Path(source)) if source and not tools.holds_weights_alone(Path(source)) else None
+    own = home and logdir and Path(logdir).resolve() == home.resolve()
+    if parts and own:
+        raise UserError(
+            f"--transfer begins a new run, and {logdir} is the checkpoint's: name another --logdir"
+        )
+    if own or (home and logdir is None and not parts):
         logdir, resume, origin = home, True, source
     else:
         resume = logdir is not None and bool(tools.find_checkpoints(logdir))

@@ -23,6 +23,7 @@ import torch
 
 import audio
 import tools
+import weights
 from basics import UserError, numpy_rng
 from config import Config
 from dreamer import (
@@ -80,7 +81,7 @@ def evaluate(
     """Play `episodes` full episodes as the agent of a checkpoint, or at random, and sum them up.
 
     Args:
-        checkpoint: a run's folder or one of its .pt files.
+        checkpoint: a run's folder, one of its .pt files, or a file of weights.
         episodes: how many in all, a multiple of `envs`: the same number in each env.
         envs: how many are played side by side; more than one run in a process each.
         seed: of worlds and actions. With the same `envs` too, every agent plays the same worlds.
@@ -150,12 +151,25 @@ def evaluate(
 
 def load(checkpoint: str | Path, seed: int) -> tuple[dict, Path, Config]:
     """A checkpoint, where it lies, and its config with the seed of this evaluation. Raises UserError."""
+    payload, path, config = read_checkpoint(checkpoint)
+    # Compiling would take longer than most evaluations.
+    return payload, path, config.replace({"seed": seed, "compile": False})
+
+
+def read_checkpoint(checkpoint: str | Path) -> tuple[dict, Path, Config]:
+    """A checkpoint, where it lies, and its config as it was saved. Raises UserError."""
     payload, path, notes = tools.load_checkpoint(checkpoint)
     for note in notes:
         print(note, file=sys.stderr)
-    config = Config.from_yaml(payload["config"], f"the config in {path}")
-    # Compiling would take longer than most evaluations.
-    return payload, path, config.replace({"seed": seed, "compile": False})
+    return payload, path, Config.from_yaml(payload["config"], f"the config in {path}")
+
+
+def export(checkpoint: str | Path, path: Path, dtype: str, decoder: bool) -> str:
+    """Write the weights of a checkpoint to a .safetensors file; a line about it. Raises UserError."""
+    payload, source, config = read_checkpoint(checkpoint)
+    numbers = weights.write(path, config, payload["step"], payload["agent"], dtype, decoder)
+    size = path.stat().st_size / 1e6
+    return f"Wrote {path}: {numbers:,} numbers of {source}, {size:.2f} MB ({dtype})"
 
 
 def has_images(envs: VecEnv) -> bool:
@@ -269,7 +283,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="evaluate.py", description=__doc__.split("\n\n")[1], allow_abbrev=False)
     add = parser.add_argument
     add("--logdir", metavar="DIR", help="the run; its latest checkpoint is taken, and videos go there")
-    add("--from_checkpoint", metavar="F", help="this checkpoint; without --logdir, videos go to its run")
+    add(
+        "--from_checkpoint", metavar="F",
+        help="this checkpoint, or file of weights; without --logdir, videos go to its folder",
+    )  # fmt: skip
     add("--episodes", metavar="N", type=_positive, default=10, help="how many to play; 10 by default")
     add("--envs", metavar="N", type=_positive, default=1, help="played side by side; 1 by default")
     add("--seed", metavar="S", type=int, default=0, help="of worlds and actions; 0 by default")
@@ -284,6 +301,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "and the adviser's probabilities, what was chosen, value and predicted return",
     )
     add("--json", action="store_true", help="the result as one JSON object")
+    add("--export", metavar="F", type=Path, help="play nothing and write weights and config to F.safetensors")
+    add(
+        "--dtype", choices=weights.DTYPES, default="float32",
+        help="of the matrices in that file; float32 by default, the others halve it",
+    )  # fmt: skip
+    add("--without_decoder", action="store_true", help="leave it out of that file: acting does without")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{name}" for name in (*vars(args), "help")]
@@ -294,6 +317,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("advised", "explain"):
         if args.random and getattr(args, name):
             raise UserError(f"--{name} is about the agent, and --random plays without it: leave one out")
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
+    of_export, of_both = {"dtype", "without_decoder"}, {"export", "logdir", "from_checkpoint"}
+    for name in given:
+        if args.export and name not in of_export | of_both:
+            raise UserError(f"--export plays no episode, so --{name} has no use: leave one out")
+        if not args.export and name in of_export:
+            raise UserError(f"--{name} says how weights are written: name the file by --export F.safetensors")
     return args
 
 
@@ -302,6 +332,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         checkpoint = args.from_checkpoint or args.logdir
+        if args.export:
+            print(export(checkpoint, args.export, args.dtype, not args.without_decoder))
+            return 0
         folder = Path(args.logdir) if args.logdir else run_folder(Path(checkpoint))
         result = evaluate(
             checkpoint,

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+import weights
 from basics import UserError, atomic_write, derive_seed, sync_folder, temp_beside
 
 CHECKPOINTS = "checkpoints"  # folder in the logdir
@@ -219,8 +220,9 @@ def find_checkpoints(logdir: str | os.PathLike) -> list[Path]:
 def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
     """Read a checkpoint, with all tensors on the CPU.
 
-    `path` is a run's folder or one file. For a folder or a latest.pt, broken checkpoints are passed over
-    for the next older one. Returns the payload, the file it came from, and a line for each broken one.
+    `path` is a run's folder or one file, which may be one of weights alone (see weights.py). For a folder or
+    a latest.pt, broken checkpoints are passed over for the next older one. Returns the payload, the file it
+    came from, and a line for each broken one.
     Raises UserError if none can be read, or if it is no checkpoint of this program.
     """
     path = Path(path)
@@ -228,6 +230,8 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
     candidates = find_checkpoints(folder) if path.is_dir() or path.name == LATEST else [path]
     if not any(candidate.exists() for candidate in candidates):
         raise UserError(f"No checkpoint at {path}. Give a run's folder or one of its .pt files.")
+    if holds_weights_alone(path):
+        return weights.read(path), path, []
     notes: list[str] = []
     broken: list[Path] = []
     for candidate in candidates:
@@ -239,6 +243,11 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
             notes.append(f"Checkpoint {candidate} cannot be read and is passed over: {error}")
             broken.append(candidate)
     raise UserError(f"No readable checkpoint at {path}. {' '.join(notes)}")
+
+
+def holds_weights_alone(path: Path) -> bool:
+    """Whether a checkpoint is a file of weights: no run can be gone on with from it."""
+    return path.suffix == weights.SUFFIX and not path.is_dir()
 
 
 class BrokenCheckpoint(Exception):

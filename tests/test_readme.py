@@ -137,7 +137,21 @@ def of_script(script: str, word: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize("command", of_script("evaluate.py", ""))
+EXPORTS = ("--export", "crafter.safetensors")  # what writes the weights, and what reads them
+
+
+def test_exported_weights_are_evaluated(workdir, monkeypatch, capsys):
+    monkeypatch.chdir(workdir)
+    write, read = (shlex.split(command)[2:] for command in of_script("evaluate.py", EXPORTS[1]))
+    assert EXPORTS[0] in write and evaluate.main(write) == 0
+    assert evaluate.main([*read, "--episodes", "1"]) == 0
+    assert "crafter_reward" in capsys.readouterr().out
+
+
+PLAYS = [line for line in of_script("evaluate.py", "") if not any(word in line for word in EXPORTS)]
+
+
+@pytest.mark.parametrize("command", PLAYS)
 def test_evaluation_runs(command, workdir, monkeypatch, capsys):
     monkeypatch.chdir(workdir)
     assert evaluate.main([*shlex.split(command)[2:], "--episodes", "1", "--envs", "1"]) == 0
