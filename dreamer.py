@@ -33,6 +33,7 @@ from config import Config
 from envs import make_env
 from episodes import EpisodeWriter
 from exploration import EXPLORERS, Greedy, Random, param_group
+from lock import RunLock
 from logger import Logger, Timer, WandbRun, add_heat_strip, write_mp4, write_wav
 from lore_llm import synthetic
 from lore_llm.captions import make_captioner
@@ -1115,12 +1116,13 @@ def train(run: Run, stop: Sequence[int] = ()) -> None:
         run.logger.progress(run.step)
 
 
-def open_run(argv: list[str]) -> Run:
-    """The run that the command line asks for: a new one, or one that is gone on with.
+@contextlib.contextmanager
+def open_run(argv: list[str]) -> Iterator[Run]:
+    """The run that the command line asks for: a new one, or one that is gone on with; closed in the end.
 
     A logdir with a checkpoint is resumed. `--from_checkpoint` without `--logdir`, or with its own run's,
     resumes the run that the checkpoint belongs to; with a new logdir it starts a new run from its weights
-    and optimiser.
+    and optimiser. UserError if another run lives in the logdir.
     """
     logdir, source = configs.run_paths(argv)
     home = run_folder(Path(source)) if source else None
@@ -1129,13 +1131,25 @@ def open_run(argv: list[str]) -> Run:
     else:
         resume = logdir is not None and bool(tools.find_checkpoints(logdir))
         origin = logdir if resume else source
+    before = _saved_in(logdir) if logdir else []
     checkpoint, path, notes = tools.load_checkpoint(origin) if origin else (None, None, [])
     saved = checkpoint and Config.from_yaml(checkpoint["config"], f"the config in {path}")
     config = configs.load(argv, has_cuda=cuda_works(), saved=saved)
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
     folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
-    return Run(config, folder, checkpoint, resume, notes)
+    with RunLock(folder) as lock:
+        if _saved_in(folder) != before:
+            raise UserError(
+                f"Another run in {folder} has just ended with a save. Start again to go on from it."
+            )
+        with contextlib.closing(Run(config, folder, checkpoint, resume, [*lock.notes, *notes])) as run:
+            yield run
+
+
+def _saved_in(logdir: str | Path) -> list[tuple[Path, int]]:
+    """The checkpoints and their times, by which one is told that was written meanwhile."""
+    return [(path, path.stat().st_mtime_ns) for path in tools.find_checkpoints(logdir)]
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -1163,7 +1177,7 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code: 0, 2 for the user's mistakes, 130, 143."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        with stop_signals() as stop, contextlib.closing(open_run(argv)) as run:
+        with stop_signals() as stop, open_run(argv) as run:
             try:
                 train(run, stop)
             except Diverged:
