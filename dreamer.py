@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ OPEN_LOOP_ROWS = 6  # sequences shown in it
 EXPLAIN_ROLLOUTS = 8  # imagined for a predicted return
 REPLAY_STATE = "replay_state"  # folder in the logdir, with one folder for each checkpoint
 REPLAY_RING = "replay_ring"  # folder in the logdir for a ring on the disk
+CPU_FULL = "DefaultCPUAllocator"  # in torch's error where there is no RAM
+GPU_FULL = (
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",
+)  # without a class of their own: CUDA, cuBLAS, cuDNN
 ESTIMATE_UPDATES = 20  # updates after which the run's duration is estimated
 
 Arrays = dict[str, np.ndarray]
@@ -453,6 +459,8 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # new streams and CUDA graphs are of the current device
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(
@@ -467,6 +475,8 @@ def cuda_works() -> bool:
         return False
     try:
         torch.zeros(1, device="cuda") + 1
+    except torch.OutOfMemoryError:  # it computes, for somebody else
+        return True
     except RuntimeError:
         return False
     return True
@@ -502,6 +512,31 @@ def keeps_memory(config: Config, device: torch.device) -> bool:
 
 class Diverged(UserError):
     """Too many updates in a row had a gradient that is not finite."""
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Within, memory that is not there is a UserError, which names the options that lower the need."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        lower = "--batch_size, --batch_length or --imag_last"
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in GPU_FULL):
+            where = "The GPU is full"
+            advice = (
+                f"Lower {lower}, take --precision bfloat16 or, for a new run, a smaller preset as size1m."
+            )
+        elif isinstance(error, MemoryError) or CPU_FULL in str(error):
+            where = "The RAM is full"
+            advice = (
+                f"Lower {lower}, --replay.capacity or --envs.amount, put the replay into files with "
+                "--replay.backend memmap or, for a new run, take a smaller preset as size1m."
+            )
+        else:
+            raise
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        traceback.clear_frames(error.__traceback__)  # what an update held is needed for saving
+        raise UserError(f"{where} ({reason}). {advice}") from error
 
 
 @contextlib.contextmanager
@@ -720,9 +755,10 @@ class Run:
         return self.logdir / REPLAY_STATE / tools.checkpoint_path(self.logdir, step).stem
 
     def save_after_failure(self) -> None:
-        """Keep what was collected when an env or the disk failed."""
+        """Keep what was collected when an env, the disk or the memory failed."""
         try:
-            self.save(clean=True, failed=True)
+            with memory_explained():
+                self.save(clean=True, failed=True)
         except UserError as error:
             self.print(f"The steps since the last checkpoint could not be saved: {error}")
 
@@ -1177,9 +1213,10 @@ def main(argv: list[str] | None = None) -> int:
     """Train as the command line says. Returns the exit code: 0, 2 for the user's mistakes, 130, 143."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        with stop_signals() as stop, open_run(argv) as run:
+        with stop_signals() as stop, memory_explained(), open_run(argv) as run:
             try:
-                train(run, stop)
+                with memory_explained():
+                    train(run, stop)
             except Diverged:
                 raise
             except UserError:

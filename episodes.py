@@ -232,7 +232,7 @@ class EpisodeWriter:
             future, name, steps = self.pending.popleft()
             try:
                 future.result()
-            except UserError:
+            except (UserError, MemoryError):
                 self.failed.append((name, steps))
                 raise
 
