@@ -1,4 +1,4 @@
-"""The clock of the machine jumps, back and forth, by years: nothing that a run keeps is lost or disordered."""
+"""The machine's clock jumps, back and forth, by years: nothing that a run keeps is lost or disordered."""
 
 import itertools
 import os
@@ -17,7 +17,7 @@ YEAR = 365 * 24 * 3600
 
 
 class Clock:
-    """Stands in for the wall clock: `ahead` seconds off, of which each look may change."""
+    """Stands in for the wall clock: ahead of it by the next of `jumps`, in seconds, at each look."""
 
     def __init__(self, jumps):
         self._real, self._jumps = time.time_ns, jumps
@@ -32,23 +32,18 @@ class Clock:
 @pytest.fixture
 def set_clock(monkeypatch):
     """A function that sets the wall clock so many seconds ahead, in turns if there are several."""
+    whole = tools.save_tensors
 
     def set_to(*ahead: float) -> None:
         clock = Clock(itertools.cycle(ahead))
         monkeypatch.setattr(time, "time", clock.time)
         monkeypatch.setattr(time, "time_ns", clock.time_ns)
-        save = (
-            tools.save_tensors.__wrapped__
-            if hasattr(tools.save_tensors, "__wrapped__")
-            else tools.save_tensors
-        )
 
-        def save_then(path, payload):
-            save(path, payload)
+        def save_tensors(path, payload):
+            whole(path, payload)
             os.utime(path, ns=(clock.time_ns(),) * 2)  # as the system's clock would have it
 
-        save_then.__wrapped__ = save
-        monkeypatch.setattr(tools, "save_tensors", save_then)
+        monkeypatch.setattr(tools, "save_tensors", save_tensors)
 
     return set_to
 
