@@ -22,7 +22,8 @@ class UserError(Exception):
     """A mistake or a lack on the user's side. The message tells what is wrong, where, and what to do."""
 
 
-def _user_error(path: str | os.PathLike, error: OSError) -> UserError:
+def write_error(path: str | os.PathLike, error: OSError) -> UserError:
+    """What to tell the user when a file cannot be written."""
     if error.errno in DISK_FULL:
         return UserError(f"Cannot write {path}: disk full. Free some space, then start again.")
     return UserError(f"Cannot write {path}: {error.strerror or error}.")
@@ -64,7 +65,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
             temp.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
-        raise _user_error(path, error) from error
+        raise write_error(path, error) from error
 
 
 def derive_seed(seed: int, *names: str | int) -> int:

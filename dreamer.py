@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from distributed import LostRank, Ranks
 from envs import make_env
 from episodes import EpisodeWriter
 from exploration import EXPLORERS, Greedy, Random, param_group
+from lock import RunLock
 from logger import Collector, Logger, Timer, WandbRun, add_heat_strip, merged_logs, write_mp4, write_wav
 from lore_llm import synthetic
 from lore_llm.captions import make_captioner
@@ -52,6 +54,11 @@ EXPLAIN_ROLLOUTS = 8  # imagined for a predicted return
 REPLAY_STATE = "replay_state"  # folder in the logdir, with one folder for each checkpoint
 REPLAY_RING = "replay_ring"  # folder in the logdir for a ring on the disk
 RANK_FOLDER = "rank-{}"  # in these two, what belongs to another learner than the first
+CPU_FULL = "DefaultCPUAllocator"  # in torch's error where there is no RAM
+GPU_FULL = (
+    "CUDA error: out of memory",
+    "_STATUS_ALLOC_FAILED",
+)  # without a class of their own: CUDA, cuBLAS, cuDNN
 ESTIMATE_UPDATES = 20  # updates after which the run's duration is estimated
 
 Arrays = dict[str, np.ndarray]
@@ -503,6 +510,8 @@ def choose_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # new streams and CUDA graphs are of the current device
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(
@@ -522,6 +531,8 @@ def cuda_works() -> bool:
         return False
     try:
         torch.zeros(1, device="cuda") + 1
+    except torch.OutOfMemoryError:  # it computes, for somebody else
+        return True
     except RuntimeError:
         return False
     return True
@@ -557,6 +568,31 @@ def keeps_memory(config: Config, device: torch.device) -> bool:
 
 class Diverged(UserError):
     """Too many updates in a row had a gradient that is not finite."""
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Within, memory that is not there is a UserError, which names the options that lower the need."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        lower = "--batch_size, --batch_length or --imag_last"
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in GPU_FULL):
+            where = "The GPU is full"
+            advice = (
+                f"Lower {lower}, take --precision bfloat16 or, for a new run, a smaller preset as size1m."
+            )
+        elif isinstance(error, MemoryError) or CPU_FULL in str(error):
+            where = "The RAM is full"
+            advice = (
+                f"Lower {lower}, --replay.capacity or --envs.amount, put the replay into files with "
+                "--replay.backend memmap or, for a new run, take a smaller preset as size1m."
+            )
+        else:
+            raise
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        traceback.clear_frames(error.__traceback__)  # what an update held is needed for saving
+        raise UserError(f"{where} ({reason}). {advice}") from error
 
 
 @contextlib.contextmanager
@@ -820,9 +856,10 @@ class Run:
         return self.logdir / REPLAY_STATE / tools.checkpoint_path(self.logdir, step).stem
 
     def save_after_failure(self) -> None:
-        """Keep what was collected when an env or the disk failed."""
+        """Keep what was collected when an env, the disk or the memory failed."""
         try:
-            self.save(clean=True, failed=True)
+            with memory_explained():
+                self.save(clean=True, failed=True)
         except UserError as error:
             self.print(f"The steps since the last checkpoint could not be saved: {error}")
 
@@ -1314,6 +1351,7 @@ class Command:
     checkpoint: dict | None  # that it starts from
     resume: bool  # the checkpoint's run is gone on with
     notes: list[str]  # lines that the log begins with
+    seen: list[tuple[Path, int]]  # what `saved_in` told before the checkpoint was read
 
 
 def read_command(argv: list[str]) -> Command:
@@ -1335,13 +1373,19 @@ def read_command(argv: list[str]) -> Command:
     else:
         resume = logdir is not None and bool(tools.find_checkpoints(logdir))
         origin = logdir if resume else source
+    before = saved_in(logdir) if logdir else []
     checkpoint, path, notes = tools.load_checkpoint(origin) if origin else (None, None, [])
     saved = checkpoint and Config.from_yaml(checkpoint["config"], f"the config in {path}")
     config = configs.load(argv, has_cuda=cuda_works(), saved=saved)
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
     folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
-    return Command(config, folder, checkpoint, resume, notes)
+    return Command(config, folder, checkpoint, resume, notes, before)
+
+
+def saved_in(logdir: str | Path) -> list[tuple[Path, int]]:
+    """The checkpoints and their times, by which one is told that was written meanwhile."""
+    return [(path, path.stat().st_mtime_ns) for path in tools.find_checkpoints(logdir)]
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -1374,7 +1418,7 @@ def main(argv: list[str] | None = None) -> int:
             distributed.place(command.config.device, command.config.parallel, count_gpus())
             check_shares(command.config, Ranks(command.config.parallel))
             return distributed.launch(command.config.parallel, [*argv, "--logdir", str(command.logdir)])
-        with stop_signals() as stop, contextlib.closing(join(command.config)) as ranks:
+        with stop_signals() as stop, memory_explained(), contextlib.closing(join(command.config)) as ranks:
             command.logdir = Path(ranks.tell(str(command.logdir)))
             return run_command(command, stop, ranks)
     except LostRank as error:
@@ -1405,16 +1449,26 @@ def join(config: Config) -> Ranks:
     return distributed.join(device)
 
 
-def run_command(command: Command, stop: list[int], ranks: Ranks) -> int:
-    """Train, and save at the end; the exit code."""
-    parts = command.config, command.logdir, command.checkpoint, command.resume, command.notes, ranks
-    with contextlib.closing(Run(*parts)) as run:
+def run_command(command: Command, stop: Sequence[int], ranks: Ranks) -> int:
+    """Train, and save at the end; the exit code. UserError if another run lives in the logdir."""
+    with contextlib.ExitStack() as parts:
+        notes = command.notes
+        if ranks.leads:
+            notes = [*parts.enter_context(RunLock(command.logdir)).notes, *notes]
+            if saved_in(command.logdir) != command.seen:
+                raise UserError(
+                    f"Another run in {command.logdir} has just saved and ended. Start again to go on from it."
+                )
+        ranks.wait()
+        of_it = command.config, command.logdir, command.checkpoint, command.resume, notes, ranks
+        run = parts.enter_context(contextlib.closing(Run(*of_it)))
         try:
-            train(run, stop)
+            with memory_explained():
+                train(run, stop)
         except (Diverged, LostRank):
             raise
         except UserError:
-            if ranks.size == 1:  # the others would have to save theirs of the same moment
+            if ranks.size == 1:  # else the others would have to save theirs of the same moment
                 run.save_after_failure()
             raise
         run.save(clean=True)

@@ -1,5 +1,7 @@
 """Episodes as .npz files: how a step is laid out, and how episodes are written, listed, checked and read."""
 
+import contextlib
+import datetime
 import os
 import re
 import secrets
@@ -20,6 +22,7 @@ Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype o
 Rows = dict[str, np.ndarray]  # key -> [L, ...] the steps of one episode
 
 FILE_NAME = re.compile(r"(\d{8}T\d{6}-[0-9A-Za-z]+)-(\d+)\.npz")  # {time}-{id}-{length}.npz
+STAMP = "%Y%m%dT%H%M%S"  # the time in it, in UTC
 # What np.load raises for broken bytes.
 BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError, OverflowError)
 BROKEN += (zipfile.BadZipFile, zlib.error)
@@ -158,7 +161,7 @@ class EpisodeWriter:
         self.keep_steps = keep_steps
         self.open: list[list[Rows]] = [[] for _ in range(n_envs)]  # steps of the unfinished episodes
         self.names = [""] * n_envs  # {time}-{id} of each environment's current episode
-        self.tick = 0  # microseconds of the latest name
+        self.tick = 0  # microseconds of the latest name, here and in the folder
         self.pending: deque[tuple[Future, str, list[Rows]]] = deque()  # episodes that are being written
         self.failed: list[tuple[str, list[Rows]]] = []  # episodes that could not be written
         try:
@@ -167,6 +170,10 @@ class EpisodeWriter:
                 leftover.unlink()
         except OSError as error:
             raise UserError(f"Cannot write to {self.folder}: {error.strerror}.") from error
+        for file in list_episodes(self.folder)[-1:]:  # it may come from a clock that was ahead
+            with contextlib.suppress(ValueError):  # no date: another program's name
+                second = datetime.datetime.strptime(f"{file.name[:15]}+0000", f"{STAMP}%z").timestamp()
+                self.tick = (int(second) + 1) * 1_000_000
         self.thread = ThreadPoolExecutor(1, "episode-writer")
 
     def add(self, step: Mapping[str, np.ndarray]) -> None:
@@ -208,10 +215,10 @@ class EpisodeWriter:
             self.thread.shutdown()
 
     def new_name(self) -> str:
-        """A name {time}-{id} that sorts after all that this writer gave, even if the clock was set back."""
+        """A name {time}-{id} that sorts after all in the folder, even if the clock was set back."""
         self.tick = max(time.time_ns() // 1000, self.tick + 1)
         second, micro = divmod(self.tick, 1_000_000)
-        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
+        stamp = time.strftime(STAMP, time.gmtime(second))
         return f"{stamp}-{micro:05x}{secrets.token_hex(2)}"  # random end: files of other runs keep apart
 
     def _submit(self, name: str, steps: list[Rows]) -> None:
@@ -225,7 +232,7 @@ class EpisodeWriter:
             future, name, steps = self.pending.popleft()
             try:
                 future.result()
-            except UserError:
+            except (UserError, MemoryError):
                 self.failed.append((name, steps))
                 raise
 

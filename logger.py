@@ -36,6 +36,7 @@ from basics import DISK_FULL, UserError, atomic_write
 log = logging.getLogger("lore")
 
 REFRESH_SECONDS = 0.25  # of the live line
+EVENTS = "events.out.tfevents."  # a number follows
 HEAT_SHARE = 16  # the heat strip under a video is so many times lower than the frame
 MIN_VIDEO_PIXELS = 256  # shorter side of an mp4
 CONSOLE_METRICS = {  # what the console shows, and how it is called there
@@ -236,7 +237,10 @@ class EventFile:
     """
 
     def __init__(self, logdir: Path, purge_step: int):
-        self._path = logdir / f"events.out.tfevents.{time.time_ns()}"  # TensorBoard reads them in this order
+        # TensorBoard reads them in the order of their names, so the clock may not go back.
+        numbers = (path.name.removeprefix(EVENTS) for path in logdir.glob(f"{EVENTS}*"))
+        latest = max((int(number) for number in numbers if number.isdecimal()), default=0)
+        self._path = logdir / f"{EVENTS}{max(time.time_ns(), latest + 1)}"
         with _writing(self._path):
             self._file = open(self._path, "ab")
         self._records = RecordWriter(self._file)

@@ -423,10 +423,11 @@ class Replay:
         episodes.save_arrays(place / "sampler.npz", self.sampler.arrays())
         if latents:
             episodes.save_arrays(place / "latents.npz", self._latents())
-        moments = sorted(path for path in Path(folder).iterdir() if MOMENT.fullmatch(path.name))
-        for path in moments[:-keep]:
+        found = (path for path in Path(folder).iterdir() if MOMENT.fullmatch(path.name))
+        older = sorted((path for path in found if path != place), reverse=True)
+        for path in older[keep - 1 :]:
             shutil.rmtree(path)
-        for path in moments[-keep:-1]:
+        for path in older[: keep - 1]:
             (path / "latents.npz").unlink(missing_ok=True)  # large, and of use to the last stop only
         streams = []
         for env, segments in enumerate(self.segments):

@@ -1,5 +1,6 @@
 """Small things of the training program: generators, clocks, checkpoints, the optimizer; more in basics.py."""
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -179,9 +180,11 @@ def save_checkpoint(logdir: str | os.PathLike, payload: dict, step: int, keep: i
     path = checkpoint_path(logdir, step)
     for leftover in [*path.parent.glob(".step-*.tmp"), *logdir.glob(".latest.pt.*.tmp")]:
         leftover.unlink()  # a kill in the middle of an earlier save
-    save_tensors(path, {**payload, "format": CHECKPOINT_FORMAT})
-    _link_or_copy(path, logdir / LATEST)
     older = [other for other in find_checkpoints(logdir) if other.name not in (LATEST, path.name)]
+    save_tensors(path, {**payload, "format": CHECKPOINT_FORMAT})
+    if older and path.stat().st_mtime_ns <= (last := older[0].stat().st_mtime_ns):
+        os.utime(path, ns=(last + 1, last + 1))  # the clock was set back; the order is by time
+    _link_or_copy(path, logdir / LATEST)
     for other in older[keep - 1 :]:
         other.unlink()
     return path
@@ -208,9 +211,12 @@ def find_checkpoints(logdir: str | os.PathLike) -> list[Path]:
     """
     logdir = Path(logdir)
     try:
-        others = list((logdir / CHECKPOINTS).glob("step-*.pt"))
+        others = []
+        for path in (logdir / CHECKPOINTS).glob("step-*.pt"):
+            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by the run
+                others.append((path.stat().st_mtime_ns, path.name, path))
         # By time, because a run that went back to an earlier step writes smaller numbers later.
-        others.sort(key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+        others = [path for *_, path in sorted(others, reverse=True)]
         latest = logdir / LATEST
         return [latest, *others] if latest.exists() else others
     except PermissionError as error:

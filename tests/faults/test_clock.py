@@ -1,0 +1,138 @@
+"""The machine's clock jumps, back and forth, by years: nothing that a run keeps is lost or disordered."""
+
+import itertools
+import os
+import time
+
+import pytest
+from run_helpers import assert_same_run, log, metrics, signal_at, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import tools
+from episodes import EpisodeWriter, list_episodes
+from logger import Logger
+from replay import Replay
+
+YEAR = 365 * 24 * 3600
+
+
+class Clock:
+    """Stands in for the wall clock: ahead of it by the next of `jumps`, in seconds, at each look."""
+
+    def __init__(self, jumps):
+        self._real, self._jumps = time.time_ns, jumps
+
+    def time_ns(self) -> int:
+        return self._real() + int(next(self._jumps) * 1e9)
+
+    def time(self) -> float:
+        return self.time_ns() / 1e9
+
+
+@pytest.fixture
+def set_clock(monkeypatch):
+    """A function that sets the wall clock so many seconds ahead, in turns if there are several."""
+    whole = tools.save_tensors
+
+    def set_to(*ahead: float) -> None:
+        clock = Clock(itertools.cycle(ahead))
+        monkeypatch.setattr(time, "time", clock.time)
+        monkeypatch.setattr(time, "time_ns", clock.time_ns)
+
+        def save_tensors(path, payload):
+            whole(path, payload)
+            os.utime(path, ns=(clock.time_ns(),) * 2)  # as the system's clock would have it
+
+        monkeypatch.setattr(tools, "save_tensors", save_tensors)
+
+    return set_to
+
+
+def test_run_whose_clock_jumps_all_the_time_is_the_same_run(tmp_path, whole, set_clock):
+    reference = whole()
+    set_clock(0, 3 * YEAR, -2 * YEAR, 60, -7200)
+    with signal_at(71):
+        assert train(tmp_path, "--save_every", "20") == 143
+    assert train(tmp_path, "--save_every", "20") == 0
+    assert "anew" not in log(tmp_path) and "younger" not in log(tmp_path)
+    assert_same_run(tmp_path, reference)
+
+
+@pytest.mark.parametrize("jump", [-5 * YEAR, 5 * YEAR])
+def test_after_a_jump_the_last_checkpoint_is_gone_on_with_and_the_newest_ones_are_kept(
+    tmp_path, set_clock, jump
+):
+    options = ("--save_every", "20", "--eval_every", "0")
+    with signal_at(61):
+        assert train(tmp_path, *options) == 143
+    set_clock(jump)
+    with signal_at(101):
+        assert train(tmp_path, *options) == 143
+    set_clock(0)
+    kept = [path.name for path in tools.find_checkpoints(tmp_path)]
+    assert kept == ["latest.pt", *(f"step-{step:012d}.pt" for step in (102, 100, 80))]
+    for path in tools.find_checkpoints(tmp_path)[:2]:
+        path.write_bytes(b"broken")
+    assert train(tmp_path, *options) == 0
+    text = log(tmp_path)
+    assert "Resumed at step 100" in text and "anew" not in text and "is lost" not in text
+    steps = [line["step"] for line in metrics(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-1] == 120
+    starts = [file.name for file in list_episodes(tmp_path / "train_eps")]
+    known = tools.load_checkpoint(tmp_path)[0]["replay"]["streams"]
+    assert starts == sorted(starts) and all(name in starts for stream in known for name, *_ in stream[:-1])
+
+
+def test_run_in_a_folder_whose_episodes_come_from_the_future_keeps_them(tmp_path, whole, set_clock):
+    set_clock(5 * YEAR)
+    with signal_at(40):
+        assert train(tmp_path / "ahead", "--eval_every", "0") == 143
+    set_clock(0)
+    options = ("--traindir", str(tmp_path / "ahead" / "train_eps"), "--eval_every", "0")
+    with signal_at(80):
+        assert train(tmp_path / "run", *options) == 143
+    before = tools.load_checkpoint(tmp_path / "run")[0]
+    assert train(tmp_path / "run", *options) == 0
+    text = log(tmp_path / "run")
+    assert f"Resumed at step {before['step']}" in text and "younger" not in text and "anew" not in text
+
+
+@pytest.mark.parametrize("name", ["20991231T235959-0", "99999999T999999-0"])
+def test_new_episodes_sort_after_those_that_are_there_whatever_made_them(tmp_path, name):
+    (tmp_path / f"{name}-3.npz").touch()
+    writer = EpisodeWriter(tmp_path, {}, 1)
+    later = writer.new_name()
+    assert (later > name) == (name < "9999") and later[:2] == ("21" if name < "9999" else "20")
+    writer.close()
+
+
+def test_what_a_replay_just_saved_is_never_taken_for_the_oldest(tmp_path, set_clock):
+    spaces = {
+        "is_first": ((), bool),
+        "is_last": ((), bool),
+        "is_terminal": ((), bool),
+        "reward": ((), "float32"),
+    }
+    writer = EpisodeWriter(tmp_path / "eps", spaces, 1)
+    replay = Replay(spaces, 1, 20, 3, 1, 0, deter_size=1, stoch_size=1, classes=4, writer=writer)
+    for _ in range(3):
+        saved = replay.save(tmp_path / "state", latents=True, keep=2)
+        writer.tick -= 10**12  # as one that goes on from an older checkpoint, on a clock that was set back
+        set_clock(-YEAR)
+        assert (tmp_path / "state" / saved["moment"] / "latents.npz").exists()
+        assert len(list((tmp_path / "state").iterdir())) <= 2
+        assert len(list((tmp_path / "state").rglob("latents.npz"))) == 1
+    replay.close()
+
+
+def test_tensorboard_reads_a_resumed_run_last_though_the_clock_was_set_back(tmp_path, set_clock):
+    for ahead, resume, steps in ((0, None, (10, 20, 30)), (-YEAR, 10, (20, 25))):
+        set_clock(ahead)
+        logger = Logger(tmp_path, total_steps=100, fps=10, resume_step=resume, console=False)
+        for step in steps:
+            logger.set("value", step + ahead)
+            logger.write(step)
+        logger.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("value")] == [10, 20, 25]

@@ -1,0 +1,128 @@
+"""A full GPU or a full RAM ends a run with one line that says what to lower, after a save."""
+
+import numpy as np
+import pytest
+import torch
+from run_helpers import log, metrics, signal_at, train
+
+import dreamer
+import tools
+
+GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.79 GiB of which ..."
+FULL = {
+    "update on a GPU": (torch.OutOfMemoryError(GPU), "The GPU is full (CUDA out of memory)"),
+    "library on a GPU": (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        "The GPU is full (CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+    ),
+    "driver": (torch.AcceleratorError("CUDA error: out of memory\nA kernel"), "(CUDA error: out of memory)"),
+    "torch on a CPU": (
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"),
+        "The RAM is full",
+    ),
+    "Python": (MemoryError(), "The RAM is full"),
+}  # fmt: skip
+OPTIONS = ("--batch_size", "--batch_length", "--imag_last", "size1m")
+
+
+def message(capfd) -> str:
+    errors = capfd.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1 and "Traceback" not in errors
+    return errors
+
+
+@pytest.fixture
+def full_after(monkeypatch):
+    """A function that lets memory end at an update of a run, by its number from 1."""
+
+    def spoil(error: Exception, update: int):
+        whole, done = dreamer.Dreamer._update, []
+
+        def full(agent, data):
+            done.append(None)
+            if len(done) == update:
+                raise error
+            return whole(agent, data)
+
+        monkeypatch.setattr(dreamer.Dreamer, "_update", full)
+
+    return spoil
+
+
+@pytest.mark.parametrize("error, text", [pytest.param(*case, id=name) for name, case in FULL.items()])
+def test_full_memory_in_an_update_ends_the_run_with_what_to_lower_after_a_save(
+    tmp_path, capfd, full_after, error, text
+):
+    full_after(error, 5)
+    assert train(tmp_path, "--eval_every", "0") == 2
+    line = message(capfd)
+    assert text in line and all(option in line for option in OPTIONS)
+    assert ("--precision bfloat16" in line) == ("GPU" in text or "CUDA" in text)
+    assert ("--replay.capacity" in line) == ("RAM" in text)
+    saved = tools.load_checkpoint(tmp_path)[0]
+    assert 30 < saved["step"] < 60 and saved["agent"]["updates"] == 4
+    stored = sum(end - start for stream in saved["replay"]["streams"] for _, start, end in stream)
+    assert stored == saved["transitions"] + saved["episodes"]
+
+
+def test_run_that_ran_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, full_after):
+    full_after(torch.OutOfMemoryError(GPU), 5)
+    assert train(tmp_path, "--eval_every", "0") == 2
+    stopped = tools.load_checkpoint(tmp_path)[0]["step"]
+    assert train(tmp_path, "--eval_every", "0", "--batch_size", "1") == 0
+    assert f"Resumed at step {stopped}" in log(tmp_path) and metrics(tmp_path)[-1]["step"] == 120
+
+
+def test_where_even_the_save_has_no_memory_the_last_checkpoint_stays(
+    tmp_path, capfd, full_after, monkeypatch
+):
+    with signal_at(40):
+        assert train(tmp_path) == 143
+
+    def no_memory(*_):
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    full_after(MemoryError(), 10)
+    monkeypatch.setattr(torch, "save", no_memory)
+    capfd.readouterr()
+    assert train(tmp_path) == 2
+    assert "The RAM is full" in message(capfd)
+    assert "could not be saved: The RAM is full (Unable to allocate 9 GiB)" in log(tmp_path)
+    assert tools.load_checkpoint(tmp_path)[0]["step"] == 40
+
+
+def test_full_gpu_at_the_start_is_said_before_anything_is_written(tmp_path, capfd, monkeypatch):
+    def full(agent, *_):
+        raise torch.OutOfMemoryError(GPU)
+
+    monkeypatch.setattr(dreamer.models.WorldModel, "to", full)
+    assert train(tmp_path / "run") == 2
+    assert "The GPU is full" in message(capfd)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replay_that_finds_no_ram_is_explained(tmp_path, capfd, monkeypatch):
+    def no_memory(*_):
+        raise np._core._exceptions._ArrayMemoryError((10**9, 64), np.dtype(np.uint8))
+
+    monkeypatch.setattr(dreamer.replays.Replay, "_allocate", no_memory)
+    assert train(tmp_path) == 2
+    line = message(capfd)
+    assert "Unable to allocate 59.6 GiB" in line and "--replay.backend memmap" in line
+
+
+def test_gpu_that_another_program_fills_is_not_taken_for_one_that_does_not_work(monkeypatch, capfd, tmp_path):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(GPU)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", full)
+    assert dreamer.cuda_works()
+    assert train(tmp_path / "run", "--device", "cuda") == 2
+    assert "The GPU is full" in message(capfd)
+
+
+def test_other_errors_of_torch_are_not_hidden(tmp_path, full_after):
+    full_after(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), 3)
+    with pytest.raises(RuntimeError, match="must match"):
+        train(tmp_path)
