@@ -534,13 +534,14 @@ class Run:
         checkpoint: dict | None = None,
         resume: bool = False,
         notes: Sequence[str] = (),
+        source: Path | None = None,
     ):
         """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken.
 
-        `notes` are lines that the log begins with. Raises UserError; what can be wrong with the command is
-        found before anything is written.
+        It was read from the file `source`. `notes` are lines that the log begins with. Raises UserError; what
+        can be wrong with the command is found before anything is written.
         """
-        self.config, self.logdir = config, logdir
+        self.config, self.logdir, self.source = config, logdir, source
         if config.deterministic:
             tools.enable_determinism()
         if config.threads:
@@ -565,13 +566,18 @@ class Run:
 
     def _build(self, checkpoint: dict | None, resume: bool, notes: Sequence[str]) -> None:
         config, saved = self.config, checkpoint if resume else None
+        wandb_id = logged = None
+        if saved:
+            with tools.content_of(self.source):
+                wandb_id, logged = saved["logger"]["wandb"], int(saved["every"]["log"]["last"])
         self.envs = self._make_envs("train")
         act_space = self.envs.act_space
         advised, defaults = advice_spaces(config, act_space)
         obs_space = self.envs.obs_space
         self.agent = Dreamer(obs_space, act_space, config, self.device)
         if checkpoint:
-            notes = [*notes, *self.agent.load_state_dict(checkpoint["agent"], resume=resume)]
+            with tools.content_of(self.source):
+                notes = [*notes, *self.agent.load_state_dict(checkpoint["agent"], resume=resume)]
         stored = obs_space | act_space | advised
         plan = self._plan_replay(stored, saved)
         if config.llm.enabled:
@@ -589,13 +595,12 @@ class Run:
 
         wandb = None
         if config.wandb.enabled:
-            run_id = saved["logger"]["wandb"] if saved else None
-            wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), run_id)
+            wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), wandb_id)
         self.logger = Logger(
             self.logdir,
             total_steps=config.steps,
             fps=config.video_fps,
-            resume_step=saved["every"]["log"]["last"] if saved else None,  # what came later is told again
+            resume_step=logged,  # what came later is told again
             wandb=wandb,
         )
         self._parts.callback(self.logger.close)
@@ -618,7 +623,8 @@ class Run:
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
         if saved:
-            self._resume(saved)
+            with tools.content_of(self.source):
+                self._resume(saved)
         else:
             self._start()
         self._print_notes(self.envs)
@@ -701,15 +707,16 @@ class Run:
         if self.next_batch:
             wait([self.next_batch])  # of a step that failed: it reads the replay
         self._print_notes()  # the coach's are in no checkpoint; the envs may be closed
-        # Two, for until the checkpoint is written, an older one of the same step needs its own.
         place = self._replay_state(self.step)
-        replay = self.replay.save(place, latents=clean, keep=2)
+        replay = self.replay.save(place, latents=clean)
         state = self._state_dict(replay, None if failed else self.envs.state())
         tools.save_checkpoint(self.logdir, state, self.step, self.config.keep_checkpoints)
         for folder in place.parent.iterdir():
             if not (self.logdir / tools.CHECKPOINTS / f"{folder.name}.pt").exists():
                 shutil.rmtree(folder)
-            elif folder != place:
+            elif folder == place:
+                replays.keep_moment(place, replay["moment"])
+            else:
                 for latents in folder.glob("*/latents.npz"):
                     latents.unlink()  # large, and of use to the last stop only
         self.print(f"Saved {self.logdir / 'latest.pt'} at step {self.step:,}")
@@ -1135,7 +1142,7 @@ def open_run(argv: list[str]) -> Run:
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
     folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
-    return Run(config, folder, checkpoint, resume, notes)
+    return Run(config, folder, checkpoint, resume, notes, path)
 
 
 def run_folder(checkpoint: Path) -> Path:
