@@ -8,6 +8,7 @@ import hashlib
 import json
 import operator
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,25 @@ import numpy as np
 
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
+MAX_REASON = 200  # characters of another program's message in one of ours
+# What a terminal would obey, and what no text in UTF-8 has.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class UserError(Exception):
-    """A mistake or a lack on the user's side. The message tells what is wrong, where, and what to do."""
+    """A mistake or a lack on the user's side. The message tells what is wrong, where, and what to do.
+
+    It is one line that a terminal can show, whatever text of others (a value, a file's name) is in it.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(CONTROL.sub("?", message))
+
+
+def first_line(error: BaseException) -> str:
+    """What another program's error says, for a message to the user: its first line, not too long."""
+    line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
 
 
 def write_error(path: str | os.PathLike, error: OSError) -> UserError:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import SafeConstructor
-from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import SafeRepresenter
 
-from basics import UserError, atomic_write
+from basics import CONTROL, UserError, atomic_write, first_line
 
 CONFIGS = Path(__file__).with_name("configs.yaml")
 CLASSES = ("task_presets", "advice_presets", "scale_presets")  # in the order of merging
@@ -38,6 +38,9 @@ CPU_PRESET_TASKS = (
 )  # task presets that take CPU_PRESET on a CPU when no scale preset is named
 QUICK_ON_CPU = ("cpu", "debug", "doorkey")
 RUN_PATHS = ("logdir", "from_checkpoint", "transfer")  # where a run is and how it began, not what it is
+MAX_CHARS = 2**20  # of YAML; ours has a few thousand
+MAX_DEPTH = 10  # of its brackets and groups
+MAX_SHOWN = 100  # characters of a value or a name in a message
 
 # What a resumed run cannot change, and why.
 FROZEN = {
@@ -209,16 +212,31 @@ _Representer.add_representer(
 )
 
 
+class PlainComposer(Composer):
+    """Refuses what our files do not need: aliases, by which a small one can become huge, and tags."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.parser.peek_event()
+        if event.anchor is not None:
+            reason = "anchors (&name) and aliases (*name) are refused"
+            raise ComposerError(None, None, reason, event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise ComposerError(None, None, "tags (!name) are refused", event.start_mark)
+        return super().compose_node(parent, index)
+
+
 def _parse_yaml(text: str, where: str) -> Any:
+    if len(text) > MAX_CHARS:
+        raise UserError(f"{where}: not valid YAML: longer than {MAX_CHARS} characters")
     yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor = _Constructor
+    yaml.Constructor, yaml.Composer, yaml.max_depth = _Constructor, PlainComposer, MAX_DEPTH
     try:
         return yaml.load(text)
-    except (YAMLError, ValueError) as error:  # ValueError: an impossible date
+    except Exception as error:  # of any kind: ruamel has others than YAMLError for some nonsense
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: not valid YAML: {reason}") from None
+        why = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{where}{line}: not valid YAML: {why}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -231,14 +249,18 @@ def _read_text(path: Path) -> str:
 
 
 def _nearest(word: str, valid: Any) -> str:
-    return difflib.get_close_matches(word.lower(), list(valid), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(word[:MAX_SHOWN].lower(), list(valid), n=1, cutoff=0.0)[0]
 
 
 def _show(value: Any) -> str:
     """A value as it is written in YAML and on the command line."""
     if isinstance(value, list):
-        return "[" + ", ".join(map(_show, value)) + "]"
-    return "null" if value is None else str(value)
+        return _cut("[" + ", ".join(map(_show, value)) + "]")
+    return "null" if value is None else _cut(str(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -296,7 +318,7 @@ def _to_list(value: Any) -> list:
 
 
 def _to_str(value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or CONTROL.search(value):
         raise ValueError
     return value
 
@@ -308,7 +330,7 @@ READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "int": (_to_int, "a whole number"),
     "float": (_to_float, "a number"),
     "list": (_to_list, "a list"),
-    "str": (_to_str, "text"),
+    "str": (_to_str, "text in UTF-8 on one line"),
 }
 
 
@@ -413,7 +435,7 @@ class Schema:
                 return kind
         names = [name for presets in self.presets.values() for name in presets]
         near = _nearest(preset, names)
-        raise UserError(f"--configs {preset}: there is no such preset; the nearest is {near}")
+        raise UserError(f"--configs {_cut(preset)}: there is no such preset; the nearest is {near}")
 
     def preset(self, name: str) -> dict[str, Any]:
         return self.presets[self.class_of(name)][name]
@@ -444,7 +466,7 @@ class Schema:
             raise UserError(f"{where}must hold options as name: value")
         values = {}
         for name, value in _flatten(tree):
-            place = f"{where}{name}"
+            place = f"{where}{_cut(name)}"
             if name in self.options:
                 if isinstance(value, Mapping):
                     raise UserError(f"{place} is one option, not a group")
@@ -620,8 +642,11 @@ class Config(Mapping):
         if not isinstance(tree, dict):
             raise UserError(f"{where}: must hold options as name: value")
         lists = [tree.pop(name, []) for name in ("configs", "configs_added")]
-        if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
-            raise UserError(f"{where}: configs and configs_added must be lists of presets")
+        for names in lists:
+            try:
+                [_to_str(name) for name in _to_list(names)]
+            except ValueError:
+                raise UserError(f"{where}: configs and configs_added must be lists of presets") from None
         values = {name: option.default for name, option in schema.options.items()}
         config = cls(_nest(values | schema.flat_values(tree, f"{where}: ")), *lists)
         check(config, f"{where}: ")
@@ -646,7 +671,7 @@ def _find(schema: Schema, name: str) -> str:
         return name
     found = schema.leaves(name)
     if not found:
-        raise schema.unknown(name, f"--{name}")
+        raise schema.unknown(name, f"--{_cut(name)}")
     if len(found) > 1:
         candidates = ", ".join(f"--{full}" for full in found)
         raise UserError(f"--{name} stands in several groups; write one of {candidates}")
@@ -667,7 +692,7 @@ def _value(option: Option, words: list[str], where: str) -> Any:
     if option.is_list or (takes_list and not (len(words) == 1 and words[0] in option.words)):
         return option.convert(words, where)
     if len(words) > 1:
-        raise UserError(f"{where}: takes one value; unexpected {' '.join(words[1:])}")
+        raise UserError(f"{where}: takes one value; unexpected {_cut(' '.join(words[1:]))}")
     return option.convert(text, where)
 
 
@@ -697,15 +722,15 @@ def _parse(schema: Schema, argv: list[str]) -> Command:
         if not word.startswith("--") or word == "--":
             known = any(word in presets for presets in schema.presets.values())
             hint = f"write --configs {word}" if known else "options are written --name value"
-            raise UserError(f"unexpected word {word}: {hint}")
+            raise UserError(f"unexpected word {_cut(word)}: {hint}")
         name, equals, inline = word[2:].partition("=")
         words = [inline] if equals else []
         while rest and not rest[0].startswith("--"):
             words.append(rest.pop(0))
-        where = " ".join([f"--{name}", *words])
+        where = _cut(" ".join([f"--{name}", *words]))
         if name in ("help", "print_config"):
             if words:
-                raise UserError(f"{where}: takes no value; unexpected {' '.join(words)}")
+                raise UserError(f"{where}: takes no value; unexpected {_cut(' '.join(words))}")
             command.flags.add(name)
         elif name == "configs":
             if not words:
@@ -863,8 +888,8 @@ def _problems(config: Config) -> Iterator[str]:
         for name in ("audio_keys", "cnn_keys", "mlp_keys"):
             try:
                 re.compile(config[group][name])
-            except re.error as error:
-                yield f"{group}.{name} {config[group][name]}: not a regular expression: {error}"
+            except (re.error, OverflowError, RecursionError) as error:
+                yield f"{group}.{name} {_show(config[group][name])}: not a regular expression: {error}"
     if unknown := set(config.grad_heads) - {"decoder", "reward", "cont"}:
         yield f"grad_heads {_show(sorted(unknown))}: may hold decoder, reward, cont"
     if config.imag_last > config.batch_length:

@@ -54,6 +54,7 @@ EXPLAIN_ROLLOUTS = 8  # imagined for a predicted return
 REPLAY_STATE = "replay_state"  # folder in the logdir, with one folder for each checkpoint
 REPLAY_RING = "replay_ring"  # folder in the logdir for a ring on the disk
 RANK_FOLDER = "rank-{}"  # in these two, what belongs to another learner than the first
+OWN_STATE = "own.pt"  # file of what such a learner has of its own, beside what its replay saved
 CPU_FULL = "DefaultCPUAllocator"  # in torch's error where there is no RAM
 GPU_FULL = (
     "CUDA error: out of memory",
@@ -628,14 +629,16 @@ class Run:
         resume: bool = False,
         notes: Sequence[str] = (),
         ranks: Ranks | None = None,
+        source: Path | None = None,
     ):
         """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken, or what
         `transfer` names.
 
-        `notes` are lines that the log begins with. Raises UserError; what can be wrong with the command is
-        found before anything is written.
+        It was read from the file `source`. `notes` are lines that the log begins with. Raises UserError; what
+        can be wrong with the command is found before anything is written.
         """
         self.config, self.logdir, self.ranks = config, logdir, ranks or Ranks()
+        self.source = source
         if config.deterministic:
             tools.enable_determinism()
         if config.threads:
@@ -664,17 +667,22 @@ class Run:
 
     def _build(self, checkpoint: dict | None, resume: bool, notes: Sequence[str]) -> None:
         config, saved = self.config, checkpoint if resume else None
+        wandb_id = logged = None
+        if saved:
+            with tools.content_of(self.source):
+                wandb_id, logged = saved["logger"]["wandb"], int(saved["every"]["log"]["last"])
         self.envs = self._make_envs("train")
         act_space = self.envs.act_space
         advised, defaults = advice_spaces(config, act_space)
         obs_space = self.envs.obs_space
         self.agent = Dreamer(obs_space, act_space, config, self.device, self.ranks)
         if checkpoint:
-            agent = checkpoint["agent"]
-            if config.transfer and not resume:
-                notes = [*notes, *self.agent.transfer(agent, config.transfer)]
-            else:
-                notes = [*notes, *self.agent.load_state_dict(agent, resume=resume)]
+            with tools.content_of(self.source):
+                agent = checkpoint["agent"]
+                if config.transfer and not resume:
+                    notes = [*notes, *self.agent.transfer(agent, config.transfer)]
+                else:
+                    notes = [*notes, *self.agent.load_state_dict(agent, resume=resume)]
         stored = obs_space | act_space | advised
         plan = self._plan_replay(stored, saved)
         if config.llm.enabled:
@@ -692,14 +700,13 @@ class Run:
 
         wandb = None
         if config.wandb.enabled and self.ranks.leads:
-            run_id = saved["logger"]["wandb"] if saved else None
-            wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), run_id)
+            wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), wandb_id)
         if self.ranks.leads:
             self.logger = Logger(
                 self.logdir,
                 total_steps=config.steps,
                 fps=config.video_fps,
-                resume_step=saved["every"]["log"]["last"] if saved else None,  # what came later is told again
+                resume_step=logged,  # what came later is told again
                 wandb=wandb,
             )
         else:
@@ -731,7 +738,8 @@ class Run:
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
         if saved:
-            self._resume(saved)
+            with tools.content_of(self.source):
+                self._resume(saved)
         else:
             self._start()
         self._print_notes(self.envs)
@@ -835,9 +843,8 @@ class Run:
         if self.next_batch:
             wait([self.next_batch])  # of a step that failed: it reads the replay
         self._print_notes()  # the coach's are in no checkpoint; the envs may be closed
-        # Two, for until the checkpoint is written, an older one of the same step needs its own.
         place = self._replay_state(self.step)
-        replay = self.replay.save(self._own(place), latents=clean, keep=2)
+        replay = self.replay.save(self._own(place), latents=clean)
         own = self._own_state_dict(replay, None if failed else self.envs.state())
         state = self._state_dict(own)
         if self.ranks.leads:
@@ -848,6 +855,8 @@ class Run:
                 elif folder != place:
                     for latents in folder.rglob("latents.npz"):
                         latents.unlink()  # large, and of use to the last stop only
+        self.ranks.wait()  # until the checkpoint is there that the older files of this step do not belong to
+        replays.keep_moment(self._own(place), replay["moment"])
         self.print(f"Saved {self.logdir / 'latest.pt'} at step {self.step:,}")
         self.ranks.wait()
 
@@ -885,11 +894,8 @@ class Run:
         told = self.ranks.collect(told)
         moments = [each["moment"] for each in told]
         if not self.ranks.leads:
-            path = self._own_path(self._replay_state(self.step), moments[0])
-            own["agent"] = self.agent.own_state_dict()
-            tools.save_tensors(path, own)
-            for older in sorted(path.parent.glob("*.pt"))[:-2]:
-                older.unlink()
+            path = self._own_path(self.ranks.rank, moments)
+            tools.save_tensors(path, own | {"agent": self.agent.own_state_dict()})
         self.ranks.wait()  # a checkpoint is there when all that belongs to it is there
         if self.ranks.size > 1:
             replay |= {"newest": max(moments), "opened": [name for each in told for name in each["open"]]}
@@ -900,7 +906,7 @@ class Run:
             "episodes": self.episodes,
             "evaluations": self.evaluations,
             "next_episode": max(each["next_episode"] for each in told),
-            "ranks": self.ranks.size,
+            "moments": moments,
             "agent": self.agent.state_dict(),
             "capacity": self.replay.n_envs * self.replay.rows * self.ranks.size,
             "logger": merged_logs([each["logger"] for each in told]),
@@ -910,9 +916,9 @@ class Run:
             **own,
         }
 
-    def _own_path(self, place: Path, moment: str, rank: int | None = None) -> Path:
-        """The file of a learner's own state, beside the checkpoint whose replay was saved at `moment`."""
-        return place / RANK_FOLDER.format(self.ranks.rank if rank is None else rank) / f"{moment}.pt"
+    def _own_path(self, rank: int, moments: Sequence[str]) -> Path:
+        """The file of a learner's own state, beside what its replay saved at its moment of `moments`."""
+        return self._replay_state(self.step) / RANK_FOLDER.format(rank) / moments[rank] / OWN_STATE
 
     def _resume(self, saved: dict) -> None:
         """Go on from a checkpoint of this run, at the very moment at which it was written."""
@@ -924,8 +930,9 @@ class Run:
         if self.ranks.leads:  # what had been counted by all until then
             self.logger.load_state_dict(saved["logger"])
             self.success.load_state_dict(saved["success"])
-        if saved.get("ranks", 1) == self.ranks.size:
-            own = saved if self.ranks.leads else self._read_own(saved)
+        saved.setdefault("moments", [saved["replay"]["moment"]])  # from before there were several learners
+        if len(saved["moments"]) == self.ranks.size:
+            own = saved if self.ranks.leads else self._read_own(saved, self.ranks.rank)
             loaded = self._load_replay(own)
         else:
             own = saved if self.ranks.leads else None
@@ -947,11 +954,10 @@ class Run:
         steps = self.ranks.total(loaded.steps)[0]
         self.print(f"Resumed at step {self.step:,} with {steps:,} steps in the replay")
 
-    def _read_own(self, saved: dict, rank: int | None = None) -> dict | None:
+    def _read_own(self, saved: dict, rank: int) -> dict | None:
         """What a learner beside the first wrote of its own with the checkpoint; None if it is not there."""
-        path = self._own_path(self._replay_state(self.step), saved["replay"]["moment"], rank)
         try:
-            return tools.load_tensors(path)
+            return tools.load_tensors(self._own_path(rank, saved["moments"]))
         except (OSError, tools.BrokenCheckpoint):
             return None
 
@@ -976,10 +982,10 @@ class Run:
         lines = []
         if self.ranks.leads:
             place = self._replay_state(self.step)
-            now, before = self.ranks.size, saved.get("ranks", 1)
+            now, before = self.ranks.size, len(saved["moments"])
             lines = [f"The run had {before} learners and now has {now}: the replay is divided anew."]
             lines += self.replay.release(saved["replay"], place)
-            for rank in range(1, saved.get("ranks", 1)):
+            for rank in range(1, before):
                 if own := self._read_own(saved, rank):
                     self.replay.release(own["replay"], place / RANK_FOLDER.format(rank), tidy=False)
         self.ranks.wait()
@@ -1351,6 +1357,7 @@ class Command:
     checkpoint: dict | None  # that it starts from
     resume: bool  # the checkpoint's run is gone on with
     notes: list[str]  # lines that the log begins with
+    source: Path | None  # the file that it was read from
     seen: list[tuple[Path, int]]  # what `saved_in` told before the checkpoint was read
 
 
@@ -1380,7 +1387,7 @@ def read_command(argv: list[str]) -> Command:
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
     folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
-    return Command(config, folder, checkpoint, resume, notes, before)
+    return Command(config, folder, checkpoint, resume, notes, path, before)
 
 
 def saved_in(logdir: str | Path) -> list[tuple[Path, int]]:
@@ -1460,8 +1467,8 @@ def run_command(command: Command, stop: Sequence[int], ranks: Ranks) -> int:
                     f"Another run in {command.logdir} has just saved and ended. Start again to go on from it."
                 )
         ranks.wait()
-        of_it = command.config, command.logdir, command.checkpoint, command.resume, notes, ranks
-        run = parts.enter_context(contextlib.closing(Run(*of_it)))
+        own = command.config, command.logdir, command.checkpoint, command.resume, notes
+        run = parts.enter_context(contextlib.closing(Run(*own, ranks, command.source)))
         try:
             with memory_explained():
                 train(run, stop)

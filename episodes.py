@@ -2,31 +2,33 @@
 
 import contextlib
 import datetime
+import math
 import os
 import re
 import secrets
 import time
 import zipfile
-import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from gymnasium import spaces as kinds
+from numpy.lib import format as npy
 
-from basics import UserError, atomic_write
+from basics import UserError, atomic_write, first_line
+from memory import free_memory
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype of one step
 Rows = dict[str, np.ndarray]  # key -> [L, ...] the steps of one episode
+Limits = dict[str, tuple[np.ndarray, np.ndarray]]  # key -> the lowest and the highest index that it may hold
 
 FILE_NAME = re.compile(r"(\d{8}T\d{6}-[0-9A-Za-z]+)-(\d+)\.npz")  # {time}-{id}-{length}.npz
 STAMP = "%Y%m%dT%H%M%S"  # the time in it, in UTC
-# What np.load raises for broken bytes.
-BROKEN = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError, OverflowError)
-BROKEN += (zipfile.BadZipFile, zlib.error)
 MAX_PENDING = 4  # episodes that wait for the disk before the loop has to wait too
+LARGE = 2**30  # bytes of a file's arrays above which it is asked whether there is so much memory
 
 
 class BrokenEpisode(Exception):
@@ -61,6 +63,16 @@ def step_layout(spaces: Mapping) -> Layout:
     return layout
 
 
+def step_limits(spaces: Mapping) -> Limits:
+    """Which indices the keys of a step may hold that are a choice: Discrete and MultiDiscrete spaces."""
+    limits = {}
+    for key, space in spaces.items():
+        if isinstance(space, kinds.Discrete | kinds.MultiDiscrete):
+            sizes = np.asarray(space.n if isinstance(space, kinds.Discrete) else space.nvec)
+            limits[key] = np.asarray(space.start), np.asarray(space.start) + sizes - 1
+    return limits
+
+
 def list_episodes(folder: str | os.PathLike) -> list[EpisodeFile]:
     """The episode files of a folder, the oldest first. Files with other names are not looked at."""
     folder = Path(folder)
@@ -70,42 +82,91 @@ def list_episodes(folder: str | os.PathLike) -> list[EpisodeFile]:
 
 
 def read_episode(
-    path: Path, layout: Layout, length: int | None = None, defaults: Mapping[str, np.generic] | None = None
+    path: Path,
+    layout: Layout,
+    length: int | None = None,
+    defaults: Mapping[str, np.generic] | None = None,
+    limits: Limits | None = None,
 ) -> Rows:
     """Read one file and check it against the layout. Keys that are not in the layout are left out.
 
-    A key of `defaults` that the file lacks has that value at each step.
+    A key of `defaults` that the file lacks has that value at each step. Without `length`, the file's name
+    tells it.
 
     Raises BrokenEpisode with the reason if the content is damaged or does not fit (keys, shapes, dtypes,
-    `length` steps, finite numbers, is_first at the start), UserError if the file cannot be opened.
+    `length` steps, finite numbers, indices within their `limits`, is_first at the start), UserError if the
+    file cannot be opened.
     """
+    length = int(FILE_NAME.fullmatch(path.name)[2]) if length is None else length
+    rows = read_arrays(path, {k: ((length, *shape), t) for k, (shape, t) in layout.items()}, defaults or {})
+    for key, value in (defaults or {}).items():
+        if key not in rows:
+            rows[key] = np.full((length, *layout[key][0]), value)
+    for key, (low, high) in (limits or {}).items():
+        if ((rows[key] < low) | (rows[key] > high)).any():
+            raise BrokenEpisode(f"{key} holds an index that its space does not have")
+    if not length or not rows["is_first"][0]:
+        raise BrokenEpisode("it does not begin with is_first")
+    return rows
+
+
+def read_arrays(path: Path, layout: Layout, may_lack: Collection[str] = ()) -> Rows:
+    """Those arrays of an .npz file that the layout, key -> whole shape and dtype, has; it must hold them all.
+
+    Only keys of `may_lack` may not be there. The file is not trusted: checksums are looked at, and what it
+    says of sizes before the memory is taken. Raises BrokenEpisode and UserError as `read_episode` does.
+    """
+    need = sum(dtype.itemsize * math.prod(shape) for shape, dtype in layout.values())
+    if need > LARGE and need > free_memory():
+        raise BrokenEpisode(f"it would need {need / 2**30:.0f} GiB of memory, more than is free")
     try:
         file = open(path, "rb")
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     with file:
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                rows = {key: archive[key] for key in layout if key in archive.files}
-        except BROKEN as error:
-            raise BrokenEpisode(f"not a whole .npz file ({error})") from error
-    for key, value in (defaults or {}).items():
-        if key not in rows and "is_first" in rows:
-            rows[key] = np.full((*rows["is_first"].shape[:1], *layout[key][0]), value)
-    if missing := sorted(layout.keys() - rows.keys()):
-        raise BrokenEpisode(f"lacks {', '.join(missing)}")
-    length = len(rows["is_first"]) if length is None else length
-    for key, (shape, dtype) in layout.items():
-        value = rows[key]
-        if value.shape != (length, *shape) or value.dtype != dtype:
-            raise BrokenEpisode(
-                f"{key} should be {dtype} {(length, *shape)} but is {value.dtype} {value.shape}"
-            )
-        if dtype.kind == "f" and not np.isfinite(value).all():
-            raise BrokenEpisode(f"{key} holds numbers that are not finite")
-    if not length or not rows["is_first"][0]:
-        raise BrokenEpisode("it does not begin with is_first")
+            return _read_archive(file, layout, may_lack)
+        except BrokenEpisode:
+            raise
+        except Exception as error:  # broken bytes make zipfile and NumPy raise nearly anything
+            raise BrokenEpisode(f"not a whole .npz file ({first_line(error)})") from error
+
+
+def _read_archive(file: BinaryIO, layout: Layout, may_lack: Collection[str]) -> Rows:
+    rows = {}
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        for info in members.values():
+            archive.open(info).close()  # of all: a key whose name is damaged looks as if it were not there
+        if missing := sorted(layout.keys() - set(may_lack) - members.keys()):
+            raise BrokenEpisode(f"lacks {', '.join(missing)}")
+        for key in [key for key in layout if key in members]:
+            with archive.open(members[key]) as member:
+                rows[key] = _read_array(member, key, *layout[key])
     return rows
+
+
+def _read_header(member: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran's order, dtype) of an array in .npy form."""
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    return read[npy.read_magic(member)](member)
+
+
+def _read_array(member: BinaryIO, key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    found_shape, in_columns, found = _read_header(member)
+    if found_shape != shape or found != dtype:
+        raise BrokenEpisode(f"{key} should be {dtype} {shape} but is {found} {found_shape}")
+    size = dtype.itemsize * math.prod(shape)
+    # zipfile looks at the checksum when it meets the end, and so only if asked for more than there should be.
+    data = bytearray(member.read(size + 1))
+    if len(data) != size:
+        raise BrokenEpisode(f"{key} is not of the length that its header says")
+    value = np.frombuffer(data, dtype).reshape(shape, order="F" if in_columns else "C")
+    if dtype.kind == "f" and not np.isfinite(value).all():
+        raise BrokenEpisode(f"{key} holds numbers that are not finite")
+    if dtype.kind == "b" and value.view(np.uint8).max() > 1:
+        raise BrokenEpisode(f"{key} holds what is neither True nor False")
+    return value
 
 
 def move_into(files: list[EpisodeFile], subfolder: str) -> None:
@@ -127,17 +188,6 @@ def stack(steps: list[Rows]) -> Rows:
 def save_arrays(path: Path, arrays: Rows) -> None:
     """Write an uncompressed .npz, whole or not at all."""
     atomic_write(path, lambda file: np.savez(file, **arrays))
-
-
-def load_arrays(path: Path) -> Rows:
-    """Read what `save_arrays` wrote; nothing if there is no such file. Raises UserError if it is broken."""
-    if not path.exists():
-        return {}
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return dict(archive)
-    except BROKEN as error:
-        raise UserError(f"{path} is broken ({error}). Delete it to go on without what it holds.") from error
 
 
 class EpisodeWriter:

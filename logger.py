@@ -494,7 +494,7 @@ def _step_of(line: bytes) -> int | None:
     """The step of a line of metrics.jsonl, None for a broken line (a crash can cut off the last one)."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

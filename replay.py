@@ -19,7 +19,7 @@ import numpy as np
 
 import episodes
 from basics import UserError, numpy_rng
-from episodes import BrokenEpisode, EpisodeFile, EpisodeWriter, Layout, Rows, step_layout
+from episodes import BrokenEpisode, EpisodeFile, EpisodeWriter, Layout, Rows, step_layout, step_limits
 from memory import free_disk, free_memory
 from samplers import Curious, Uniform, window_counts
 
@@ -153,6 +153,7 @@ class Replay:
     ):
         self.layout = ring_layout(spaces, deter_size, stoch_size, classes)
         self.step_layout = step_layout(spaces)  # of add and of the files: no latents
+        self.limits, self.classes = step_limits(spaces), classes
         self.defaults = {key: self.step_layout[key][1].type(value) for key, value in (defaults or {}).items()}
         self.no_latents = {"deter": np.float16(0), "stoch": np.uint8(NO_CLASS) if classes else np.float16(0)}
         self.n_envs, self.rows = n_envs, capacity // n_envs
@@ -373,6 +374,9 @@ class Replay:
         self.heads[env] = start + length
         self.expect_first[env] = True
 
+    def _read(self, path: Path, length: int) -> Rows:
+        return episodes.read_episode(path, self.step_layout, length, self.defaults, self.limits)
+
     def load_episodes(self, part: int = 0, parts: int = 1) -> Loaded:
         """Fill the ring, which is emptied first, from the writer's folder: the newest up to the capacity.
 
@@ -389,7 +393,7 @@ class Replay:
             found = len(broken)
             for file in chosen:
                 try:
-                    rows = episodes.read_episode(file.path, self.step_layout, file.length, self.defaults)
+                    rows = self._read(file.path, file.length)
                 except BrokenEpisode as error:
                     broken.append(file)
                     reasons.append(str(error))
@@ -407,11 +411,12 @@ class Replay:
             )
         return self._loaded(False, lines)
 
-    def save(self, folder: str | os.PathLike, latents: bool, keep: int) -> dict:
+    def save(self, folder: str | os.PathLike, latents: bool) -> dict:
         """Write beside a checkpoint what its episode files lack, and return the state for the checkpoint.
 
         `{folder}/{moment}/` gets the open episodes, the curious priorities and, if `latents`, the latents.
-        The newest `keep` moments stay. The state is small and plain: where each episode lies in the ring,
+        Nothing is deleted: an older checkpoint may need it, until this one is written. Then `keep_moment`
+        tidies up. The state is small and plain: where each episode lies in the ring,
         and the moment, by which younger files are told from those that the checkpoint knows.
         """
         self.writer.flush()
@@ -423,12 +428,6 @@ class Replay:
         episodes.save_arrays(place / "sampler.npz", self.sampler.arrays())
         if latents:
             episodes.save_arrays(place / "latents.npz", self._latents())
-        found = (path for path in Path(folder).iterdir() if MOMENT.fullmatch(path.name))
-        older = sorted((path for path in found if path != place), reverse=True)
-        for path in older[keep - 1 :]:
-            shutil.rmtree(path)
-        for path in older[: keep - 1]:
-            (path / "latents.npz").unlink(missing_ok=True)  # large, and of use to the last stop only
         streams = []
         for env, segments in enumerate(self.segments):
             ends = [start for _, start in list(segments)[1:]] + [int(self.heads[env])]
@@ -478,8 +477,11 @@ class Replay:
         if self.online and state["window"] == self.window:
             self.fresh[:] = state["fresh"]
             self.queue.extend((env, start) for env, start in state["queue"])
-        self.sampler.load(episodes.load_arrays(place / "sampler.npz"))
-        self._restore_latents(episodes.load_arrays(place / "latents.npz"))
+        self.sampler.load(self._beside(place / "sampler.npz", self.sampler.arrays(), lines))
+        if (place / "latents.npz").exists():  # which only a clean stop writes
+            saved = self._beside(place / "latents.npz", self._latents(), lines)
+            for key, current in self._latents().items():
+                current[:] = saved.get(key, current)
         return self._loaded(True, lines)
 
     def release(self, state: dict, folder: str | os.PathLike, tidy: bool = True) -> list[str]:
@@ -499,11 +501,12 @@ class Replay:
         self.writer.tick = max(self.writer.tick, state["tick"])
         opened: dict[int, Rows] = {}
         for env in state["open"]:
+            path = Path(folder) / state["moment"] / f"open-{env}.npz"
+            _, start, end = state["streams"][env][-1]
             try:
-                path = Path(folder) / state["moment"] / f"open-{env}.npz"
-                opened[env] = episodes.read_episode(path, self.step_layout, defaults=self.defaults)
+                opened[env] = self._read(path, end - start)
             except (BrokenEpisode, UserError) as error:
-                lines.append(f"The open episode of environment {env} is lost: {error}")
+                lines.append(f"{path}: the open episode of environment {env} is lost: {error}")
         return opened, lines
 
     def _finish_open(self, state: dict, opened: dict[int, Rows]) -> None:
@@ -511,6 +514,27 @@ class Replay:
             self.writer.resume(0, state["open"][env], rows)
             self.writer.finish(0)
         self.writer.flush()
+
+    def _beside(self, path: Path, like: Rows, lines: list[str]) -> Rows:
+        """The arrays of a file, which must be `like` these; nothing, and a line, if they are not."""
+        if not like:
+            return {}
+        layout = {key: (np.shape(value), np.asarray(value).dtype) for key, value in like.items()}
+        try:
+            rows = episodes.read_arrays(path, layout)
+            self._check_saved(rows)
+        except (BrokenEpisode, UserError) as error:
+            lines.append(f"{path} is passed over, and what it holds starts anew: {error}")
+            return {}
+        return rows
+
+    def _check_saved(self, rows: Rows) -> None:
+        """Raise BrokenEpisode for what no save has written: a draw or an update would fail by it."""
+        if any((rows[key] < 0).any() for key in ("priority", "visits") if key in rows):
+            raise BrokenEpisode("a priority is negative")
+        for key, value in rows.items():
+            if self.classes and key.startswith("stoch") and (value[value != NO_CLASS] >= self.classes).any():
+                raise BrokenEpisode(f"{key} holds a class that there is not")
 
     def _set_aside_newer(self, state: dict) -> list[str]:
         opened = set(state.get("opened", state["open"].values()))  # of all that share the folder
@@ -534,7 +558,7 @@ class Replay:
                 path = self.writer.folder / f"{name}-{end - start}.npz"
                 if name != state["open"].get(env):
                     try:
-                        rows = episodes.read_episode(path, self.step_layout, end - start, self.defaults)
+                        rows = self._read(path, end - start)
                     except (BrokenEpisode, UserError) as error:
                         return f"{path.name} is lost ({error})"
                 elif env in opened and len(opened[env]["is_first"]) == end - start:
@@ -543,11 +567,6 @@ class Replay:
                     return f"the open episode of environment {env} is not there"
                 self._put(env, name, start, rows)
         return ""
-
-    def _restore_latents(self, saved: Rows) -> None:
-        for key, current in self._latents().items():
-            if key in saved and saved[key].shape == current.shape and saved[key].dtype == current.dtype:
-                current[:] = saved[key]
 
     def _loaded(self, exact: bool, lines: list[str]) -> Loaded:
         filled = np.minimum(self.heads, self.rows)
@@ -580,6 +599,13 @@ class Replay:
             need = f"{nbytes / GIB:.2f} GiB in {path}"
             raise UserError(f"Cannot reserve {need}: {error.strerror}. Set replay.capacity lower.") from error
         return np.asarray(np.memmap(path, dtype, "r+", shape=shape))  # [N, ...]
+
+
+def keep_moment(folder: str | os.PathLike, moment: str) -> None:
+    """Delete what `save` wrote into a folder at other moments than that of the checkpoint there."""
+    for path in Path(folder).iterdir():
+        if MOMENT.fullmatch(path.name) and path.name != moment:
+            shutil.rmtree(path)
 
 
 def newest(files: list[EpisodeFile], steps: int) -> list[EpisodeFile]:

@@ -3,12 +3,12 @@
 import contextlib
 import ctypes
 import os
-import pickle
 import platform
 import random
 import shutil
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -17,11 +17,17 @@ import numpy as np
 import torch
 
 import weights
-from basics import UserError, atomic_write, derive_seed, sync_folder, temp_beside
+from basics import UserError, atomic_write, derive_seed, first_line, sync_folder, temp_beside
 
 CHECKPOINTS = "checkpoints"  # folder in the logdir
 LATEST = "latest.pt"
 CHECKPOINT_FORMAT = 2  # goes up when the program can no longer read what it wrote before
+CHECKPOINT_KEYS = {
+    "config": str,
+    "step": int,
+    "agent": dict,
+    "capacity": int,
+}  # what is looked at before a run is built
 
 
 def torch_rng(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -265,24 +271,42 @@ def load_tensors(path: Path) -> dict:
     # torch.load does not look at the checksums, so a flipped bit would go into the weights unnoticed.
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except MemoryError:
-        raise
+            unpacked = sum(info.file_size for info in archive.infolist())
+            # torch stores as it is; what would grow could take any amount of memory.
+            damaged = archive.testzip() if unpacked <= path.stat().st_size else "its list of contents"
     except Exception as error:  # broken bytes make zipfile raise nearly anything
-        raise BrokenCheckpoint(f"{type(error).__name__}: {error}") from error
+        raise BrokenCheckpoint(f"{type(error).__name__}: {first_line(error)}") from error
     if damaged:
         raise BrokenCheckpoint(f"the checksum of {damaged} is wrong")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise BrokenCheckpoint(str(error).split("\n")[0]) from error
+    except Exception as error:  # and so do they torch
+        raise BrokenCheckpoint(first_line(error)) from error
 
 
 def _read_checkpoint(path: Path) -> dict:
     payload = load_tensors(path)
     if not isinstance(payload, dict) or payload.pop("format", None) != CHECKPOINT_FORMAT:
         raise UserError(f"{path} is not a checkpoint of this version of LoRe. Use the version that wrote it.")
+    for key, kind in CHECKPOINT_KEYS.items():
+        if not isinstance(payload.get(key), kind):
+            raise UserError(f"{path} is not a whole checkpoint of LoRe: it has no {key}.")
     return payload
+
+
+@contextlib.contextmanager
+def content_of(path: str | os.PathLike | None) -> Iterator[None]:
+    """Within, what a checkpoint does not hold as it should is a UserError that names its file."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise UserError(
+            f"{path} does not hold what a checkpoint of this version of LoRe does "
+            f"({type(error).__name__}: {first_line(error)}). Name an older one by --from_checkpoint, or "
+            "start anew in another --logdir."
+        ) from error
 
 
 class LaProp(torch.optim.Optimizer):

@@ -110,7 +110,7 @@ def make_env(config: Any, mode: str, index: int, video: bool = False, first: int
         env = wrappers.AudioInject(env, config.audio_dim, config.audio_noise_std)
     if video and not sizes:
         env = _with_video(env, config.size, seed_of("video"))
-    return wrappers.Episode(env, seed_of, config.task)
+    return wrappers.Episode(env, seed_of, f"{index} ({config.task}, {mode})")
 
 
 def _seed_of(config: Any, *names: str | int) -> int:

@@ -472,7 +472,7 @@ class Episode(Wrapper):
     It gives every episode its own seed, adds reward and flags to the observation, checks each observation
     against the declared space, and remembers the open episode's actions, so that it can be restored.
 
-    `seed_of(episode)` gives the seed of an episode by its number; `name` is the task's, for error messages.
+    `seed_of(episode)` gives the seed of an episode by its number; error messages call the environment `name`.
     """
 
     def __init__(self, env: Any, seed_of: Callable[[int], int], name: str):
@@ -527,10 +527,11 @@ class Episode(Wrapper):
         return obs, info
 
     def _complete(self, obs: Mapping, reward: float, **flags: bool) -> Obs:
-        if not math.isfinite(reward):
-            raise self._error("reward", "a finite number", reward)
         obs = {key: np.asarray(value) for key, value in {**obs, **flags}.items()}
-        obs["reward"] = np.asarray(reward, np.float32)
+        with np.errstate(over="ignore"):
+            obs["reward"] = np.asarray(reward, np.float32)
+        if not math.isfinite(obs["reward"]):  # 1e39 is infinite in 32 bits, too
+            raise self._error("reward", "a finite number", reward)
         if obs.keys() != self.obs_space.keys():
             key = min(obs.keys() ^ self.obs_space.keys())
             places = ("the key", "no such key") if key in self.obs_space else ("no such key", "the key")
@@ -555,7 +556,8 @@ class Episode(Wrapper):
         step = len(self._actions)
         return UserError(
             f"Environment {self._name} breaks its contract at step {step} of episode {self._episode}: "
-            f"{key!r}: expected {expected}, got {got}."
+            f"{key!r}: expected {expected}, got {got}. Look for the cause in its own code; "
+            "python3 -m envs.check TASK watches each step."
         )
 
 

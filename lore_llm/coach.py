@@ -414,13 +414,15 @@ class Coach(NoCoach):
         path = self.logdir / DECISIONS
         if not path.exists():
             return
-        kept = []
+        kept, broken = [], 0
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] < step:
                     kept.append(line)
-            except (ValueError, TypeError, KeyError):
-                continue  # cut off by a kill
+            except (ValueError, TypeError, KeyError, RecursionError):
+                broken += 1  # cut off by a kill, or damaged
+        if broken:
+            self._notes.append(f"{path}: dropped {broken} broken lines.")
         atomic_write(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
 
 

@@ -36,10 +36,10 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.representer import SafeRepresenter
 
 from basics import UserError, atomic_write
+from config import PlainComposer
 from lore_llm.advice import MAX_NAME, MAX_PLAN, OptionSpec
 
 STATS_DECAY = 0.98  # of older executions with each new one: about the last 100 count, for the agent changes
@@ -824,26 +824,12 @@ def _dump(tree: Any) -> str:
     return stream.getvalue()
 
 
-class _Composer(Composer):
-    """Refuses what a file of skills does not need: aliases, which can blow it up, and tags."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.parser.peek_event()
-        if event.anchor is not None:
-            raise ComposerError(
-                None, None, "anchors (&name) and aliases (*name) are refused", event.start_mark
-            )
-        if getattr(event, "tag", None) is not None:
-            raise ComposerError(None, None, "tags (!name) are refused", event.start_mark)
-        return super().compose_node(parent, index)
-
-
 def _load_yaml(data: bytes) -> Any:
     """Raises ValueError with the line and the reason."""
     if len(data) > MAX_BYTES:
         raise ValueError(f"not read: larger than {MAX_BYTES // 1024} KiB")
     yaml = YAML(typ="safe", pure=True)
-    yaml.Composer = _Composer
+    yaml.Composer = PlainComposer
     yaml.max_depth = MAX_DEPTH
     try:
         return yaml.load(data.decode("utf-8-sig"))

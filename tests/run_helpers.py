@@ -99,7 +99,10 @@ def moment(logdir: Path) -> dict:
     """All that the last checkpoint says of a run but names of files: no two runs share these."""
     state = tools.load_checkpoint(logdir)[0]
     del state["config"]
+    del state["moments"]
     replay = state["replay"]
+    for name in ("newest", "opened"):  # of several learners
+        replay.pop(name, None)
     place = logdir / "replay_state" / f"step-{state['step']:012d}" / replay.pop("moment")
     del replay["tick"]
     replay["open"] = sorted(replay["open"])

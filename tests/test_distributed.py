@@ -311,7 +311,7 @@ def test_two_learners_train_as_one_run(tmp_path):
     assert len(list((tmp_path / "two" / "train_eps").glob("*.npz"))) == 4  # an episode of each env
     assert ours[-1]["opt/updates"] > 10 and np.isfinite(ours[-1]["loss/policy"])
     state = tools.load_checkpoint(tmp_path / "two")[0]
-    assert state["ranks"] == 2 and state["transitions"] == state["step"] == 120
+    assert len(state["moments"]) == 2 and state["transitions"] == state["step"] == 120
 
 
 @pytest.mark.slow
@@ -329,7 +329,7 @@ def own_moment(logdir: Path) -> dict:
     """What the second learner wrote of its own, without names of files."""
     state = tools.load_checkpoint(logdir)[0]
     place = logdir / "replay_state" / f"step-{state['step']:012d}" / "rank-1"
-    own = tools.load_tensors(place / f"{state['replay']['moment']}.pt")
+    own = tools.load_tensors(place / state["moments"][1] / "own.pt")
     for name in ("moment", "tick", "open", "streams"):
         del own["replay"][name]
     return own

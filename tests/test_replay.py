@@ -18,7 +18,7 @@ import replay as replay_module
 import tools
 from basics import UserError
 from episodes import EpisodeWriter, list_episodes, read_episode, step_layout
-from replay import NO_CLASS, Replay, plan, ring_layout
+from replay import NO_CLASS, Replay, keep_moment, plan, ring_layout
 from samplers import Curious, SumTree
 
 SPACES = {
@@ -589,7 +589,7 @@ def test_stopped_and_resumed_replay_equals_the_uninterrupted_one(tmp_path, sampl
     whole = build(tmp_path / "whole", sampler=sampler)
     source, expected = Source(2, length), []
     train(whole, source, steps, expected)
-    whole.save(tmp_path / "whole" / "state", latents=False, keep=2)  # a save changes nothing
+    whole.save(tmp_path / "whole" / "state", latents=False)  # a save changes nothing
     expected.clear()
     train(whole, source, 50, expected)
     whole.close()
@@ -597,7 +597,7 @@ def test_stopped_and_resumed_replay_equals_the_uninterrupted_one(tmp_path, sampl
     stopped = build(tmp_path, sampler=sampler)
     source, got = Source(2, length), []
     train(stopped, source, steps, got)
-    state = through_checkpoint(stopped.save(tmp_path / "state", latents=True, keep=2), tmp_path)
+    state = through_checkpoint(stopped.save(tmp_path / "state", latents=True), tmp_path)
     stopped.close()
     got.clear()
     resumed = build(tmp_path, sampler=sampler, seed=5)
@@ -619,7 +619,7 @@ def test_resumed_ring_is_the_same_after_loading_older_episodes_too(tmp_path):
     replay = build(tmp_path)
     replay.load_episodes()
     source = Source(2).fill(replay, 5)
-    state = replay.save(tmp_path / "state", latents=True, keep=1)
+    state = replay.save(tmp_path / "state", latents=True)
     resumed = build(tmp_path)
     assert resumed.load(state, tmp_path / "state").exact
     source.fill(replay, 1)
@@ -634,7 +634,7 @@ def test_resumed_ring_is_the_same_after_loading_older_episodes_too(tmp_path):
 def test_after_a_kill_younger_episodes_are_set_aside_and_none_that_is_known_is_lost(tmp_path):
     replay = build(tmp_path)
     source = Source(2).fill(replay, 40)
-    state = through_checkpoint(replay.save(tmp_path / "state", latents=False, keep=3), tmp_path)
+    state = through_checkpoint(replay.save(tmp_path / "state", latents=False), tmp_path)
     known = {key: value.copy() for key, value in replay.ring.items()}
     source.fill(replay, 33)
     replay.close()  # its files are on the disk, but no checkpoint knows them
@@ -657,7 +657,7 @@ def test_after_a_kill_younger_episodes_are_set_aside_and_none_that_is_known_is_l
 def test_open_episode_is_closed_as_abandoned_by_a_new_one(tmp_path):
     replay = build(tmp_path, n_envs=1)
     Source().fill(replay, 10)  # 7 and an open one of 3
-    state = replay.save(tmp_path / "state", latents=False, keep=3)
+    state = replay.save(tmp_path / "state", latents=False)
     replay.close()
     resumed = build(tmp_path, n_envs=1)
     resumed.load(state, tmp_path / "state")
@@ -671,7 +671,7 @@ def test_open_episode_is_closed_as_abandoned_by_a_new_one(tmp_path):
 def test_missing_episode_file_is_reported_and_the_rest_is_kept(tmp_path):
     replay = build(tmp_path)
     Source(2).fill(replay, 25)
-    state = replay.save(tmp_path / "state", latents=True, keep=3)
+    state = replay.save(tmp_path / "state", latents=True)
     replay.close()
     list_episodes(tmp_path / "train_eps")[0].path.unlink()
     resumed = build(tmp_path)
@@ -687,7 +687,7 @@ def test_missing_episode_file_is_reported_and_the_rest_is_kept(tmp_path):
 def test_other_number_of_environments_takes_all_known_episodes(tmp_path):
     replay = build(tmp_path, n_envs=2, capacity=200)
     Source(2).fill(replay, 25)
-    state = replay.save(tmp_path / "state", latents=True, keep=3)
+    state = replay.save(tmp_path / "state", latents=True)
     replay.close()
     resumed = build(tmp_path, n_envs=3, capacity=300)
     loaded = resumed.load(state, tmp_path / "state")
@@ -697,18 +697,19 @@ def test_other_number_of_environments_takes_all_known_episodes(tmp_path):
     resumed.close()
 
 
-def test_only_the_newest_moments_are_kept_and_strange_folders_stay(tmp_path):
+def test_moments_are_kept_until_another_one_is_to_be_and_strange_folders_stay(tmp_path):
     replay = build(tmp_path)
     source = Source(2).fill(replay, 12)
     (tmp_path / "state" / "mine").mkdir(parents=True)
     moments = []
     for _ in range(4):
         source.fill(replay, 1)
-        moments.append(replay.save(tmp_path / "state", latents=True, keep=2)["moment"])
-    assert sorted(os.listdir(tmp_path / "state")) == [*moments[2:], "mine"]
-    assert not (tmp_path / "state" / moments[2] / "latents.npz").exists()
-    assert (tmp_path / "state" / moments[3] / "latents.npz").exists()
-    assert (tmp_path / "state" / moments[2] / "open-0.npz").exists()
+        moments.append(replay.save(tmp_path / "state", latents=True)["moment"])
+    assert sorted(os.listdir(tmp_path / "state")) == [*moments, "mine"]
+    keep_moment(tmp_path / "state", moments[2])
+    assert sorted(os.listdir(tmp_path / "state")) == [moments[2], "mine"]
+    files = ["latents.npz", "open-0.npz", "open-1.npz", "sampler.npz"]
+    assert sorted(os.listdir(tmp_path / "state" / moments[2])) == files
     replay.close()
 
 

@@ -1,0 +1,161 @@
+"""Real runs whose environment fails late: after the first steps, over which the adapter watches closely.
+
+What the last checkpoint knows is never lost. The run goes on with a new worker, or ends with one line.
+"""
+
+import os
+
+import late_faults
+import numpy as np
+import pytest
+import torch
+from run_helpers import log, train, train_process
+
+import tools
+from episodes import list_episodes
+
+STEPS = 2 * late_faults.STEPS + 20  # of both envs: each fails before the end
+# Random steps are fast, so there are many of them.
+TASK = (
+    "--task custom_late_faults:LateFaults --eval_every 0 --train_ratio 0.5 --prefill 400 --log_every 200"
+).split()
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def plant(tmp_path, monkeypatch):
+    """A function that lets the environment fail once."""
+    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", path)  # for processes
+    return lambda fault: monkeypatch.setenv(late_faults.VARIABLE, f"{fault}:{tmp_path / 'mark'}")
+
+
+def run(logdir, *options):
+    return train(logdir, *TASK, "--steps", str(STEPS), *options)
+
+
+def is_sound(logdir) -> dict:
+    """The last checkpoint, whose counters, replay and weights agree."""
+    state = tools.load_checkpoint(logdir)[0]
+    streams = state["replay"]["streams"]
+    stored = sum(end - start for stream in streams for _, start, end in stream)
+    assert stored == state["transitions"] + state["episodes"] and state["step"] == state["transitions"]
+    opened = set(state["replay"]["open"].values())
+    known = {f"{name}-{end - start}.npz" for s in streams for name, start, end in s if name not in opened}
+    assert known == {file.path.name for file in list_episodes(logdir / "train_eps")}
+    for name in known:
+        with np.load(logdir / "train_eps" / name) as rows:
+            assert all(np.isfinite(rows[key]).all() for key in ("reward", "vector"))
+    for part in ("world_model", "behavior", "explorer"):
+        assert all(torch.isfinite(value).all() for value in state["agent"][part].values())
+    return state
+
+
+RAISES = "Environment {} failed in step: RuntimeError: the gripper is stuck. Its worker"
+HANGS = "Environment {} gave no answer for 2 seconds; it hangs. Its worker"
+DIES = "The worker process of environment {} died (exit code 7). Its worker"
+
+
+@pytest.mark.parametrize(
+    "kind, fault, told",
+    [
+        ("thread", "raises", RAISES),
+        ("process", "dies", DIES),
+        pytest.param("process", "raises", RAISES, marks=slow),
+        pytest.param("thread", "hangs", HANGS, marks=slow),
+        pytest.param("process", "hangs", HANGS, marks=slow),
+    ],
+)
+def test_run_goes_on_with_a_new_worker(tmp_path, plant, kind, fault, told):
+    plant(fault)
+    timeout = ("--envs.timeout", "2") if fault == "hangs" else ()
+    assert run(tmp_path, "--envs.parallel", kind, *timeout) == 0
+    text = log(tmp_path)
+    assert any(told.format(env) in text for env in (0, 1)), text
+    assert text.count("is restarted (number 1;") == 1 and text.count("is restarted") == 1
+    state = is_sound(tmp_path)
+    # Each env has its episodes of 16 steps and one more: that which the fault broke off.
+    assert state["step"] >= STEPS and state["episodes"] == sum(e["episode"] + 1 for e in state["envs"])
+
+
+VALUES = {
+    "reward nan": ("'reward'", "a finite number, got nan"),
+    "reward inf": ("'reward'", "a finite number, got inf"),
+    "reward huge": ("'reward'", "a finite number, got 1e+39"),
+    "reward none": ("'reward'", "a finite number, got None"),
+    "vector nan": ("'vector'", "finite values, got NaN or infinity"),
+    "vector inf": ("'vector'", "finite values, got NaN or infinity"),
+    "log_health nan": ("'log_health'", "finite values, got NaN or infinity"),
+    "log_health lacks": ("'log_health'", "the key, got no such key"),
+    "vector lacks": ("'vector'", "the key, got no such key"),
+    "vector shape": ("'vector'", "float32 (4,), got float32 (3,)"),
+    "image shape": ("'image'", "uint8 (16, 16, 3), got uint8 (15, 16, 3)"),
+    "image dtype": ("'image'", "uint8 (16, 16, 3), got complex128 (16, 16, 3)"),
+}
+FAST = ("reward huge", "vector nan", "log_health lacks")
+EACH = [pytest.param("none", fault, marks=[slow] * (fault not in FAST)) for fault in VALUES]
+IN_WORKERS = [
+    pytest.param(*each, marks=slow) for each in (("thread", "reward nan"), ("process", "vector nan"))
+]
+
+
+@pytest.mark.parametrize("kind, fault", EACH + IN_WORKERS)
+def test_run_ends_with_a_line_that_names_env_key_and_cure_and_goes_on_when_it_is_cured(
+    tmp_path, plant, capfd, kind, fault
+):
+    plant(fault)
+    capfd.readouterr()
+    assert run(tmp_path, "--envs.parallel", kind) == 2
+    errors = capfd.readouterr().err
+    assert errors.startswith("error: Environment ") and len(errors.splitlines()) == 1, errors
+    key, what = VALUES[fault]
+    assert f"{key}: expected {what}" in errors and "(custom_late_faults:LateFaults, train)" in errors
+    assert "python3 -m envs.check" in errors
+    stopped = is_sound(tmp_path)
+    # One of them may have been a step ahead; what both had done is there.
+    assert 2 * (late_faults.STEPS - 1) - 40 < stopped["step"] < STEPS
+    before = set(os.listdir(tmp_path / "train_eps"))
+    assert run(tmp_path) == 0  # it fails once
+    assert before < set(os.listdir(tmp_path / "train_eps")) and not (tmp_path / "train_eps/newer").exists()
+    assert is_sound(tmp_path)["step"] >= STEPS
+    assert "The open episodes end here" in log(tmp_path) and "anew and not" not in log(tmp_path)
+
+
+@slow
+def test_env_that_ends_the_whole_program_costs_what_came_after_the_last_checkpoint(tmp_path, plant):
+    plant("dies")
+    options = (*TASK, "--steps", str(STEPS), "--save_every", "100")
+    process = train_process(tmp_path, *options)
+    assert process.communicate()[1] == "" and process.returncode == 7
+    assert tools.load_checkpoint(tmp_path)[0]["step"] == 400
+    assert run(tmp_path) == 0
+    assert "Resumed at step 400" in log(tmp_path)
+    assert is_sound(tmp_path)["step"] >= STEPS
+
+
+def test_env_that_raises_in_the_main_process_ends_the_run_after_a_save(tmp_path, plant, capfd):
+    plant("raises")
+    capfd.readouterr()
+    assert run(tmp_path) == 2
+    errors = capfd.readouterr().err
+    assert len(errors.splitlines()) == 1 and "failed in step: RuntimeError: the gripper is stuck." in errors
+    assert "Traceback" in log(tmp_path) and "in fail" in log(tmp_path)  # where to look for the mistake
+    assert is_sound(tmp_path)["step"] > 2 * (late_faults.STEPS - 1) - 40
+    assert run(tmp_path) == 0
+
+
+def test_fault_in_an_evaluation_ends_the_run_after_a_save_and_it_is_evaluated_anew(tmp_path, plant, capfd):
+    (tmp_path / "mark").touch()  # not yet
+    plant("vector nan")
+    assert train(tmp_path, *TASK, "--steps", "100", "--eval_every", "0") == 0
+    steps = late_faults.STEPS // 16
+    options = (*TASK, "--steps", "140", "--eval_every", "120", "--eval_episodes", str(2 * steps))
+    (tmp_path / "mark").unlink()
+    capfd.readouterr()
+    assert train(tmp_path, *options) == 2
+    errors = capfd.readouterr().err
+    assert len(errors.splitlines()) == 1 and "(custom_late_faults:LateFaults, eval)" in errors
+    assert is_sound(tmp_path)["step"] == 120 and not (tmp_path / "eval_eps").exists()
+    assert train(tmp_path, *options) == 0
+    assert len(list_episodes(tmp_path / "eval_eps")) == 2 * steps
+    assert is_sound(tmp_path)["evaluations"] == 1
