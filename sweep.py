@@ -52,7 +52,7 @@ SUMMARY_SECONDS = 10  # between writes of the summary while nothing else happens
 SUMMARY, SLURM = "summary.csv", "sweep.sbatch"  # in LOGDIR
 NONE = "none"  # a value of `configs` in the grid: no preset
 MAX_NAME = 200  # characters; most file systems take 255 bytes
-USER_ERROR = 2  # exit code of dreamer.py for what the user has to mend: trying again does not help
+USER_ERROR = 2  # exit code of dreamer.py for what the user has to mend
 PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
 SLURM_GRACE = 300  # seconds before the end of a job's time at which the run is told to save
 
@@ -80,6 +80,7 @@ class Run:
     since: float | None = None  # when the running try began, in seconds
     machine: str = ""
     problem: str = ""
+    built: int = 0  # when a try had last got as far as to write config.yaml, before this one
     _seen: tuple = ()  # the state of metrics.jsonl when it was last read
     _measures: dict[str, float] = field(default_factory=dict)
 
@@ -96,6 +97,11 @@ class Run:
     def finished(self) -> bool:
         """Whether its last checkpoint is of its last step."""
         return saved_step(self.place) >= self.total_steps
+
+    def last_built(self) -> int:
+        """When a try last wrote config.yaml, in nanoseconds: then its options and its env were found good."""
+        path = self.place / "config.yaml"
+        return path.stat().st_mtime_ns if path.exists() else 0
 
     def hours_so_far(self) -> float:
         return self.hours + (0 if self.since is None else (time.monotonic() - self.since) / 3600)
@@ -416,7 +422,7 @@ class Sweep:
             self._summarize()
 
     def _start(self, run: Run) -> None:
-        run.status = WAITING
+        run.status, run.built = WAITING, run.last_built()
         run.log.parent.mkdir(parents=True, exist_ok=True)
         run.log.touch()  # an actor on a machine that does not see it does not share our disk
         actor = self.actor.remote()
@@ -471,7 +477,8 @@ class Sweep:
             self.screen.event(f"{run.name}: stopped at step {max(0, saved_step(run.place)):,}")
             return
         run.failures += 1
-        if code == USER_ERROR or run.failures > self.retries:
+        mistake = code == USER_ERROR and run.last_built() == run.built  # it would be found again
+        if mistake or run.failures > self.retries:
             run.status = FAILED
             self.screen.tell(f"{run.name}: failed: {run.problem} (see {run.log})")
         else:

@@ -385,6 +385,19 @@ def test_the_users_mistake_is_not_tried_again(do):
     assert good.status == FINISHED
 
 
+def test_what_ends_a_run_later_with_the_same_exit_code_is_tried_again(do):
+    """An env that keeps failing, a full disk, another learner that was killed: it may be better next time."""
+    program = "again = place.joinpath('config.yaml').exists()\nplace.joinpath('config.yaml').write_text('')\n"
+    program += "save(100) if again else (print('error: disk full'), sys.exit(2))"
+    (run,), out = do(program, "seed=0")
+    assert (run.status, run.tries) == (
+        FINISHED,
+        2,
+    ) and "exit code 2: error: disk full; it is tried again" in out
+    (run,), _ = do("place.joinpath('config.yaml').write_text(''); sys.exit(2)", "seed=1", retries=1)
+    assert (run.status, run.tries) == (FAILED, 2)
+
+
 def test_a_dead_worker_is_a_failure_of_the_try(do, monkeypatch):
     whole, tries = sweep.Try.run, []
 
