@@ -31,6 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -323,7 +324,7 @@ class Screen:
     """A live table in a terminal, plain lines where the output is none."""
 
     ORDER = (RUNNING, FAILED, STOPPED, WAITING, FINISHED)  # which rows are shown where not all have room
-    BORDERS = 6  # lines that are no rows, and one for the prompt
+    BORDERS = 5  # lines that are no rows, and one for the prompt
 
     def __init__(self, runs: Sequence[Run], logdir: Path):
         self.runs, self.logdir = runs, logdir
@@ -360,22 +361,22 @@ class Screen:
         return ", ".join(f"{count[status]} {status}" for status in self.ORDER if count[status])
 
     def table(self) -> Group:
-        """The runs, as many as have room."""
-        table = Table()
+        """The runs, as many as have room, those that run first."""
+        several = len({run.machine for run in self.runs if run.machine}) > 1
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("run", overflow="fold")
-        for name in ("status", "tries", "steps", "train", "best", "eval", "best", "hours", "machine"):
-            left = name in ("status", "machine")
-            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        for name in ("status", "tries", "steps", "train", "best", "eval", "best", "hours"):
+            table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
+        if several:
+            table.add_column("machine", no_wrap=True)
         rows = max(1, self.console.height - self.BORDERS)
         chosen = sorted(self.runs, key=lambda run: self.ORDER.index(run.status))[:rows]
-        for run in self.runs:
-            if run in chosen:
-                known = run.measures()
-                steps = f"{known['step']:,} of {run.total_steps:,}"
-                returns = [f"{known[name]:.4g}" if name in known else "-" for name in OF_RESULTS]
-                hours = f"{run.hours_so_far():.2f}"
-                cells = [run.name, run.status, str(run.tries), steps, *returns, hours, run.machine]
-                table.add_row(*cells, style=STYLES[run.status])
+        for run in chosen:
+            known = run.measures()
+            steps = f"{known['step']:,} ({known['step'] / max(1, run.total_steps):.0%})"
+            returns = [f"{known[name]:.4g}" if name in known else "-" for name in OF_RESULTS]
+            cells = [run.name, run.status, str(run.tries), steps, *returns, f"{run.hours_so_far():.2f}"]
+            table.add_row(*cells, *([run.machine] if several else []), style=STYLES[run.status])
         return Group(Text(f"{self.logdir}: {self.counts()}"), table)
 
 

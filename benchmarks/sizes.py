@@ -8,8 +8,9 @@ steps per file (random actions, so short episodes), and the bytes that the repla
 """
 
 import argparse
+import contextlib
 import json
-import statistics
+import math
 import sys
 import tempfile
 import time
@@ -27,38 +28,27 @@ UPDATES, CAPACITY = 2, 4000
 
 def measure(size: str, steps: int, options: list[str]) -> dict:
     """Run it; the sizes by name."""
-    saves, plans = [], []
-    whole, planned = dreamer.Run.save, dreamer.Run._plan_replay
-
-    def timed(run: dreamer.Run, **how: bool) -> None:
-        start = time.perf_counter()
-        whole(run, **how)
-        saves.append(time.perf_counter() - start)
-
-    def noted(*args: object) -> replay.Plan:
-        plans.append(planned(*args))
-        return plans[-1]
-
-    dreamer.Run.save, dreamer.Run._plan_replay = timed, noted
     with tempfile.TemporaryDirectory() as folder:
-        logdir = Path(folder)
         argv = ["--configs", "crafter", size, "--device", "cpu", "--logdir", folder, "--eval_every", "0"]
-        argv += ["--replay.capacity", str(CAPACITY), "--replay.backend", "tensor"]
+        argv += ["--replay.capacity", str(CAPACITY), "--replay.backend", "tensor", "--train_ratio", "32"]
         # One update for each 32 steps with a batch of 16 x 64.
-        more = steps + 32 * UPDATES
-        argv += ["--prefill", str(steps), "--steps", str(more), "--train_ratio", "32", *options]
-        code = dreamer.main(argv)
-        if code:
-            raise SystemExit(code)
-        files = episodes.list_episodes(logdir / "train_eps")
+        argv += ["--prefill", str(steps), "--steps", str(steps + 32 * UPDATES), *options]
+        with contextlib.closing(dreamer.open_run(argv)) as run:
+            dreamer.train(run)
+            start = time.perf_counter()
+            run.save(clean=False)
+            seconds = time.perf_counter() - start
+            rssm, spaces = run.config.rssm, run.envs.obs_space | run.envs.act_space
+            layout = replay.ring_layout(spaces, rssm.deter, rssm.stoch, rssm.classes)
+        files = episodes.list_episodes(Path(folder) / "train_eps")
         stored = sum(file.length for file in files)
         return {
             "size": size,
-            "checkpoint_bytes": (logdir / tools.LATEST).stat().st_size,
-            "save_s": round(statistics.median(saves), 3),
+            "checkpoint_bytes": (Path(folder) / tools.LATEST).stat().st_size,
+            "save_s": round(seconds, 3),
             "episode_bytes_per_step": round(sum(file.path.stat().st_size for file in files) / stored),
             "steps_per_episode": round(stored / len(files)),
-            "replay_bytes_per_step": round(plans[0].nbytes / plans[0].capacity),
+            "replay_bytes_per_step": sum(dt.itemsize * math.prod(shape) for shape, dt in layout.values()),
         }
 
 
