@@ -1,8 +1,9 @@
-"""What worker processes use as well, and so without torch: the user's errors, whole files, seeds.
+"""What worker processes and sweeps use as well, and so without torch: errors, whole files, seeds, signals.
 
 Importing torch would cost each worker a second and more than 100 MB.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -10,7 +11,8 @@ import operator
 import os
 import re
 import secrets
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -95,3 +97,21 @@ def derive_seed(seed: int, *names: str | int) -> int:
 def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:
     """A NumPy generator of its own for the given purpose."""
     return np.random.default_rng(derive_seed(seed, *names))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Within, Ctrl-C and SIGTERM are noted in the list that is given; a second one interrupts at once."""
+    received: list[int] = []
+
+    def note(signum: int, _frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    before = {sig: signal.signal(sig, note) for sig in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for sig, handler in before.items():
+            signal.signal(sig, handler)

@@ -32,7 +32,7 @@ import networks
 import replay as replays
 import tools
 import weights
-from basics import UserError, derive_seed, numpy_rng
+from basics import UserError, derive_seed, numpy_rng, stop_signals
 from config import Config
 from distributed import LostRank, Ranks
 from envs import make_env
@@ -594,24 +594,6 @@ def memory_explained() -> Iterator[None]:
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
         traceback.clear_frames(error.__traceback__)  # what an update held is needed for saving
         raise UserError(f"{where} ({reason}). {advice}") from error
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Within, Ctrl-C and SIGTERM are noted in the list that is given; a second one interrupts at once."""
-    received: list[int] = []
-
-    def note(signum: int, _frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    before = {sig: signal.signal(sig, note) for sig in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for sig, handler in before.items():
-            signal.signal(sig, handler)
 
 
 class Run:

@@ -370,7 +370,9 @@ class RayWorker(Worker):
 
     def __init__(self, index: int, timeout: float, address: str | None = None):
         super().__init__(index, timeout)
-        self._ray = start_ray(address)
+        # The other machines get this folder, with envs/; what .gitignore names stays here.
+        code = {"working_dir": str(Path(__file__).parent)}
+        self._ray = start_ray(address, "--envs.parallel ray", "envs.ray_address", code)
         self._rows: Block | None = None
         # One that waits for a processor would look as if it hung: an idle one needs none.
         actor = self._ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(RaySlot)
@@ -440,25 +442,35 @@ class RaySlot:
         self._slot.close()
 
 
-def start_ray(address: str | None) -> types.ModuleType:
-    """Start Ray on this machine or connect to a cluster, where that is not done yet. Returns the module."""
+def start_ray(
+    address: str | None,
+    asked_by: str,
+    option: str,
+    cluster_env: Mapping[str, Any] | None = None,
+    log_to_driver: bool = True,
+) -> types.ModuleType:
+    """Start Ray on this machine or connect to a cluster, where that is not done yet. Returns the module.
+
+    Errors name who needs Ray, `asked_by`, and the `option` that gave the address. `cluster_env` is the
+    runtime_env of a cluster's workers. With `log_to_driver`, what workers print comes out here.
+    """
     try:
         import ray
     except ModuleNotFoundError as error:
         raise UserError(
-            "--envs.parallel ray needs the Python package ray, which is not installed: "
+            f"{asked_by} needs the Python package ray, which is not installed: "
             "pip install -r requirements/ray.txt"
         ) from error
     if ray.is_initialized():
         return ray
-    cluster = {}
     if address:
-        _check_reachable(address)
-        # The other machines get this folder, with envs/; what .gitignore names stays here.
-        cluster = {"runtime_env": {"working_dir": str(Path(__file__).parent)}}
+        _check_reachable(address, option)
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        ray.init(address or "local", include_dashboard=False, configure_logging=False, **cluster)
+        ray.init(
+            address or "local", include_dashboard=False, configure_logging=False,
+            runtime_env=cluster_env if address else None, log_to_driver=log_to_driver,
+        )  # fmt: skip
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"Ray does not start at {address or 'this machine'}: {reason}") from error
@@ -468,17 +480,16 @@ def start_ray(address: str | None) -> types.ModuleType:
     return ray
 
 
-def _check_reachable(address: str) -> None:
+def _check_reachable(address: str, option: str) -> None:
     """Ray itself would try for minutes, and could not be interrupted."""
     host, _, port = address.rpartition(":")
     if not (host and port.isdigit()):
-        raise UserError(f"envs.ray_address is {address}; it must be host:port, for example 10.0.0.1:6379.")
+        raise UserError(f"{option} is {address}; it must be host:port, for example 10.0.0.1:6379.")
     try:
         socket.create_connection((host, int(port)), CONNECT_TIME).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"There is no Ray at {address}, which envs.ray_address names ({error}). Start it there: "
-            "ray start --head"
+            f"There is no Ray at {address}, which {option} names ({error}). Start it there: ray start --head"
         ) from error
 
 

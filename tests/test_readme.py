@@ -21,6 +21,7 @@ import dreamer
 import envs
 import evaluate
 import plot
+import sweep
 from basics import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,9 @@ def understand_script(args: list[str]) -> None:
         evaluate.parse(options)
     elif script == "plot.py":
         plot.parse(options)
+    elif script == "sweep.py":
+        args, more = sweep.parse(options)
+        assert sweep.plan(sweep.read_grid(args.grid), args.configs, more, args.logdir)
     else:
         assert script == "dreamer.py"
         try:
@@ -308,7 +312,7 @@ def test_every_suite_is_listed_with_tasks_that_exist(readme):
             envs.make_env(config.load(["--task", task]), "train", 0)
 
 
-PAGES = ("logs", "workers", "audio", "exploration", "llm", "llm.ja", "ablation")
+PAGES = ("logs", "scaling", "workers", "audio", "exploration", "llm", "llm.ja", "ablation")
 
 
 @pytest.mark.parametrize("page", [*READMES, *(f"docs/{name}.md" for name in PAGES)])
