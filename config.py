@@ -36,7 +36,7 @@ CPU_PRESET_TASKS = (
     "audio",
     "lpm_noisytv",
 )  # task presets that take CPU_PRESET on a CPU when no scale preset is named
-QUICK_ON_CPU = ("cpu", "debug", "doorkey")
+QUICK_ON_CPU = ("cpu", "cpu_vector", "debug", "doorkey")
 RUN_PATHS = ("logdir", "from_checkpoint", "transfer")  # where a run is and how it began, not what it is
 MAX_CHARS = 2**20  # of YAML; ours has a few thousand
 MAX_DEPTH = 10  # of its brackets and groups

@@ -52,7 +52,7 @@ def test_documented_benchmarks_exist_and_take_their_options():
         assert all(f'"{word}"' in source for word in options if word.startswith("--"))
 
 
-@pytest.mark.parametrize("page", ["results.md", "workers.md", "performance.md"])
+@pytest.mark.parametrize("page", ["workers.md", "performance.md"])
 def test_documented_runs_are_understood(page):
     for script, *options in commands(page):
         if script == "dreamer.py":
