@@ -17,6 +17,7 @@ from run_helpers import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import config
+import doctor
 import dreamer
 import envs
 import evaluate
@@ -108,6 +109,8 @@ def understand_script(args: list[str]) -> None:
         evaluate.parse(options)
     elif script == "plot.py":
         plot.parse(options)
+    elif script == "doctor.py":
+        assert doctor.read_config(options)
     else:
         assert script == "dreamer.py"
         try:
