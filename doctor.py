@@ -42,6 +42,15 @@ class Line(NamedTuple):
     text: str
 
 
+class Asked(NamedTuple):
+    """The run that the options ask for."""
+
+    config: Any
+    logdir: Path
+    capacity: int | str  # of the replay; a resumed run keeps what it chose once
+    notes: Sequence[str]  # what the options led to
+
+
 def ok(name: str, text: str) -> Line:
     return Line("ok", name, text)
 
@@ -193,6 +202,23 @@ def check_logdir(folder: Path) -> Iterator[Line]:
     yield ok("logdir", f"{folder} can be written" + ("" if folder.exists() else ", and will be made"))
 
 
+def check_lock(folder: Path) -> Iterator[Line]:
+    """Whether another run lives in the logdir, or has died there."""
+    import lock
+
+    try:
+        owner, held = lock.look(folder)
+    except FileNotFoundError:
+        return
+    who = owner or "nobody signed"
+    if held:
+        yield todo("lock", f"another run is in {folder} ({who}): stop it, or give another --logdir")
+    elif held is None:
+        yield tip("lock", f"another machine has left a lock ({who}): a run first looks whether it lives")
+    else:
+        yield ok("lock", f"left by a run that did not end by itself ({who}); the next run takes it over")
+
+
 # --- With torch ----------------------------------------------------------------------------------------
 
 
@@ -255,9 +281,11 @@ def cuda_line(torch: Any, cards: Sequence[str]) -> Line:
 
 def check_device(config: Any) -> Iterator[Line]:
     """Where the run would compute, in which precision, and what it compiles with."""
-    from dreamer import choose_device, compiles, device_name, precision
+    import distributed
+    from dreamer import check_shares, choose_device, compiles, count_gpus, device_name, precision
 
-    device = choose_device(config.device)
+    check_shares(config, distributed.Ranks(config.parallel))
+    device = choose_device(distributed.place(config.device, config.parallel, count_gpus()))
     yield ok("device", f"{device_name(device)} in {precision(config, device)}")
     if compiles(config, device) and sys.platform == "linux":
         compiler = next(filter(shutil.which, (os.environ.get("CC", "cc"), "cc", "gcc", "clang")), None)
@@ -315,20 +343,21 @@ def check_adviser(config: Any, spaces: dict) -> Iterator[Line]:
     yield ok("adviser", " ".join(make_adviser(config.llm, spec, captioner, config.seed)[1]))
 
 
-def check_room(config: Any, folder: Path, spaces: dict) -> Iterator[Line]:
+def check_room(asked: Asked, spaces: dict) -> Iterator[Line]:
     """Free memory against the replay, and free disk against what the run would write."""
     import replay
     from lore_llm.coach import advice_spaces
 
+    config, folder = asked.config, asked.logdir
     stored = spaces["obs"] | spaces["act"] | advice_spaces(config, spaces["act"])[0]
     rssm, window = config.rssm, config.batch_length + config.replay_context
     layout = replay.ring_layout(stored, rssm.deter, rssm.stoch, rssm.classes)
     plan = replay.plan(
-        layout, config.envs.amount, window, config.replay.capacity, config.replay.backend,
+        layout, config.envs.amount, window, asked.capacity, config.replay.backend,
         folder / "replay_ring", config.replay.sampler,
     )  # fmt: skip
     wanted = min(replay.MAX_CAPACITY, int(config.steps))
-    if plan.capacity < wanted and config.replay.capacity == "auto":
+    if plan.capacity < wanted and asked.capacity == "auto":
         need = plan.nbytes / plan.capacity * wanted / GIB
         cure = f"{wanted} would need {need:.1f} GiB: --replay.capacity {wanted} --replay.backend memmap"
         yield tip("memory", f"{plan.line}. {cure} takes the disk")
@@ -397,45 +426,48 @@ def attempt(name: str, check: Callable[..., Iterator[Line]], *args: Any) -> Iter
         yield todo(name, str(error) if told else f"{type(error).__name__}: {first_line(error)}")
 
 
-def examine(config: Any) -> Iterator[Line]:
-    """All lines. `config` is None where the packages that read the options are missing."""
+def examine(asked: Asked | None) -> Iterator[Line]:
+    """All lines. `asked` is None where the packages that read the options are missing."""
+    config = asked and asked.config
     yield from check_python()
     yield from attempt("packages", check_packages)
     yield from attempt("torch", check_torch)
     yield from attempt("cores", check_cores, config)
-    if config is None:
+    if asked is None:
         free = f"{memory.free_memory() / GIB:.1f} GiB of RAM and {memory.free_disk('.') / GIB:.1f} of disk"
         yield ok("memory", f"{free} are free; what a run needs is told when the packages are there")
     else:
-        folder, spaces = Path(config.logdir or "logdir"), {}
-        yield from (tip("options", note) for note in config.notes)
+        spaces: dict = {}
+        yield from (tip("options", note) for note in asked.notes)
         yield from attempt("device", check_device, config)
         yield from attempt("OpenGL", check_gl, config)
         yield from attempt("task", check_task, config, spaces)
         if spaces:  # else the task's line says what to do first
             yield from attempt("adviser", check_adviser, config, spaces)
-            yield from attempt("memory", check_room, config, folder, spaces)
-        yield from attempt("logdir", check_logdir, folder)
+            yield from attempt("memory", check_room, asked, spaces)
+        yield from attempt("logdir", check_logdir, asked.logdir)
+        yield from attempt("lock", check_lock, asked.logdir)
     yield from attempt("extra", check_extras, config)
     yield from check_keys()
 
 
-def read_config(argv: list[str]) -> Any:
-    """The options as dreamer.py would take them, or None where packages for that are missing."""
+def read_options(argv: list[str]) -> Asked | None:
+    """What dreamer.py would do, or None where packages to read that are missing."""
     try:
         import config as configs
     except ModuleNotFoundError:
         return None
     try:
-        import tools
-        from dreamer import cuda_works
+        from dreamer import read_command
     except Exception:  # of any kind; the lines about packages and torch tell of it
-        return configs.load(argv)
-    saved, (_, source) = None, configs.run_paths(argv)
-    if source:
-        checkpoint, path, _ = tools.load_checkpoint(source)
-        saved = configs.Config.from_yaml(checkpoint["config"], f"the config in {path}")
-    return configs.load(argv, has_cuda=cuda_works(), saved=saved)
+        config = configs.load(argv)
+        return Asked(config, Path(config.logdir or "logdir"), config.replay.capacity, config.notes)
+    command, capacity = read_command(argv), "auto"
+    if command.resume:
+        capacity = command.checkpoint["capacity"]
+    if command.config.replay.capacity != "auto":
+        capacity = command.config.replay.capacity
+    return Asked(command.config, command.logdir, capacity, command.notes)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -445,7 +477,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{__doc__}\nThe options are those of dreamer.py: python3 dreamer.py --help")
         return 0
     try:
-        config = read_config(argv)
+        asked = read_options(argv)
     except Exception as error:
         if type(error).__name__ != "UserError":
             raise
@@ -453,7 +485,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     worst = 0
     try:
-        for line in examine(config):
+        for line in examine(asked):
             print(f"{line.status:<5} {line.name:<14} {line.text}", flush=True)
             worst |= line.status == "todo"
     except BrokenPipeError:  # `| head`: nobody reads the rest, and Python flushes once more at exit

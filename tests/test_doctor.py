@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ import pytest
 from run_helpers import TINY, train
 
 import doctor
+import lock
 import replay
 
 ROOT = Path(doctor.__file__).parent
@@ -122,7 +124,7 @@ def test_versions_of_python(version, status, monkeypatch):
     assert status_of(doctor.check_python())[0] == status
 
 
-@pytest.mark.parametrize("module", ["torch", "crafter"])
+@pytest.mark.parametrize("module", ["torch", pytest.param("crafter", marks=pytest.mark.slow)])
 def test_a_package_that_cannot_be_imported_hides_nothing_else(module, tmp_path):
     script = f"import sys; sys.modules[{module!r}] = None; import doctor; sys.exit(doctor.main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, "--configs", "crafter", "--logdir", str(tmp_path)]
@@ -285,7 +287,7 @@ def test_too_little_disk(capsys, monkeypatch):
 def test_the_size_of_a_checkpoint_is_foreseen(tmp_path):
     size = ("--encoder.cnn_depth", "32", "--rssm.deter", "256", "--steps", "40", "--eval_every", "0")
     assert train(tmp_path / "run", *size) == 0
-    config, spaces = doctor.read_config([*TINY, *size]), {}
+    config, spaces = doctor.read_options([*TINY, *size]).config, {}
     list(doctor.check_task(config, spaces))
     foreseen = doctor.BYTES_PER_PARAMETER * doctor.parameters(config, spaces)
     assert 0.8 < foreseen / (tmp_path / "run" / "latest.pt").stat().st_size < 1.1
@@ -330,6 +332,28 @@ def test_an_adviser_without_its_key(capsys):
 def test_an_unwritable_logdir(capsys):
     told = lines(capsys, "--logdir", "/proc/run", code=1)
     assert told["logdir"][0] == "todo" and "cannot write to /proc" in told["logdir"][1]
+
+
+def test_a_logdir_in_use_and_one_whose_run_was_killed(capsys, tmp_path):
+    with lock.RunLock(tmp_path / "run"):
+        told = lines(capsys, "--logdir", "run", code=1)
+        assert told["lock"][0] == "todo" and f"process {os.getpid()} on" in told["lock"][1]
+        left = (tmp_path / "run" / lock.LOCK).read_bytes()
+    assert "lock" not in lines(capsys, "--logdir", "run")
+    (tmp_path / "run").mkdir(exist_ok=True)
+    path = tmp_path / "run" / lock.LOCK
+    path.write_bytes(left)
+    told = lines(capsys, "--logdir", "run")
+    assert told["lock"][0] == "ok" and "did not end by itself" in told["lock"][1]
+    assert path.read_bytes() == left
+    path.write_bytes(left.replace(socket.gethostname().encode(), b"elsewhere"))
+    told = lines(capsys, "--logdir", "run")
+    assert told["lock"][0] == "tip" and "on elsewhere" in told["lock"][1]
+
+
+def test_more_learners_than_the_batch_has_sequences(capsys):
+    told = lines(capsys, "--parallel", "3", code=1)
+    assert told["device"][0] == "todo" and "batch_size" in told["device"][1]
 
 
 def test_a_logdir_that_is_a_file(capsys, tmp_path):

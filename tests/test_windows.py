@@ -21,6 +21,7 @@ GUIDES = ("INSTALL_WINDOWS.md", "INSTALL_WINDOWS.ja.md")
 # links, and refuses to replace or delete a file that this process has open or mapped.
 IMITATION = """
 import os, select, shutil, signal, sys
+import filelock  # which has the locks of Windows there
 for name in ("fcntl", "resource", "grp", "pwd", "termios"):
     sys.modules[name] = None
 for module, names in ((os, ("fork", "forkpty", "killpg", "posix_fallocate", "getuid", "sched_getaffinity")),
