@@ -298,17 +298,18 @@ def check_device(config: Any) -> Iterator[Line]:
 
 def check_gl(config: Any) -> Iterator[Line]:
     """The OpenGL with which MuJoCo draws; only some tasks need one."""
+    from basics import UserError
     from envs import rendering
 
     suite = config.task.partition("_")[0]
     needed = suite == "memorymaze" or (suite == "dmc" and config.obs != NEVER_DRAWN)
     if importlib.util.find_spec("mujoco") is None:
-        yield ok("OpenGL", "not needed: MuJoCo, which would draw with it, is not installed")
+        yield ok("OpenGL", "not looked at: MuJoCo, which draws with it, is not installed")
         return
     try:
         with rendering.dm_control(config.task, draws=True):
             yield ok("OpenGL", f"MuJoCo draws with {os.environ['MUJOCO_GL']}")
-    except rendering.UserError as error:
+    except UserError as error:
         if needed:
             raise
         yield tip("OpenGL", f"not needed by {config.task}, but MuJoCo cannot draw. {error}")
