@@ -12,12 +12,16 @@ import os
 import re
 import secrets
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+WINDOWS = os.name == "nt"
+BUSY_TRIES = 20  # on Windows, to replace a file that somebody else has open
+BUSY_PAUSE = 0.25  # seconds between them
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 MAX_REASON = 200  # characters of another program's message in one of ours
@@ -50,7 +54,7 @@ def write_error(path: str | os.PathLike, error: OSError) -> UserError:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in a folder survive a power cut. Windows cannot open folders and does not need it."""
-    if os.name == "nt":
+    if WINDOWS:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -62,6 +66,18 @@ def sync_folder(folder: Path) -> None:
 def temp_beside(path: Path) -> Path:
     """A hidden name of its own in the same folder, for a file that is not complete yet."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, which Windows refuses while a virus scanner or a reader has the target open."""
+    for left in reversed(range(BUSY_TRIES if WINDOWS else 1)):
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not left:
+                raise
+        time.sleep(BUSY_PAUSE)
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
@@ -79,7 +95,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> 
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temp, path)
+            replace(temp, path)
         finally:
             temp.unlink(missing_ok=True)
         sync_folder(path.parent)

@@ -169,3 +169,19 @@ def read_owner(path: str | os.PathLike) -> Owner | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return owner if str(owner).isprintable() else None
+
+
+def look(logdir: str | os.PathLike) -> tuple[Owner | None, bool | None]:
+    """Who signed the lock of a logdir, and whether it is held; None where that cannot be told from here.
+
+    Changes nothing. Raises FileNotFoundError where there is no lock.
+    """
+    path = Path(logdir) / LOCK
+    owner = read_owner(path)
+    file = os.open(path, os.O_RDWR)
+    try:
+        free = _lock(file)
+    finally:
+        os.close(file)
+    elsewhere = owner is not None and owner.host != socket.gethostname()
+    return owner, True if free is False else None if elsewhere or free is None else False

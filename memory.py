@@ -1,5 +1,7 @@
 """How much memory and disk is free."""
 
+from __future__ import annotations  # doctor.py uses this file, and tells an older Python that it is too old
+
 import ctypes
 import os
 import shutil

@@ -110,6 +110,7 @@ def plan(
             + (", or replay.backend to auto." if asked == "tensor" and nbytes <= FULL_SHARE * disk else ".")
         )
     place = f"files in {folder}" if backend == "memmap" else "RAM"
+    place += ", as LORE_REPLAY_BACKEND says" if os.environ.get("LORE_REPLAY_BACKEND") else ""
     size = f"{nbytes / GIB:.2f} GiB when full, {free / GIB:.2f} GiB free"
     return Plan(capacity, backend, nbytes, f"Replay: {capacity} steps in {place} ({size})")
 

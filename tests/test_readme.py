@@ -17,6 +17,7 @@ from run_helpers import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import config
+import doctor
 import dreamer
 import envs
 import evaluate
@@ -82,6 +83,12 @@ def test_command_is_understood(command, capsys):
         understand_script(args)
     elif command.startswith("pip install -r "):
         assert (ROOT / args[2]).is_file()
+    elif program == "./start.sh":  # test_docker.py starts it beside a fake Docker
+        assert not args or args[0] in PYTHONS
+        if args:
+            understand_script(args[1:])
+    elif program == "docker":
+        assert args == ["compose", "down"]
     else:
         assert program == "tensorboard"  # run below
 
@@ -112,6 +119,8 @@ def understand_script(args: list[str]) -> None:
     elif script == "sweep.py":
         args, more = sweep.parse(options)
         assert sweep.plan(sweep.read_grid(args.grid), args.configs, more, args.logdir)
+    elif script == "doctor.py":
+        assert doctor.read_options(options)
     else:
         assert script == "dreamer.py"
         try:
