@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +184,17 @@ class Group:
         """Env steps of the longest run."""
         return max(run.steps for run in self.runs)
 
-    @cached_property
+    @property
+    def seeds(self) -> str:
+        """How many seeds stand behind it, or how many runs, where these are not the same."""
+        amount = len(self.runs)
+        known = {run.seed for run in self.runs} - {None}
+        return f"{amount} {'seed' if len(known) == amount else 'run'}{'s' * (amount > 1)}"
+
+    @property
     def legend(self) -> str:
-        """The label, with how many seeds and how many env steps stand behind it."""
-        seeds = f"{len(self.runs)} seed{'s' * (len(self.runs) > 1)}"
-        return f"{self.label} ({seeds}, {short(self.steps)} steps)"
+        """The label, with how many seeds and env steps stand behind it."""
+        return f"{self.label} ({self.seeds}, {short(self.steps)} steps)"
 
     def curves(self, name: str, width: int = 1) -> list[tuple[list[int], list[float]]]:
         """A metric's curve of each run that has it."""

@@ -103,7 +103,7 @@ def about_group(index: int, group: Group) -> dict[str, Any]:
     return {
         **_look(index),
         "label": group.label,
-        "seeds": len(group.runs),
+        "seeds": group.seeds,
         "steps": steps_of(group.runs),
         "eval": told(group.values(EVAL)),
         "train": told(group.values(TRAIN)),

@@ -120,6 +120,12 @@ def test_labels_say_what_sets_groups_apart(tmp_path):
     ]  # fmt: skip
     assert [len(group.runs) for group in found] == [1, 2, 1, 1]
     assert found[3].options["encoder.mlp_units"] == 32
+    assert [group.seeds for group in found[:2]] == ["1 seed", "2 seeds"]
+
+
+def test_a_seed_that_was_run_twice_is_not_counted_as_two(tmp_path):
+    (group,) = groups_of(tmp_path, "--configs doorkey", "--configs doorkey")
+    assert group.seeds == "2 runs"
 
 
 def test_labels_name_the_whole_option_where_its_last_part_is_not_enough(tmp_path):
@@ -263,7 +269,7 @@ def test_an_svg_holds_names_as_they_are(tmp_path):
     out = tmp_path / "curves.svg"
     assert plot.main([str(tmp_path), "--out", str(out), "--metrics", "a<b>$"]) == 0
     texts = ["".join(element.itertext()) for element in ElementTree.parse(out).iter()]
-    assert "run $x_1$ <b>&amp; (1 seed, 400 steps)" in texts and "a<b>$" in texts
+    assert "run $x_1$ <b>&amp; (1 run, 400 steps)" in texts and "a<b>$" in texts
 
 
 def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
