@@ -3,6 +3,7 @@
 import functools
 import io
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -106,10 +107,10 @@ def draw_band(axis: Any, curves: Sequence[tuple[Sequence, Sequence]], **style: A
     axis.plot(steps, iqm, lw=1.8, **marker, **style)
     if len(curves) > 1:
         axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
-    end = steps[-1] if len(steps) else -np.inf
-    for each in curves if len(curves) > 1 else ():
-        later = np.searchsorted(each[0], end)
-        axis.plot(each[0][later:], each[1][later:], lw=0.7, alpha=0.7, color=style["color"])
+        end = steps[-1] if len(steps) else -np.inf
+        for own_steps, values in curves:
+            last = max(0, np.searchsorted(own_steps, end, side="right") - 1)
+            axis.plot(own_steps[last:], values[last:], lw=0.7, alpha=0.7, color=style["color"])
 
 
 class Panel(NamedTuple):
@@ -163,31 +164,29 @@ def _draw_curves(axis: Any, lines: Sequence[tuple[list, dict]], label: str) -> N
 
 def _final_panel(groups: Sequence[Group]) -> list[Panel]:
     """Final returns side by side: of the evaluations, where there are any."""
-    name = EVAL if any(group.values(EVAL) for group in groups) else TRAIN
-    values = [group.values(name) for group in groups]
-    if not any(values):
-        return []
+    for name, kind in ((EVAL, "evaluations"), (TRAIN, "training")):
+        values = [group.values(name) for group in groups]
+        if any(values):
+            draw = functools.partial(_draw_final, groups=groups, values=values)
+            height = max(HEIGHT, 0.55 * len(groups) + 0.8)
+            return [Panel(f"last quarter of the {kind} (circles: seeds)", draw, height)]
+    return []
 
-    def draw(axis: Any) -> None:
-        for place, each in enumerate(values):
-            if each:
-                iqm, low, high = spread(each)
-                color = COLORS[place % len(COLORS)]
-                axis.plot([low, high], [place, place], color=color, lw=6, alpha=0.35, solid_capstyle="butt")
-                axis.plot(each, [place] * len(each), "o", ms=3.5, mfc="none", color=color)
-                axis.plot(iqm, place, "|", ms=14, mew=2.5, color=color)
-        names = [
-            f"{textwrap.fill(group.label, 24, break_long_words=False)}\n{short(group.steps)} steps"
-            for group in groups
-        ]
-        axis.set_yticks(range(len(groups)), names, fontsize=8)
-        axis.set(ylim=(len(groups) - 0.5, -0.5), xlabel="return of an episode")
-        axis.grid(axis="y", visible=False)
 
-    kind = "evaluations" if name == EVAL else "training"
-    return [
-        Panel(f"last quarter of the {kind} (circles: seeds)", draw, max(HEIGHT, 0.55 * len(groups) + 0.8))
-    ]
+def _draw_final(axis: Any, groups: Sequence[Group], values: Sequence[Sequence[float]]) -> None:
+    for place, each in enumerate(values):
+        if each:
+            iqm, low, high = spread(each)
+            color = COLORS[place % len(COLORS)]
+            axis.plot([low, high], [place, place], color=color, lw=6, alpha=0.35, solid_capstyle="butt")
+            axis.plot(each, [place] * len(each), "o", ms=3.5, mfc="none", color=color)
+            axis.plot(iqm, place, "|", ms=14, mew=2.5, color=color)
+    labels = [textwrap.fill(group.label, 24, break_long_words=False) for group in groups]
+    budgets = [f"{short(group.steps)} steps" for group in groups]
+    names = ["\n".join(lines) for lines in zip(labels, budgets, strict=True)]
+    axis.set_yticks(range(len(groups)), names, fontsize=8)
+    axis.set(ylim=(len(groups) - 0.5, -0.5), xlabel="return of an episode")
+    axis.grid(axis="y", visible=False)
 
 
 # Achievements
@@ -236,11 +235,11 @@ def _draw_rates(axis: Any, rates: Sequence[Sequence[dict[str, float]]], names: S
     """Means over the seeds of each group, as in the published protocol, with their intervals."""
     thick = 0.84 / len(rates)
     for index, runs in enumerate(rates):
-        places = [place + (index + 0.5) * thick - 0.42 for place in range(len(names))]
-        for place, name in zip(places, names, strict=True) if runs else ():
-            values = [run.get(name, 0.0) for run in runs]
-            axis.barh(place, np.mean(values), thick, color=COLORS[index % len(COLORS)])
-            axis.plot(bootstrap_interval(values), [place, place], color=GREY, lw=1)
+        if runs:
+            places = np.arange(len(names)) + (index + 0.5) * thick - 0.42
+            values = np.array([[run.get(name, 0.0) for name in names] for run in runs])  # [runs, names]
+            axis.barh(places, values.mean(0), thick, color=COLORS[index % len(COLORS)])
+            axis.hlines(places, *bootstrap_interval(values), color=GREY, lw=1)
     _rate_axis(axis, names)
 
 
@@ -254,9 +253,8 @@ def _draw_published(axis: Any, names: Sequence[str]) -> None:
 
 def _rate_axis(axis: Any, names: Sequence[str]) -> None:
     ticks = [0, 1, 3, 10, 30, 100]
-    axis.set_xscale(
-        "function", functions=(np.log1p, np.expm1)
-    )  # as the score counts them: rare ones are seen
+    # Spaced as the score counts them, so that rare ones are seen.
+    axis.set_xscale("function", functions=(np.log1p, np.expm1))
     axis.set_xticks(ticks, ticks)
     axis.set_yticks(range(len(names)), [printable(name.replace("_", " ")) for name in names], fontsize=8)
     axis.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5), xlabel="percent of all training episodes")
@@ -298,8 +296,11 @@ def figure(groups: Sequence[Group], metrics: Sequence[str] = ()) -> Any:
                 rows.append((title, panels[begin : begin + COLUMNS], alike))
     if not rows:
         raise UserError("These runs have logged nothing yet that could be drawn.")
-    heights = [max(panel.height for panel in panels) + 0.75 * bool(title) for title, panels, _ in rows]
     columns = max(len(panels) for _, panels, _ in rows)
+    heights = [
+        max(panel.height for panel in panels) + (0.4 + 0.18 * math.ceil(len(alike) / columns)) * bool(title)
+        for title, panels, alike in rows
+    ]
     whole = pyplot().figure(figsize=(WIDTH * columns, sum(heights)), layout="constrained")
     parts = whole.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, panels, alike) in zip(parts, rows, strict=True):

@@ -24,6 +24,8 @@ TRAIN, EVAL = "env/episode_return", "eval/episode_return"
 RATES, SCORE = "/success_rate/", "/score"
 FINAL = 0.25  # share of a run, at its end, over which final returns are means
 MAX_POINTS = 200  # of a curve over seeds
+MAX_STEP = 2**53  # up to here floats count exactly
+LARGEST = 1e38  # about the largest float32
 LABEL_LENGTH = 60
 PLACES = ("logdir", "traindir", "evaldir")  # options that say where a run is, not what it is
 
@@ -57,14 +59,20 @@ def _numbers(line: bytes) -> dict[str, float] | None:
     try:
         values = json.loads(line.decode())
         numbers = {name: float(value) for name, value in values.items() if type(value) in (int, float)}
-        return {**numbers, "step": int(numbers["step"])}
+        step = int(numbers["step"])
+        return {**numbers, "step": step} if 0 <= step < MAX_STEP else None
     except (ValueError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
 
 
+def is_number(value: float) -> bool:
+    """Whether a value can be drawn: finite, also in float32, in which metrics are computed."""
+    return abs(value) <= LARGEST
+
+
 def curve(lines: list[dict], name: str, width: int = 1) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric where it is finite, each value the mean of the last `width`."""
-    told = [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+    """Steps and values of one metric where it is a number, each value the mean of the last `width`."""
+    told = [(line["step"], line[name]) for line in lines if is_number(line.get(name, math.nan))]
     values = [value for _, value in told]
     recent = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
     return [step for step, _ in told], [sum(window) / len(window) for window in recent]
@@ -109,7 +117,7 @@ class RunLog:
         found = {}
         for line in self.lines:
             found |= {name.partition(ending)[2]: x for name, x in line.items() if ending in name}
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        return {name: value for name, value in found.items() if is_number(value)}
 
     @property
     def rates(self) -> dict[str, float]:

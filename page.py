@@ -223,8 +223,11 @@ def embed(wanted: Sequence[Sequence], max_bytes: float) -> tuple[list[list[dict]
     for place, index in _turns(wanted):
         film = wanted[index][place]
         if isinstance(film, Path):
-            size = film.stat().st_size
-            data = film.read_bytes() if size <= max_bytes else None
+            try:
+                size = film.stat().st_size
+                data = film.read_bytes() if size <= max_bytes else None
+            except OSError as error:
+                raise UserError(f"Cannot read {film}: {error.strerror}; --videos 0 goes without") from error
             if data is not None and data[4:8] != b"ftyp":
                 continue  # no mp4
             kind, title = "video/mp4", caption(film)

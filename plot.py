@@ -47,6 +47,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
+        if args.videos < 0:
+            raise UserError(f"--videos {args.videos} must be at least 0")
         figures.pyplot()  # that it is missing is to be said first
         runs, notes = read_runs(args.logdirs)
         for note in notes:

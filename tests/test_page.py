@@ -180,6 +180,14 @@ def test_videos_have_room_for_all_runs_before_one_has_two(tmp_path):
     assert left_out == 1
 
 
+def test_a_video_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    logdir = write_run(tmp_path / "run", some_lines(), "--configs doorkey")
+    (logdir / "videos" / "eval_1_0.mp4").mkdir(parents=True)
+    assert plot.main([str(logdir), "--html", str(tmp_path / "page.html")]) == 2
+    error = capsys.readouterr().err
+    assert "eval_1_0.mp4" in error and "--videos 0" in error and len(error.splitlines()) == 1
+
+
 def test_a_run_s_command_does_it_again(tmp_path):
     options = (
         "--configs crafter lore_full debug --seed 7 --encoder.cnn_mults 1 2 3 4 --llm.until 50 "
@@ -222,7 +230,7 @@ def test_a_phone_shows_all_of_it_and_plays_the_video(text, tmp_path):
     probe = tmp_path / "probe.html"
     probe.write_text(PROBE.format(page=html.escape(text)), encoding="utf-8")
     words = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    done = subprocess.run([CHROMIUM, *words, probe.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([CHROMIUM, *words, probe.as_uri()], capture_output=True, text=True, timeout=300)
     title = re.search("<title>(.+?)</title>", done.stdout)
     assert title, done.stderr[-2000:]
     shown, wide, played, images = json.loads(html.unescape(title[1]))

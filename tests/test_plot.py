@@ -44,6 +44,7 @@ def some_lines(level=1.0, steps=(100, 200, 300, 400)):
 
 def test_a_curve_has_the_steps_at_which_the_metric_was_finite():
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "b": 5.0}, {"step": 3, "a": math.nan}, {"step": 4, "a": 3.0}]
+    lines += [{"step": 5, "a": math.inf}, {"step": 6, "a": -1e300}]
     assert logs.curve(lines, "a") == ([1, 4], [1.0, 3.0])
     assert logs.curve(lines, "a", 2) == ([1, 4], [1.0, 2.0])
     assert logs.curve(lines, "c") == ([], [])
@@ -51,7 +52,8 @@ def test_a_curve_has_the_steps_at_which_the_metric_was_finite():
 
 BROKEN = [
     b'{"step": 900, "a": 1', b"\xff\xfe", b"\0\0", b"[1, 2]", b"5", b"[" * 100_000,
-    b'{"a": 1.0}', b'{"step": "3"}', b'{"step": NaN}', b'{"step": 1e999}', b'{"step": true}',
+    b'{"a": 1.0}', b'{"step": "3"}', b'{"step": true}', b'{"step": NaN}', b'{"step": 1e999}',
+    b'{"step": 1e300}', b'{"step": -1}',
     b'{"step": 900, "a": 1' + b"0" * 400 + b"}",
 ]  # fmt: skip
 
@@ -281,16 +283,18 @@ def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatc
     assert "b/metrics.jsonl holds no line" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(crafter, tmp_path, capsys):
+def test_mistakes_are_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "run", some_lines(), "--configs doorkey")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").write_text("")
     for words, message in (
         ([tmp_path / "nowhere"], "No metrics.jsonl in"),
         ([tmp_path / "new"], "holds no line of metrics yet"),
-        ([crafter, "--metrics", TRAIN, "env/fp"], "the nearest is env/fps"),
-        ([crafter, "--out", tmp_path / "a.xyz"], "end --out in .png or .svg"),
-        ([crafter, "--out", tmp_path / "a"], "end --out in .png or .svg"),
-        ([crafter / "a_0", "--out", crafter / "a_0" / "config.yaml" / "a.png"], "Cannot write"),
+        ([run, "--metrics", TRAIN, "env/fp"], "the nearest is env/fps"),
+        ([run, "--videos", "-1"], "--videos -1 must be at least 0"),
+        ([run, "--out", tmp_path / "a.xyz"], "end --out in .png or .svg"),
+        ([run, "--out", tmp_path / "a"], "end --out in .png or .svg"),
+        ([run, "--out", run / "metrics.jsonl" / "a.png"], "Cannot write"),
     ):
         assert plot.main([*map(str, words)]) == 2, message
         error = capsys.readouterr().err
