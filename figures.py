@@ -33,6 +33,7 @@ RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.35,
     "legend.frameon": False,
     "savefig.dpi": 110,
@@ -217,10 +218,10 @@ def _achievement_panels(groups: Sequence[Group]) -> list[Panel]:
         panels.append(Panel(title, functools.partial(_draw_published, names=order), height))
         scores = [group.scores if is_benchmark(group) else [] for group in groups]
         if any(scores):
-            title = "Crafter score, after how many env steps"
+            title = "Crafter score (after env steps)"
             panels.append(Panel(title, functools.partial(_draw_scores, groups=groups, scores=scores), height))
     lines = [(curves, style(i)) for i, group in enumerate(groups) if (curves := group.unlocked())]
-    draw = functools.partial(_draw_curves, lines=lines, label=f"achievements, of {len(names)}")
+    draw = functools.partial(_draw_unlocked, lines=lines, label=f"achievements, of {len(names)}")
     return [*panels, Panel("achievements unlocked so far", draw)]
 
 
@@ -241,6 +242,11 @@ def _draw_rates(axis: Any, rates: Sequence[Sequence[dict[str, float]]], names: S
             axis.barh(places, values.mean(0), thick, color=COLORS[index % len(COLORS)])
             axis.hlines(places, *bootstrap_interval(values), color=GREY, lw=1)
     _rate_axis(axis, names)
+
+
+def _draw_unlocked(axis: Any, lines: Sequence[tuple[list, dict]], label: str) -> None:
+    _draw_curves(axis, lines, label)
+    axis.yaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_published(axis: Any, names: Sequence[str]) -> None:
@@ -264,7 +270,7 @@ def _rate_axis(axis: Any, names: Sequence[str]) -> None:
 def _draw_scores(axis: Any, groups: Sequence[Group], scores: Sequence[Sequence[float]]) -> None:
     """Scores of these runs, and below a line the published ones, each with its budget."""
     rows = [
-        (f"{textwrap.shorten(group.label, 28, placeholder='…')}, {short(group.steps)}", np.mean(each), color)
+        (textwrap.fill(f"{group.label}, {short(group.steps)}", 30), np.mean(each), color)
         for group, each, color in zip(groups, scores, itertools.cycle(COLORS), strict=False)
         if each
     ]
@@ -297,8 +303,10 @@ def figure(groups: Sequence[Group], metrics: Sequence[str] = ()) -> Any:
     if not rows:
         raise UserError("These runs have logged nothing yet that could be drawn.")
     columns = max(len(panels) for _, panels, _ in rows)
+    longest = max(len(group.legend) for group in groups)
+    beside = max(1, min(columns, int(WIDTH * columns / (0.5 + 0.07 * longest))))  # entries of the legend
     heights = [
-        max(panel.height for panel in panels) + (0.4 + 0.18 * math.ceil(len(alike) / columns)) * bool(title)
+        max(panel.height for panel in panels) + (0.4 + 0.18 * math.ceil(len(alike) / beside)) * bool(title)
         for title, panels, alike in rows
     ]
     whole = pyplot().figure(figsize=(WIDTH * columns, sum(heights)), layout="constrained")
@@ -317,7 +325,7 @@ def figure(groups: Sequence[Group], metrics: Sequence[str] = ()) -> Any:
                 handles,
                 [group.legend for group in alike],
                 loc="outside upper left",
-                ncols=columns,
+                ncols=beside,
                 title=title,
                 title_fontproperties={"size": 12, "weight": "bold"},
                 alignment="left",

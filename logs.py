@@ -274,10 +274,12 @@ def _labels(runs: Sequence[RunLog], options: Sequence[dict[str, Any]]) -> list[s
         else:
             own = [preset for preset in run.config.presets if preset not in shared]
             heads.append(" ".join(own or run.config.presets) or run.config.task)
+    if len(runs) > 1 and len(set(heads)) == 1:
+        heads = [""] * len(runs)
     told: list[list[str]] = [[] for _ in runs]
     names = sorted(set().union(*options) - {"configs"})
     while True:
-        labels = [", ".join([head, *parts]) for head, parts in zip(heads, told, strict=True)]
+        labels = [", ".join(filter(None, [head, *parts])) for head, parts in zip(heads, told, strict=True)]
         twins = max(([i for i, x in enumerate(labels) if x == label] for label in labels), key=len)
         if len(twins) == 1:
             return [printable(label) for label in labels]

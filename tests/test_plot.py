@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,8 +135,8 @@ def test_a_seed_that_was_run_twice_is_not_counted_as_two(tmp_path):
 def test_labels_name_the_whole_option_where_its_last_part_is_not_enough(tmp_path):
     found = groups_of(tmp_path, "--configs crafter", "--configs crafter --noisy_tv.enabled True")
     assert [group.label for group in found] == [
-        "crafter, noisy_tv.enabled=False",
-        "crafter, noisy_tv.enabled=True",
+        "noisy_tv.enabled=False",
+        "noisy_tv.enabled=True",
     ]
 
 
@@ -148,8 +150,8 @@ def test_a_run_from_a_checkpoint_is_another_group_and_a_resumed_one_is_not(tmp_p
     )
     assert [[run.seed for run in group.runs] for group in found] == [[0, 3], [1, 2]]
     assert [group.label for group in found] == [
-        "doorkey, from_checkpoint=None",
-        "doorkey, from_checkpoint=given",
+        "from_checkpoint=None",
+        "from_checkpoint=given",
     ]
 
 
@@ -243,7 +245,7 @@ def test_only_what_the_runs_have_is_drawn(crafter, tmp_path):
     assert found["Achievements"] == [
         "success rates after 400 env steps",
         "published, after 1M env steps",
-        "Crafter score, after how many env steps",
+        "Crafter score (after env steps)",
         "achievements unlocked so far",
     ]
     assert found["Advice"] == ["evaluation (dashed: with the advice)", "weight of the advice (beta)"]
@@ -265,6 +267,7 @@ def test_the_picture_is_written(crafter, tmp_path):
         assert image.width > 1200 and len(image.convert("RGB").getcolors(1 << 24)) > 100
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such file names")
 def test_an_svg_holds_names_as_they_are(tmp_path):
     write_run(tmp_path / "$x_1$ <b>&amp;", some_lines(), None)
     write_run(tmp_path / "other", [{"step": 1, "a<b>$": 1.0}], "--configs doorkey")
@@ -280,7 +283,7 @@ def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert plot.main(["a", "b"]) == 0
     assert (tmp_path / "curves.png").is_file()
-    assert "b/metrics.jsonl holds no line" in capsys.readouterr().err
+    assert f"{Path('b') / 'metrics.jsonl'} holds no line" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
