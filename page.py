@@ -1,7 +1,7 @@
 """A page about runs in one file: figures, tables, commands and videos, without anything from a network.
 
 page.html is its template. Names and numbers in it come from files that somebody else may have written: the
-template escapes all of them, and the page forbids scripts and loading. Needs requirements/figures.txt.
+template escapes all of them, and the page forbids scripts and loading. Needs requirements/plot.txt.
 """
 
 import base64
@@ -36,7 +36,7 @@ def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: in
     try:
         import jinja2
     except ModuleNotFoundError as error:
-        raise UserError("--html needs jinja2: pip install -r requirements/figures.txt") from error
+        raise UserError("--html needs jinja2: pip install -r requirements/plot.txt") from error
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -46,16 +46,12 @@ def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: in
     films = dict(zip((run.logdir for run in runs), films, strict=True))
     numbers = itertools.count()
 
-    def drawn(panel: figures.Panel) -> dict[str, Any]:
-        # Safe as it is: matplotlib escapes the text in it.
-        return {"title": panel.title, "svg": jinja2.utils.markupsafe.Markup(svg(panel, f"f{next(numbers)}-"))}
-
     tasks = [
         {
             "name": printable(task),
             "groups": [about_group(index, group) for index, group in enumerate(alike)],
             "sections": {
-                title: [drawn(panel) for panel in panels]
+                title: [{"title": panel.title, "svg": svg(panel, f"f{next(numbers)}-")} for panel in panels]
                 for title, panels in figures.sections(alike, metrics).items()
             },
             "options": differences(alike),

@@ -1,6 +1,7 @@
 """The page of plot.py: all in one file, safe to open, and right on a phone."""
 
 import base64
+import builtins
 import html
 import json
 import re
@@ -15,10 +16,12 @@ import pytest
 from test_plot import crafter_lines, some_lines, write_run
 
 import config
+import figures
 import logs
 import page
 import plot
 import published
+from basics import UserError
 from logger import Logger, write_mp4
 
 VOID = {"meta", "br", "img"}  # elements without an end
@@ -229,6 +232,22 @@ def test_a_page_alone_writes_no_picture(runs, tmp_path, monkeypatch):
     assert plot.main([str(runs / "b_0"), "--html", "b.html", "--videos", "0"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["b.html"]
     assert "1 run," in Parsed((tmp_path / "b.html").read_text(encoding="utf-8")).text
+
+
+@pytest.mark.parametrize(
+    ("package", "use"), [("matplotlib", figures.pyplot), ("jinja2", lambda: page.write(None, [], [], 0, 0))]
+)
+def test_a_missing_package_is_named(package, use, monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name == package:
+            raise ModuleNotFoundError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=rf"{package}: pip install -r requirements/plot\.txt"):
+        use()
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
