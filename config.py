@@ -624,6 +624,25 @@ class Config(Mapping):
             "# configs: the presets in the order applied; configs_added: those that LoRe added by itself.\n"
         ) + stream.getvalue()
 
+    def overrides(self) -> dict[str, Any]:
+        """The options that are not as the presets say, by full name."""
+        schema = read()
+        values = {name: option.default for name, option in schema.options.items()}
+        for preset in self.presets:
+            values |= schema.preset(preset)
+        return {name: value for name, value in _flatten(self) if value != values[name]}
+
+    def to_argv(self) -> list[str]:
+        """The words of a command line from which `load` makes this config."""
+        words = ["--configs", *self.presets] if self.presets else []
+        for name, value in self.overrides().items():
+            text = [_show(item) for item in value] if isinstance(value, list) else [_show(value)]
+            if text[:1] and text[0].startswith("--"):  # it would be taken for an option
+                words.append(f"--{name}={' '.join(text)}")
+            else:
+                words += [f"--{name}", *(text or ["[]"])]
+        return words
+
     def save(self, path: str | Path) -> None:
         """Writes the config whole or not at all. Raises UserError if the system refuses."""
         text = self.to_yaml()

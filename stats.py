@@ -148,16 +148,18 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of the mean, or another statistic, of independent values.
 
-    `statistic` takes an array and the axis over which it is.
+    `statistic` takes an array and the axis over which it is. Of curves [n, points] it is the interval at each
+    point, [points], and whole curves are drawn.
 
     The same values and seed give the same interval. A single value says nothing about the spread: it gives
     (nan, nan). Raises ValueError when there are none.
     """
     values = np.asarray(values, np.float64)
-    if values.ndim != 1 or not len(values):
+    if not values.ndim or not len(values):
         raise ValueError(f"An interval needs a list of values, got shape {values.shape}.")
     if len(values) == 1:
-        return math.nan, math.nan
+        nothing = np.full(values.shape[1:], math.nan)[()]
+        return nothing, nothing
     return _quantiles(_resampled(values, np.random.default_rng(seed), statistic), confidence)
 
 
@@ -186,10 +188,10 @@ def _resampled(
     values: np.ndarray, rng: np.random.Generator, statistic: Callable[..., np.ndarray]
 ) -> np.ndarray:
     shape = (BOOTSTRAP_RESAMPLES // 100, len(values))  # in parts, for there may be many values
-    return np.concatenate([statistic(rng.choice(values, shape), axis=-1) for _ in range(100)])
+    return np.concatenate([statistic(rng.choice(values, shape), axis=1) for _ in range(100)])
 
 
-def _quantiles(samples: np.ndarray, confidence: float) -> tuple[float, float]:
+def _quantiles(samples: np.ndarray, confidence: float) -> tuple:
     tail = (1 - confidence) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail])
-    return float(low), float(high)
+    low, high = np.quantile(samples, [tail, 1 - tail], axis=0)
+    return (low, high) if low.ndim else (float(low), float(high))

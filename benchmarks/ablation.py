@@ -32,9 +32,10 @@ import rules
 import runs
 from runs import Measures
 
-import plot
+import figures
+import logs
 from basics import UserError, atomic_write
-from stats import bootstrap_interval, interquartile_mean, ratio_interval
+from stats import interquartile_mean, ratio_interval
 
 # --- The protocol: options of dreamer.py ---------------------------------------------------------------
 
@@ -112,7 +113,7 @@ def measures(lines: list[dict]) -> Measures:
     their mean in the last quarter, `area` their mean over the whole run (each counts for the steps between
     it and the next). `train` is the mean return of training episodes in the last quarter.
     """
-    steps, returns = plot.curve(lines, "eval/episode_return")
+    steps, returns = logs.curve(lines, "eval/episode_return")
     last = lines[-1]["step"]
     late = [line for line in lines if line["step"] > (1 - FINAL) * last]
     train = [line["env/episode_return"] for line in late if "env/episode_return" in line]
@@ -124,7 +125,7 @@ def measures(lines: list[dict]) -> Measures:
         "steps": last,
         "updates": max(line.get("opt/updates", 0) for line in lines),
         "curves": {
-            name: dict(zip(("steps", "values"), plot.curve(lines, key), strict=True))
+            name: dict(zip(("steps", "values"), logs.curve(lines, key), strict=True))
             for name, key in (
                 ("eval", "eval/episode_return"),
                 ("advised", "eval_advised/episode_return"),
@@ -185,13 +186,8 @@ def summarise(by_arm: Mapping[str, Mapping[int, Measures]]) -> dict[str, dict]:
 
 
 def _spread(values: Sequence[float]) -> dict:
-    low, high = bootstrap_interval(values, statistic=interquartile_mean)
-    return {
-        "iqm": float(interquartile_mean(values)),
-        "low": _told(low),
-        "high": _told(high),
-        "values": values,
-    }
+    iqm, low, high = logs.spread(values)
+    return {"iqm": iqm, "low": _told(low), "high": _told(high), "values": values}
 
 
 def _ratio(over: Sequence[float], under: Sequence[float]) -> dict:
@@ -275,15 +271,14 @@ COLORS = dict(
 
 def draw(result: dict, out: Path) -> None:
     """Evaluation returns over env steps, and the steps to the baseline's final return."""
-    figure, (left, right) = plot.pyplot().subplots(
+    figure, (left, right) = figures.pyplot().subplots(
         1, 2, figsize=(12, 4.5), width_ratios=(3, 2), layout="constrained"
     )
     for arm, seeds in result["runs"].items():
         style = {"color": COLORS[arm], "ls": "--" if "adversarial" in arm or arm == "random" else "-"}
-        steps, iqm, low, high = band([run["curves"]["eval"] for run in seeds.values()])
-        left.plot(steps, iqm, label=TITLES[arm], lw=1.8, **style)
-        if len(seeds) > 1:
-            left.fill_between(steps, low, high, color=style["color"], alpha=0.12, lw=0)
+        curves = [run["curves"]["eval"] for run in seeds.values()]
+        pairs = [(curve["steps"], curve["values"]) for curve in curves]
+        figures.draw_band(left, pairs, label=TITLES[arm], **style)
     left.set(title="evaluation without advice", xlabel="env steps", ylabel="return")
     left.grid(alpha=0.3)
     for place, (arm, each) in enumerate(result["summary"].items()):
@@ -296,20 +291,6 @@ def draw(result: dict, out: Path) -> None:
     right.set(title="env steps to the baseline's final return")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(out, dpi=80)
-
-
-def band(curves: Sequence[Mapping[str, list]]) -> tuple[np.ndarray, ...]:
-    """Interquartile mean of curves and its interval at the steps of the first: steps, iqm, low, high.
-
-    Runs are evaluated a few steps apart, as several envs step together: in between is interpolated.
-    """
-    steps = np.array(curves[0]["steps"])
-    values = np.array(
-        [np.interp(steps, curve["steps"], curve["values"]) for curve in curves]
-    )  # [seeds, steps]
-    spreads = [_spread(each) for each in values.T.tolist()]
-    low, high = (np.array([each[end] for each in spreads], np.float64) for end in ("low", "high"))
-    return steps, np.array([each["iqm"] for each in spreads]), low, high
 
 
 # --- The study -----------------------------------------------------------------------------------------
@@ -342,7 +323,7 @@ def run_study(
         commands = {place: words for place, words in commands.items() if runs.finished(place, words)}
         if not commands:
             raise UserError(f"No run of these arms and seeds has finished in {out / name}: leave out --only.")
-    measured = runs.do(commands, jobs, lambda logdir: measures(plot.read_metrics(logdir)))
+    measured = runs.do(commands, jobs, lambda logdir: measures(logs.read_metrics(logdir)))
     by_arm: dict[str, dict[int, Measures]] = {}
     for arm in arms:
         seeds_of = {seed: measured[places[arm, seed]] for seed in seeds if places[arm, seed] in measured}
@@ -389,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out / "quick" if args.quick else args.out
     seeds = args.seeds or (QUICK_SEEDS if args.quick else STUDIES[args.study].seeds)
     try:
-        plot.pyplot()  # that it is missing is to be said before the runs
+        figures.pyplot()  # that it is missing is to be said before the runs
         result = run_study(
             args.study, out, args.arms, seeds, args.jobs, args.quick, more, args.only == "table"
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import plot
+import logs
 from evaluate import evaluate
 
 PROGRAM = Path(__file__).resolve().parent.parent / "dreamer.py"
@@ -59,9 +59,9 @@ def draw(rates: dict[str, dict[int, float]], random: float, folder: Path, out: P
     for index, (variant, seeds) in enumerate(rates.items()):
         color = COLORS[variant]
         for number, seed in enumerate(seeds):
-            lines = plot.read_metrics(folder / f"{variant}_{seed}")
+            lines = logs.read_metrics(folder / f"{variant}_{seed}")
             label = variant if number == 0 else None
-            left.plot(*plot.curve(lines, "eval/episode_return"), ".-", color=color, label=label, lw=1)
+            left.plot(*logs.curve(lines, "eval/episode_return"), ".-", color=color, label=label, lw=1)
         right.bar(index, sum(seeds.values()) / len(seeds), 0.6, color=color, alpha=0.4)
         right.plot([index] * len(seeds), list(seeds.values()), "o", color=color)
     right.axhline(random, color=GREY, ls="--")

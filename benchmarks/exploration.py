@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first: it has
 import runs
 from runs import Measures
 
-import plot
+import figures
+import logs
 from basics import UserError
 from config import Config
 from envs import tv_room
@@ -146,7 +147,7 @@ def pendulum_measures(lines: list[dict]) -> Measures:
     if "tv_share" in measures:
         measures["tv_share"] *= 100
     curves = {
-        key: dict(zip(("steps", "values"), plot.curve(lines, name), strict=True))
+        key: dict(zip(("steps", "values"), logs.curve(lines, name), strict=True))
         for key, name in names.items()
     }
     return {**measures, "curves": curves}
@@ -158,7 +159,7 @@ def crafter_measures(lines: list[dict]) -> Measures:
     `lines` are those of metrics.jsonl, whose success rates are over all training episodes so far.
     """
     rates = [
-        {key.partition(plot.RATES)[2]: value for key, value in line.items() if plot.RATES in key}
+        {key.partition(logs.RATES)[2]: value for key, value in line.items() if logs.RATES in key}
         for line in lines
     ]
     unlocked = [sum(rate > 0 for rate in each.values()) for each in rates]
@@ -262,7 +263,7 @@ def _pair(curves: Mapping, name: str) -> tuple[list, list]:
 
 def draw_room(result: dict, out: Path) -> None:
     """Who watches, how many cells are visited, and where each explorer was while the television was noisy."""
-    figure = plot.pyplot().figure(figsize=(13, 6), layout="constrained")
+    figure = figures.pyplot().figure(figsize=(13, 6), layout="constrained")
     grid = figure.add_gridspec(2, 12, height_ratios=(3, 2))
     watch, cells, bars = (figure.add_subplot(grid[0, 4 * i : 4 * i + 4]) for i in range(3))
     for index, name in enumerate(EXPLORERS):
@@ -294,7 +295,7 @@ def draw_room(result: dict, out: Path) -> None:
 
 def draw_pendulum(result: dict, out: Path) -> None:
     """Returns while training and in evaluations, and how long the television was on."""
-    figure, axes = plot.pyplot().subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure, axes = figures.pyplot().subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     titles = {"return": "training return", "eval_return": "evaluation return", "tv_share": "television on"}
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for condition, seeds in result["runs"].items():
@@ -312,7 +313,7 @@ def draw_pendulum(result: dict, out: Path) -> None:
 
 def draw_crafter(result: dict, out: Path) -> None:
     """Achievements unlocked while the run goes on, and success rates over all its episodes."""
-    figure, (left, right) = plot.pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure, (left, right) = figures.pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     height = 0.8 / len(result["runs"])
     for index, (name, seeds) in enumerate(result["runs"].items()):
         style = {"color": COLORS[name], "label": name}
@@ -361,7 +362,7 @@ STUDIES = {
         ),
         quick=QUICK + " --eval_every 100 --eval_episodes 1",
         seeds=range(2),
-        measure=lambda logdir: pendulum_measures(plot.read_metrics(logdir)),
+        measure=lambda logdir: pendulum_measures(logs.read_metrics(logdir)),
         columns={
             "return": "training return",
             "eval_return": "evaluation return",
@@ -375,7 +376,7 @@ STUDIES = {
         conditions={name: EXPLORERS[name] for name in ("random", "plan2explore", "lpm")},
         quick=QUICK,
         seeds=range(1),
-        measure=lambda logdir: crafter_measures(plot.read_metrics(logdir)),
+        measure=lambda logdir: crafter_measures(logs.read_metrics(logdir)),
         columns={"unlocked": "achievements unlocked, of 22", "score": "score, %"},
         draw=draw_crafter,
         bars=lambda summary: {},
@@ -454,7 +455,7 @@ def main(argv: list[str] | None = None) -> int:
     args, more = parse(argv)
     out = args.out / "quick" if args.quick else args.out
     try:
-        plot.pyplot()  # that it is missing is to be said before the runs
+        figures.pyplot()  # that it is missing is to be said before the runs
         if args.study == "digits":
             import noisy_digits
 

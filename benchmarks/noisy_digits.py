@@ -48,7 +48,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
-import plot
+import figures
 from basics import UserError, atomic_write, derive_seed, numpy_rng
 from exploration import FIFO_BATCHES, ErrorFifo, ErrorPredictor, learning_progress
 from stats import bootstrap_interval
@@ -247,7 +247,7 @@ def summary(results: Mapping[int, Curves]) -> dict:
 
 def draw(results: Mapping[int, Curves], path: Path) -> None:
     """Write the figure of the seen pictures, of BIN updates or more; the ending decides on PNG or SVG."""
-    plt = plot.pyplot()
+    plt = figures.pyplot()
     with plt.rc_context({"font.size": 16, "axes.titlesize": 17, "axes.grid": True, "grid.alpha": 0.3}):
         figure, axes = plt.subplots(2, 2, figsize=(9, 9.5), sharex=True, sharey="row", layout="constrained")
         for kind, column in zip(KINDS, axes.T, strict=True):

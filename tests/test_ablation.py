@@ -86,14 +86,6 @@ def test_bars_are_met_and_missed():
     assert not list(study.bars(study.summarise(unequal)).values())[-1]
 
 
-def test_the_band_is_drawn_where_the_first_run_was_evaluated():
-    curves = [{"steps": [0, 100, 200], "values": [0, 1, 2]}, {"steps": [0, 50, 200], "values": [0, 1, 4]}]
-    steps, iqm, low, high = study.band(curves)
-    assert steps.tolist() == [0, 100, 200]
-    assert iqm == pytest.approx([0, 1.5, 3]) and low == pytest.approx([0, 1, 2])
-    assert high == pytest.approx([0, 2, 4])
-
-
 @pytest.mark.parametrize("name", study.STUDIES)
 @pytest.mark.parametrize("arm", study.ARMS)
 def test_the_options_of_each_run_are_understood(name, arm, tmp_path):

@@ -781,3 +781,34 @@ def test_advice_goes_with_explorers_that_leave_the_tasks_reward_or_actor_alone()
     load("--configs lore_prior --expl_behavior plan2explore")
     load("--configs lore_synth --expl_behavior plan2explore --expl_task_actor separate")
     load("--configs lore_synth --expl_behavior random")
+
+
+# A config as a command line
+
+
+def test_overrides_are_what_the_presets_do_not_say():
+    options = "--configs crafter cpu --seed 3 --size 32 32 --encoder.cnn_mults 1 2 --decoder.cnn_mults 1 2"
+    found = load(f"{options} --train_ratio {load('--configs crafter cpu').train_ratio}")
+    cnn_mults = {f"{name}.cnn_mults": [1, 2] for name in ("encoder", "decoder")}
+    assert found.overrides() == {"seed": 3, "size": [32, 32], **cnn_mults}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--configs", "crafter", "lore_full", "debug", "--llm.until", "null", "--noisy_tv.enabled", "True"],
+        ["--traindir", "two words", "--encoder.mlp_keys=--odd", "--steps", "1e5", "--opt.lr", "3e-5"],
+        ["--configs", "doorkey", "--traindir=--odd", "--precision", "float32"],
+    ],
+)
+def test_a_config_can_be_given_as_a_command_line(argv):
+    given = config.load(argv)
+    again = config.load(given.to_argv())
+    assert again.to_dict() == given.to_dict() and again.presets == given.presets
+
+
+def test_a_preset_that_was_added_is_named():
+    given = load("--configs crafter", has_cuda=False)
+    assert given.added == ["cpu"]
+    assert given.to_argv() == ["--configs", "crafter", "cpu"]

@@ -1,51 +1,305 @@
-"""plot.py draws what metrics.jsonl holds, and says what is wrong with what it cannot draw."""
+"""plot.py: what runs wrote is read, grouped over seeds, summed up and drawn."""
 
 import json
+import math
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import config
+import figures
+import logs
 import plot
+import published
+from basics import UserError
+from stats import achievement_score
+
+TRAIN, EVAL = logs.TRAIN, logs.EVAL
+
+
+def write_run(logdir, lines, options="", torn=b""):
+    """The folder of a run with these lines of metrics, and the config of a command line (None: without)."""
+    logdir.mkdir(parents=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (logdir / "metrics.jsonl").write_bytes(text.encode() + torn)
+    if options is not None:
+        config.load([*options.split(), "--logdir", str(logdir)]).save(logdir / "config.yaml")
+    return logdir
+
+
+def run_of(logdir):
+    (run,), notes = logs.read_runs([logdir])
+    assert not notes
+    return run
+
+
+def some_lines(level=1.0, steps=(100, 200, 300, 400)):
+    return [{"step": step, TRAIN: level, EVAL: level + step / 1000, "env/fps": 10.0} for step in steps]
+
+
+# Reading
+
+
+def test_a_curve_has_the_steps_at_which_the_metric_was_finite():
+    lines = [{"step": 1, "a": 1.0}, {"step": 2, "b": 5.0}, {"step": 3, "a": math.nan}, {"step": 4, "a": 3.0}]
+    lines += [{"step": 5, "a": math.inf}, {"step": 6, "a": -1e300}]
+    assert logs.curve(lines, "a") == ([1, 4], [1.0, 3.0])
+    assert logs.curve(lines, "a", 2) == ([1, 4], [1.0, 2.0])
+    assert logs.curve(lines, "c") == ([], [])
+
+
+BROKEN = [
+    b'{"step": 900, "a": 1', b"\xff\xfe", b"\0\0", b"[1, 2]", b"5", b"[" * 100_000,
+    b'{"a": 1.0}', b'{"step": "3"}', b'{"step": true}', b'{"step": NaN}', b'{"step": 1e999}',
+    b'{"step": 1e300}', b'{"step": -1}',
+    b'{"step": 900, "a": 1' + b"0" * 400 + b"}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_lines_are_left_out(broken, tmp_path):
+    logdir = write_run(tmp_path / "run", [{"step": 10, "a": 1, "note": "text", "on": True}], torn=broken)
+    assert logs.read_metrics(logdir) == [{"step": 10, "a": 1.0}]
+
+
+def test_a_resumed_run_replaces_what_it_had_said(tmp_path):
+    told = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 20.0), (250, 25.0), (250, 26.0)]
+    logdir = write_run(tmp_path / "run", [{"step": step, "a": value} for step, value in told])
+    assert logs.curve(logs.read_metrics(logdir), "a") == ([100, 200, 250], [1.0, 20.0, 26.0])
+
+
+def test_final_values_are_means_of_the_last_quarter(tmp_path):
+    lines = some_lines()
+    lines[0]["old"], lines[1]["old"] = 7.0, 8.0
+    run = run_of(write_run(tmp_path / "run", [*lines, {"step": 401, EVAL: 2.4, "old": math.nan}]))
+    assert run.final(EVAL) == pytest.approx((1.4 + 2.4) / 2)
+    assert run.final("old") == 8.0, "the last value, where there is none in the last quarter"
+    assert run.final("never") is None
+    assert run.hours == pytest.approx(400 / 10 / 3600)
+
+
+def test_runs_are_found_in_folders(tmp_path):
+    first = write_run(tmp_path / "b" / "run_1", some_lines())
+    second = write_run(tmp_path / "a" / "deep" / "run_0", some_lines())
+    write_run(second / "train_eps", some_lines())  # not looked into
+    assert logs.find_runs([tmp_path]) == [second, first]
+    assert logs.find_runs([first, tmp_path, first]) == [first, second]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"No metrics\.jsonl in .*empty"):
+        logs.find_runs([first, tmp_path / "empty"])
+
+
+# Groups
+
+
+def groups_of(tmp_path, *options):
+    runs = [run_of(write_run(tmp_path / f"run_{i}", some_lines(i), each)) for i, each in enumerate(options)]
+    return logs.group_runs(runs)
+
+
+def test_runs_that_differ_only_in_their_seed_are_a_group(tmp_path):
+    seeds = [f"--configs doorkey --traindir {tmp_path / str(seed)} --seed {seed}" for seed in range(3)]
+    (group,) = groups_of(tmp_path, *seeds)
+    assert [run.seed for run in group.runs] == [0, 1, 2]
+    assert (group.label, group.legend) == ("doorkey", "doorkey (3 seeds, 400 steps)")
+    assert group.values(EVAL) == [0.4, 1.4, 2.4]
+
+
+def test_labels_say_what_sets_groups_apart(tmp_path):
+    prior = "--configs doorkey lore_prior --llm.backend rules"
+    found = groups_of(
+        tmp_path,
+        "--configs doorkey --seed 1",
+        prior,
+        f"{prior} --seed 1",
+        f"{prior} --llm.rules_quality adversarial",
+        "--configs doorkey lore_full --encoder.mlp_units 32",
+    )
+    assert [group.label for group in found] == [
+        "doorkey", "lore_prior, rules_quality=oracle", "lore_prior, rules_quality=adversarial", "lore_full"
+    ]  # fmt: skip
+    assert [len(group.runs) for group in found] == [1, 2, 1, 1]
+    assert found[3].options["encoder.mlp_units"] == 32
+    assert [group.seeds for group in found[:2]] == ["1 seed", "2 seeds"]
+
+
+def test_a_seed_that_was_run_twice_is_not_counted_as_two(tmp_path):
+    (group,) = groups_of(tmp_path, "--configs doorkey", "--configs doorkey")
+    assert group.seeds == "2 runs"
+
+
+def test_labels_name_the_whole_option_where_its_last_part_is_not_enough(tmp_path):
+    found = groups_of(tmp_path, "--configs crafter", "--configs crafter --noisy_tv.enabled True")
+    assert [group.label for group in found] == [
+        "noisy_tv.enabled=False",
+        "noisy_tv.enabled=True",
+    ]
+
+
+def test_a_run_from_a_checkpoint_is_another_group_and_a_resumed_one_is_not(tmp_path):
+    found = groups_of(
+        tmp_path,
+        "--configs doorkey",
+        f"--configs doorkey --seed 1 --from_checkpoint {tmp_path / 'other_1' / 'latest.pt'}",
+        f"--configs doorkey --seed 2 --from_checkpoint {tmp_path / 'other_2' / 'latest.pt'}",
+        f"--configs doorkey --seed 3 --from_checkpoint {tmp_path / 'run_3' / 'checkpoints' / '10.pt'}",
+    )
+    assert [[run.seed for run in group.runs] for group in found] == [[0, 3], [1, 2]]
+    assert [group.label for group in found] == [
+        "from_checkpoint=None",
+        "from_checkpoint=given",
+    ]
+
+
+def test_runs_without_a_config_stand_alone(tmp_path):
+    for name in ("a/_run", "b/_run", "c"):
+        write_run(tmp_path / name, some_lines(), None)
+    (tmp_path / "c" / "config.yaml").write_text("steps: [")
+    runs, notes = logs.read_runs([tmp_path])
+    assert len(notes) == 3 and all("goes by its name" in note for note in notes)
+    labels = [group.label for group in logs.group_runs(runs)]
+    assert labels == ["run _run, no. 1", "run _run, no. 2", "run c"]
+
+
+def test_labels_are_one_line_that_can_be_shown(tmp_path):
+    assert logs.printable("a\nb\x1b\udcff") == "a\ufffdb\ufffd\ufffd"
+    assert len(logs.printable("x" * 500)) == logs.LABEL_LENGTH
+
+
+# Statistics
+
+
+def test_a_band_is_the_interquartile_mean_and_its_interval():
+    steps, iqm, low, high = logs.band([([0, 100, 200], [0, 1, 2]), ([0, 50, 200], [0, 1, 4])])
+    assert steps.tolist() == [0, 100, 200]
+    assert iqm == pytest.approx([0, 1.5, 3]) and low == pytest.approx([0, 1, 2])
+    assert high == pytest.approx([0, 2, 4])
+
+
+def test_a_band_is_where_all_curves_are():
+    curves = [([100, 200, 300, 400], [1, 2, 3, 4]), ([200, 300], [5, 7]), ([150, 350], [0, 0])]
+    steps, iqm, *_ = logs.band(curves)
+    assert steps.tolist() == [200, 300]
+    assert iqm == pytest.approx([(0.25 * 0 + 2 + 0.25 * 5) / 1.5, (0.25 * 0 + 3 + 0.25 * 7) / 1.5])
+    assert len(logs.band([([1, 2], [0, 0]), ([3, 4], [0, 0])])[0]) == 0
+    assert len(logs.band([(list(range(999)), [0.0] * 999)])[0]) == logs.MAX_POINTS
+
+
+def test_one_seed_has_no_interval():
+    _, iqm, low, high = logs.band([([1, 2], [3.0, 4.0])])
+    assert iqm.tolist() == [3, 4] and np.isnan([low, high]).all()
+    assert logs.spread([2.0])[0] == 2 and np.isnan(logs.spread([2.0])[1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "text"), [(0, "0"), (950, "950"), (34_006, "34k"), (1_500, "1.5k"), (1e6, "1M")]
+)
+def test_steps_in_a_few_characters(steps, text):
+    assert logs.short(steps) == text
+
+
+def test_published_rates_fit_the_published_scores():
+    scores = {row.name: [float(part) for part in row.score.split(" ± ")] for row in published.RESULTS}
+    for name, rates in published.RATES.items():
+        assert len(rates) == 22
+        assert achievement_score(list(rates.values())) == pytest.approx(
+            scores[name][0], abs=scores[name][1] + 0.1
+        )
+
+
+# Figures
+
+
+def crafter_lines(rate):
+    rates = {
+        "crafter/success_rate/wake_up": rate,
+        "crafter/success_rate/eat_cow": 0.0,
+        "crafter/score": rate / 9,
+    }
+    advice = {"uncertainty_gate/beta": 0.1, "eval_advised/episode_return": 2.0, "expl/reward_mean": math.nan}
+    return [{**line, **rates, **advice} for line in some_lines()]
 
 
 @pytest.fixture
-def logdir(tmp_path):
-    lines = [
-        {"step": step, "env/episode_return": step / 100, "crafter/success_rate/wake_up": 50.0}
-        for step in (100, 200, 300)
-    ]
-    lines[1]["eval/episode_return"] = 3.0
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+def crafter(tmp_path):
+    folder = tmp_path / "runs"
+    for seed in range(2):
+        lines = crafter_lines(50.0 + 9 * seed)
+        write_run(folder / f"a_{seed}", lines, f"--configs crafter debug --seed {seed}")
+    write_run(folder / "b_0", crafter_lines(30.0), "--configs crafter lore_prior debug")
     return folder
 
 
-def test_a_curve_has_the_steps_at_which_the_metric_was_logged(logdir):
-    lines = plot.read_metrics(logdir)
-    assert plot.curve(lines, "env/episode_return") == ([100, 200, 300], [1.0, 2.0, 3.0])
-    assert plot.curve(lines, "eval/episode_return") == ([200], [3.0])
+def panels_of(*places):
+    groups = logs.group_runs(logs.read_runs(places)[0])
+    return {title: [p.title for p in panels] for title, panels in figures.sections(groups).items()}
 
 
-def test_smoothing_is_the_mean_of_the_last_lines(logdir):
-    assert plot.curve(plot.read_metrics(logdir), "env/episode_return", 2) == (
-        [100, 200, 300],
-        [1.0, 1.5, 2.5],
-    )
+def test_only_what_the_runs_have_is_drawn(crafter, tmp_path):
+    found = panels_of(crafter)
+    assert found["Returns"] == ["training", "evaluation", "last quarter of the evaluations (circles: seeds)"]
+    assert found["Achievements"] == [
+        "success rates after 400 env steps",
+        "published, after 1M env steps",
+        "Crafter score (after env steps)",
+        "achievements unlocked so far",
+    ]
+    assert found["Advice"] == ["evaluation (dashed: with the advice)", "weight of the advice (beta)"]
+    assert "Exploration" not in found, "there is nothing but NaN"
+    plain = write_run(tmp_path / "plain", [{"step": 5, TRAIN: 1.0}], "--configs doorkey")
+    assert panels_of(plain) == {"Returns": ["training", "last quarter of the training (circles: seeds)"]}
 
 
-def test_the_picture_is_written(logdir, tmp_path):
-    out = tmp_path / "curves.png"
-    assert plot.main([str(logdir), str(logdir), "--out", str(out)]) == 0
+def test_other_worlds_are_not_set_beside_published_results(tmp_path):
+    for name, option in (("small", "--crafter.area 32 32"), ("tv", "--noisy_tv.enabled True")):
+        write_run(tmp_path / name, crafter_lines(50.0), f"--configs crafter debug {option}")
+    assert len(panels_of(tmp_path)["Achievements"]) == 2
+
+
+def test_the_picture_is_written(crafter, tmp_path):
+    out = tmp_path / "out" / "curves.png"
+    assert plot.main([str(crafter), "--out", str(out), "--metrics", "env/fps"]) == 0
     with Image.open(out) as image:
-        assert image.width == 1500 and len(image.convert("L").getcolors()) > 2
+        assert image.width > 1200 and len(image.convert("RGB").getcolors(1 << 24)) > 100
 
 
-@pytest.mark.parametrize("content", [None, "{not json\n"])
-def test_a_run_without_metrics_is_one_line(content, tmp_path, capsys):
-    if content:
-        (tmp_path / "metrics.jsonl").write_text(content)
-    assert plot.main([str(tmp_path), "--out", str(tmp_path / "a.png")]) == 2
-    error = capsys.readouterr().err
-    assert "metrics.jsonl" in error and len(error.splitlines()) == 1
-    assert not (tmp_path / "a.png").exists()
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such file names")
+def test_an_svg_holds_names_as_they_are(tmp_path):
+    write_run(tmp_path / "$x_1$ <b>&amp;", some_lines(), None)
+    write_run(tmp_path / "other", [{"step": 1, "a<b>$": 1.0}], "--configs doorkey")
+    out = tmp_path / "curves.svg"
+    assert plot.main([str(tmp_path), "--out", str(out), "--metrics", "a<b>$"]) == 0
+    texts = ["".join(element.itertext()) for element in ElementTree.parse(out).iter()]
+    assert "run $x_1$ <b>&amp; (1 run, 400 steps)" in texts and "a<b>$" in texts
+
+
+def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "a", [{"step": 5, TRAIN: 1.0}], "--configs doorkey")
+    write_run(tmp_path / "b", [])
+    monkeypatch.chdir(tmp_path)
+    assert plot.main(["a", "b"]) == 0
+    assert (tmp_path / "curves.png").is_file()
+    assert f"{Path('b') / 'metrics.jsonl'} holds no line" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "run", some_lines(), "--configs doorkey")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").write_text("")
+    for words, message in (
+        ([tmp_path / "nowhere"], "No metrics.jsonl in"),
+        ([tmp_path / "new"], "holds no line of metrics yet"),
+        ([run, "--metrics", TRAIN, "env/fp"], "the nearest is env/fps"),
+        ([run, "--videos", "-1"], "--videos -1 must be at least 0"),
+        ([run, "--out", tmp_path / "a.xyz"], "end --out in .png or .svg"),
+        ([run, "--out", tmp_path / "a"], "end --out in .png or .svg"),
+        ([run, "--out", run / "metrics.jsonl" / "a.png"], "Cannot write"),
+    ):
+        assert plot.main([*map(str, words)]) == 2, message
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.glob("a*.*"))

@@ -182,3 +182,14 @@ def test_one_value_has_no_interval_and_none_is_an_error():
     assert np.isnan(bootstrap_interval([3.0])).all()
     with pytest.raises(ValueError, match="list of values"):
         bootstrap_interval([])
+
+
+def test_the_interval_of_curves_is_that_of_each_point():
+    curves = np.array([[0.0, 5.0], [1.0, 5.0], [7.0, 6.0], [3.0, 9.0]])
+    low, high = bootstrap_interval(curves, statistic=interquartile_mean)
+    for point, values in enumerate(curves.T):
+        assert (low[point], high[point]) == bootstrap_interval(values, statistic=interquartile_mean)
+    assert np.isnan(bootstrap_interval(curves[:1])).all() and np.shape(bootstrap_interval(curves[:1])) == (
+        2,
+        2,
+    )

@@ -1,0 +1,348 @@
+"""What runs wrote: their options and metrics, and which of them differ in nothing but the seed.
+
+docs/logs.md explains the metrics. Files may be cut off (a killed run) or come from somebody else, so whatever
+stands in them is checked.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from basics import UserError
+from config import Config, read
+from stats import bootstrap_interval, interquartile_mean
+
+METRICS = "metrics.jsonl"
+TRAIN, EVAL = "env/episode_return", "eval/episode_return"
+RATES, SCORE = "/success_rate/", "/score"
+FINAL = 0.25  # share of a run, at its end, over which final returns are means
+MAX_POINTS = 200  # of a curve over seeds
+MAX_STEP = 2**53  # up to here floats count exactly
+LARGEST = 1e38  # about the largest float32
+LABEL_LENGTH = 60
+PLACES = ("logdir", "traindir", "evaldir")  # options that say where a run is, not what it is
+
+
+# One run
+
+
+def read_metrics(logdir: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl: numbers by name, one of them the `step`, in the order of steps.
+
+    A broken line is left out: a killed run cuts off its last one. Where steps go back, the run was resumed,
+    and what it says from there on replaces what it said before. Raises UserError where nothing is left.
+    """
+    path = Path(logdir) / METRICS
+    lines: list[dict[str, float]] = []
+    try:
+        with open(path, "rb") as file:
+            for line in filter(None, map(_numbers, file)):
+                while lines and lines[-1]["step"] >= line["step"]:
+                    lines.pop()
+                lines.append(line)
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Give the logdir of a run.") from error
+    if not lines:
+        raise UserError(f"{path} holds no line of metrics yet.")
+    return lines
+
+
+def _numbers(line: bytes) -> dict[str, float] | None:
+    """The numbers in a line of metrics.jsonl by name, None for a broken line."""
+    try:
+        values = json.loads(line.decode())
+        numbers = {name: float(value) for name, value in values.items() if type(value) in (int, float)}
+        step = int(numbers["step"])
+        return {**numbers, "step": step} if 0 <= step < MAX_STEP else None
+    except (ValueError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+
+
+def is_number(value: float) -> bool:
+    """Whether a value can be drawn: finite, also in float32, in which metrics are computed."""
+    return abs(value) <= LARGEST
+
+
+def curve(lines: list[dict], name: str, width: int = 1) -> tuple[list[int], list[float]]:
+    """Steps and values of one metric where it is a number, each value the mean of the last `width`."""
+    told = [(line["step"], line[name]) for line in lines if is_number(line.get(name, math.nan))]
+    values = [value for _, value in told]
+    recent = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
+    return [step for step, _ in told], [sum(window) / len(window) for window in recent]
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What one run wrote. `config` is None where it has none that this version of LoRe can read."""
+
+    logdir: Path
+    lines: list[dict[str, float]]
+    config: Config | None
+
+    @property
+    def name(self) -> str:
+        return printable(self.logdir.resolve().name)
+
+    @property
+    def seed(self) -> int | None:
+        return None if self.config is None else self.config.seed
+
+    @property
+    def steps(self) -> int:
+        """Env steps so far."""
+        return self.lines[-1]["step"]
+
+    @property
+    def hours(self) -> float:
+        """Time that the run has taken, breaks between a stop and a resume not included."""
+        steps = [0, *(line["step"] for line in self.lines)]
+        pairs = zip(itertools.pairwise(steps), self.lines, strict=True)
+        return sum((b - a) / line["env/fps"] for (a, b), line in pairs if line.get("env/fps", 0) > 0) / 3600
+
+    def final(self, name: str) -> float | None:
+        """Mean of a metric over the last quarter of the run, or its last value if that is older."""
+        steps, values = curve(self.lines, name)
+        late = [value for step, value in zip(steps, values, strict=True) if step > (1 - FINAL) * self.steps]
+        return float(np.mean(late or values[-1:])) if values else None
+
+    def last(self, ending: str) -> dict[str, float]:
+        """The newest value of each metric whose name has `ending` in it, by what follows that."""
+        found = {}
+        for line in self.lines:
+            found |= {name.partition(ending)[2]: x for name, x in line.items() if ending in name}
+        return {name: value for name, value in found.items() if is_number(value)}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Success rates at the end, in percent, by achievement."""
+        return self.last(RATES)
+
+    @property
+    def score(self) -> float | None:
+        """The score over all training episodes, in percent, where the env has achievements."""
+        return self.last(SCORE).get("")
+
+
+def read_runs(places: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
+    """The runs in these folders, and notes on what is missing. Raises UserError where there is no run."""
+    runs, notes = [], []
+    for logdir in find_runs(places):
+        try:
+            lines = read_metrics(logdir)
+        except UserError as error:  # it has just begun, or is broken: the others can be seen
+            notes.append(str(error))
+            continue
+        try:
+            config = Config.load_saved(logdir / "config.yaml")
+        except UserError as error:
+            config = None
+            notes.append(f"{logdir} goes by its name: {error}")
+        runs.append(RunLog(logdir, lines, config))
+    if not runs:
+        raise UserError(notes[0])
+    return runs, notes
+
+
+def find_runs(places: Sequence[Path]) -> list[Path]:
+    """The folders with metrics.jsonl among `places` and in them. Raises UserError for a place without."""
+    found: dict[Path, Path] = {}
+    for place in places:
+        runs = sorted(_runs_in(place))
+        if not runs:
+            raise UserError(
+                f"No {METRICS} in {place} or below it: give the logdir of a run, or a folder of runs."
+            )
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _runs_in(place: Path) -> Iterator[Path]:
+    for folder, below, files in os.walk(place):
+        if METRICS in files:
+            below.clear()  # what a run holds are episodes, not runs
+            yield Path(folder)
+
+
+# Runs that differ only in their seed
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed; `label` says what sets them apart from the other groups."""
+
+    label: str
+    runs: list[RunLog]
+    options: dict[str, Any]  # by full name, those that are not as the presets say; the presets as "configs"
+
+    @property
+    def task(self) -> str:
+        config = self.runs[0].config
+        return "unknown task" if config is None else config.task
+
+    @property
+    def steps(self) -> int:
+        """Env steps of the longest run."""
+        return max(run.steps for run in self.runs)
+
+    @property
+    def seeds(self) -> str:
+        """How many seeds stand behind it, or how many runs, where these are not the same."""
+        amount = len(self.runs)
+        known = {run.seed for run in self.runs} - {None}
+        return f"{amount} {'seed' if len(known) == amount else 'run'}{'s' * (amount > 1)}"
+
+    @property
+    def legend(self) -> str:
+        """The label, with how many seeds and env steps stand behind it."""
+        return f"{self.label} ({self.seeds}, {short(self.steps)} steps)"
+
+    def curves(self, name: str, width: int = 1) -> list[tuple[list[int], list[float]]]:
+        """A metric's curve of each run that has it."""
+        return [each for each in (curve(run.lines, name, width) for run in self.runs) if each[0]]
+
+    def values(self, name: str) -> list[float]:
+        """The final value of a metric of each run that has it."""
+        return [value for value in (run.final(name) for run in self.runs) if value is not None]
+
+    @property
+    def scores(self) -> list[float]:
+        """The score of each run that has one, in percent."""
+        return [run.score for run in self.runs if run.score is not None]
+
+    def unlocked(self) -> list[tuple[list[int], list[float]]]:
+        """How many achievements each run had unlocked by then, as curves."""
+        counts = []
+        for run in self.runs:
+            lines = [
+                (line["step"], [x > 0 for name, x in line.items() if RATES in name]) for line in run.lines
+            ]
+            told = [(step, float(sum(rates))) for step, rates in lines if rates]
+            if told:
+                counts.append(tuple(map(list, zip(*told, strict=True))))
+        return counts
+
+
+def group_runs(runs: Sequence[RunLog]) -> list[Group]:
+    """The groups, in the order of their first runs."""
+    members: dict[str, list[RunLog]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        told = _options(run)
+        key = json.dumps([run.config is None and str(run.logdir), told], sort_keys=True)
+        members.setdefault(key, []).append(run)
+        options[key] = told
+    keys = list(members)
+    labels: dict[str, str] = {}
+    for task in dict.fromkeys(_task(members[key][0]) for key in keys):
+        alike = [key for key in keys if _task(members[key][0]) == task]
+        labels |= zip(
+            alike, _labels([members[k][0] for k in alike], [options[k] for k in alike]), strict=True
+        )
+    return [Group(labels[key], members[key], options[key]) for key in keys]
+
+
+def _task(run: RunLog) -> str | None:
+    return run.config and run.config.task
+
+
+def _options(run: RunLog) -> dict[str, Any]:
+    """What a run is, without its seed and its places: the presets, and the options that differ from them."""
+    if run.config is None:
+        return {}
+    options = {name: x for name, x in run.config.overrides().items() if name not in (*PLACES, "seed")}
+    source = options.pop("from_checkpoint", None)
+    if source and run.logdir.resolve() not in Path(source).resolve().parents:  # else it was resumed by it
+        options["from_checkpoint"] = True  # of each seed it may be another one
+    return {"configs": sorted(run.config.presets), **options}
+
+
+def _labels(runs: Sequence[RunLog], options: Sequence[dict[str, Any]]) -> list[str]:
+    """A name for each group: the presets that not all have, and as few options as tell the groups apart."""
+    shared = set.intersection(*(set(each.get("configs", [])) for each in options))
+    heads = []
+    for run in runs:
+        if run.config is None:
+            heads.append(f"run {run.name}")  # a leading underscore would keep it out of a legend
+        else:
+            own = [preset for preset in run.config.presets if preset not in shared]
+            heads.append(" ".join(own or run.config.presets) or run.config.task)
+    if len(runs) > 1 and len(set(heads)) == 1:
+        heads = [""] * len(runs)
+    told: list[list[str]] = [[] for _ in runs]
+    names = sorted(set().union(*options) - {"configs"})
+    while True:
+        labels = [", ".join(filter(None, [head, *parts])) for head, parts in zip(heads, told, strict=True)]
+        twins = max(([i for i, x in enumerate(labels) if x == label] for label in labels), key=len)
+        if len(twins) == 1:
+            return [printable(label) for label in labels]
+        # Of the options in which these differ, the one that tells most of them apart.
+        views = {
+            name: [f"{_leaf(name)}={show_option(runs[i].config, name)}" for i in twins] for name in names
+        }
+        parts = max(views.values(), key=lambda view: len(set(view)), default=[""])
+        if len(set(parts)) == 1:  # none does
+            parts = [f"no. {number}" for number, _ in enumerate(twins, 1)]
+        for index, part in zip(twins, parts, strict=True):
+            told[index].append(part)
+
+
+def _leaf(name: str) -> str:
+    """The last part of an option's name where that is enough to know it."""
+    leaf = name.rpartition(".")[2]
+    return leaf if len(read().leaves(leaf)) == 1 else name
+
+
+def show_option(config: Config | None, name: str) -> str:
+    """The value of an option as text, `unknown` without a config."""
+    if config is None:
+        return "unknown"
+    value: Any = config
+    for part in name.split("."):
+        value = value[part]
+    return "given" if name == "from_checkpoint" and value else str(value)
+
+
+def printable(text: str) -> str:
+    """The text as it may stand in a figure: one line, of characters that can be shown."""
+    text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    return text if len(text) <= LABEL_LENGTH else f"{text[: LABEL_LENGTH - 1]}…"
+
+
+def short(steps: float) -> str:
+    """A number of steps in a few characters: 34k, 1M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if steps >= size:
+            return f"{steps / size:.3g}{letter}"
+    return f"{steps:.3g}"
+
+
+# Over seeds
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Interquartile mean, and the ends of its 95 % bootstrap interval: NaN for a single value."""
+    return float(interquartile_mean(values)), *bootstrap_interval(values, statistic=interquartile_mean)
+
+
+def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, ...]:
+    """Interquartile mean of curves and its interval: steps, iqm, low, high, each [points].
+
+    From where all curves have begun to where one of them ends, at the steps of the first: seeds are logged a
+    few steps apart, so in between is interpolated.
+    """
+    begin, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
+    steps = np.array([step for step in curves[0][0] if begin <= step <= end])
+    if len(steps) > MAX_POINTS:
+        steps = steps[np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int)]
+    if not len(steps):
+        return steps, steps, steps, steps
+    values = np.array([np.interp(steps, *each) for each in curves])  # [seeds, points]
+    return steps, interquartile_mean(values, 0), *bootstrap_interval(values, statistic=interquartile_mean)

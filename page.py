@@ -1,0 +1,252 @@
+"""A page about runs in one file: figures, tables, commands and videos, without anything from a network.
+
+page.html is its template. Names and numbers in it come from files that somebody else may have written: the
+template escapes all of them, and the page forbids scripts and loading. Needs requirements/plot.txt.
+"""
+
+import base64
+import datetime
+import itertools
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import figures
+import published
+from basics import UserError, atomic_write
+from logs import EVAL, TRAIN, Group, RunLog, printable, show_option, spread
+from stats import bootstrap_interval
+
+TEMPLATE = Path(__file__).with_name("page.html")
+KINDS = {"eval": "evaluation", "evaluate": "evaluate.py", "explain": "explained"}  # how mp4 files are named
+
+
+def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: int, max_bytes: float) -> None:
+    """Write the page, whole or not at all. Call it within `figures.look()`.
+
+    Args:
+        metrics: further metrics to draw.
+        videos: how many of the newest videos of each run, beside the open-loop prediction.
+        max_bytes: of all videos together; what does not fit is left out, and the page says so.
+
+    Raises UserError.
+    """
+    try:
+        import jinja2
+    except ModuleNotFoundError as error:
+        raise UserError("--html needs jinja2: pip install -r requirements/plot.txt") from error
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    runs = [run for group in groups for run in group.runs]
+    films, left_out = embed([pick_videos(run.logdir, videos) if videos else [] for run in runs], max_bytes)
+    films = dict(zip((run.logdir for run in runs), films, strict=True))
+    numbers = itertools.count()
+
+    tasks = [
+        {
+            "name": printable(task),
+            "groups": [about_group(index, group) for index, group in enumerate(alike)],
+            "sections": {
+                title: [{"title": panel.title, "svg": svg(panel, f"f{next(numbers)}-")} for panel in panels]
+                for title, panels in figures.sections(alike, metrics).items()
+            },
+            "options": differences(alike),
+            "published": published.RESULTS if any(map(figures.is_benchmark, alike)) else (),
+            "runs": [
+                about_run(index, run, films[run.logdir])
+                for index, group in enumerate(alike)
+                for run in group.runs
+            ],
+        }
+        for task, alike in figures.by_task(groups).items()
+    ]
+    text = template.render(
+        tasks=tasks,
+        colors=figures.COLORS,
+        rates_source=published.RATES_SOURCE,
+        rates_budget=published.RATES_BUDGET,
+        left_out=left_out,
+        max_mb=f"{max_bytes / 1e6:g}",
+        date=datetime.date.today().isoformat(),
+    )
+    atomic_write(out, lambda file: file.write(text.encode()))
+
+
+# Figures
+
+
+def svg(panel: figures.Panel, prefix: str) -> str:
+    """A panel as an SVG element that takes its colours from the page; `prefix` keeps its ids apart."""
+    picture, axis = figures.pyplot().subplots(figsize=(figures.WIDTH, panel.height), layout="constrained")
+    panel.draw(axis)
+    text = figures.rendered(picture, "svg", transparent=True, metadata={"Date": None}).decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{prefix}", text)
+    for index, color in enumerate(figures.COLORS):
+        text = text.replace(color.lower(), f"var(--c{index})")
+    return text.replace("#b0b0b0", "var(--grid)").replace("#000000", "currentColor")
+
+
+# Tables
+
+
+def about_group(index: int, group: Group) -> dict[str, Any]:
+    return {
+        **_look(index),
+        "label": group.label,
+        "seeds": group.seeds,
+        "steps": steps_of(group.runs),
+        "eval": told(group.values(EVAL)),
+        "train": told(group.values(TRAIN)),
+        "score": told(group.scores, mean=True),
+        "is_benchmark": figures.is_benchmark(group),
+        "hours": told([run.hours for run in group.runs], mean=True),
+    }
+
+
+def _look(index: int) -> dict[str, Any]:
+    dashes = {"-": "", "--": "6 3", ":": "2 2", "-.": "6 2 2 2"}
+    return {"color": f"var(--c{index % len(figures.COLORS)})", "dashes": dashes[figures.style(index)["ls"]]}
+
+
+def steps_of(runs: Sequence[RunLog]) -> str:
+    """How far runs have come, for example `34,006` or `12,000 to 34,006`."""
+    steps = [run.steps for run in runs]
+    return " to ".join(dict.fromkeys((f"{min(steps):,}", f"{max(steps):,}")))
+
+
+def told(values: Sequence[float], mean: bool = False) -> dict[str, str]:
+    """Interquartile mean, or mean, of one value a seed as `value`, and its `interval`, which may be ''."""
+    if not values:
+        return {"value": "-", "interval": ""}
+    middle, low, high = spread(values)
+    if mean:
+        middle, (low, high) = sum(values) / len(values), bootstrap_interval(values)
+    return {
+        "value": number(middle),
+        "interval": f"{number(low)} to {number(high)}" if len(values) > 1 else "",
+    }
+
+
+def number(value: float | None) -> str:
+    """A number with about three digits."""
+    if value is None:
+        return "-"
+    return f"{value:,.{3 if abs(value) < 1 else 2 if abs(value) < 100 else 0}f}"
+
+
+def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """The options in which groups differ, with the value of each group."""
+    names = sorted({name for group in groups for name in group.options} - {"configs"})
+    rows = {"presets": [" ".join(group.options.get("configs", ["unknown"])) for group in groups]}
+    rows |= {name: [show_option(group.runs[0].config, name) for group in groups] for name in names}
+    return {name: row for name, row in rows.items() if len(set(row)) > 1}
+
+
+def about_run(index: int, run: RunLog, films: Sequence[dict]) -> dict[str, Any]:
+    updates = run.final("opt/updates")
+    return {
+        **_look(index),
+        "name": run.name,
+        "seed": "-" if run.seed is None else run.seed,
+        "steps": f"{run.steps:,}",
+        "planned": "" if run.config is None or run.steps >= run.config.steps else f"{run.config.steps:,.0f}",
+        "updates": "-" if updates is None else f"{max(x.get('opt/updates', 0) for x in run.lines):,.0f}",
+        "hours": number(run.hours),
+        "eval": number(run.final(EVAL)),
+        "train": number(run.final(TRAIN)),
+        "score": number(run.score),
+        "command": command(run),
+        "films": films,
+    }
+
+
+def command(run: RunLog) -> str:
+    """The command that does the run again, '' where its options are unknown."""
+    if run.config is None:
+        return ""
+    config = run.config.replace({"logdir": f"./logdir/{run.name}"})
+    return shlex.join(["python3", "dreamer.py", *config.to_argv()])
+
+
+# Videos
+
+
+def pick_videos(logdir: Path, amount: int) -> list[Path | tuple[int, bytes]]:
+    """The newest mp4 files of a run, and its newest open-loop prediction as (step, GIF) after the first."""
+    files = sorted((logdir / "videos").glob("*.mp4"), key=_newest_first)[:amount]
+    prediction = open_loop(logdir)
+    return [*files[:1], *([prediction] if prediction else []), *files[1:]]
+
+
+def _newest_first(path: Path) -> tuple:
+    parts = path.stem.split("_")
+    step, episode = ([int(x) if x.isascii() and x.isdecimal() else -1 for x in parts[-2:]] + [-1, -1])[:2]
+    return -step, episode, path.name
+
+
+def open_loop(logdir: Path) -> tuple[int, bytes] | None:
+    """Step and GIF of the newest `train_openl` video in the event files, None where there is none."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    newest = None
+    for path in sorted(logdir.glob("events.out.tfevents.*")):
+        for record in RawEventFileLoader(str(path)).Load():
+            try:
+                event = Event.FromString(record)
+            except DecodeError:
+                break  # what follows is broken, too
+            for value in event.summary.value:
+                if value.tag == "train_openl" and value.image.encoded_image_string.startswith(b"GIF8"):
+                    newest = event.step, value.image.encoded_image_string
+    return newest
+
+
+def embed(wanted: Sequence[Sequence], max_bytes: float) -> tuple[list[list[dict]], int]:
+    """The videos of each run as data for the page, and how many are left out as there is no room.
+
+    All runs get their first video before any gets its second.
+    """
+    films: list[list[dict]] = [[] for _ in wanted]
+    left_out = 0
+    for place, index in _turns(wanted):
+        film = wanted[index][place]
+        if isinstance(film, Path):
+            try:
+                size = film.stat().st_size
+                data = film.read_bytes() if size <= max_bytes else None
+            except OSError as error:
+                raise UserError(f"Cannot read {film}: {error.strerror}; --videos 0 goes without") from error
+            if data is not None and data[4:8] != b"ftyp":
+                continue  # no mp4
+            kind, title = "video/mp4", caption(film)
+        else:
+            data, kind, title = film[1], "image/gif", f"open-loop prediction, step {film[0]:,}"
+            size = len(data)
+        if size > max_bytes:
+            left_out += 1
+            continue
+        max_bytes -= size
+        films[index].append({"kind": kind, "title": title, "data": base64.b64encode(data).decode()})
+    return films, left_out
+
+
+def _turns(wanted: Sequence[Sequence]) -> Iterator[tuple[int, int]]:
+    for place in range(max(map(len, wanted), default=0)):
+        yield from ((place, index) for index, each in enumerate(wanted) if place < len(each))
+
+
+def caption(path: Path) -> str:
+    """What a video shows, by the name that LoRe gives it."""
+    kind, _, rest = path.stem.partition("_")
+    step, _, episode = rest.partition("_")
+    if kind in KINDS and step.isdecimal() and episode.isdecimal():
+        return f"{KINDS[kind]}, step {int(step):,}, episode {int(episode)}"
+    return printable(path.stem)
