@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import torch
 import torch.multiprocessing as mp
 from run_helpers import ROOT, TINY, assert_same_run, differences, log, main, metrics, moment
 from test_models import OBS
+from torch.distributed.run import get_args_parser
 
 import config as configs
 import distributed
@@ -267,6 +269,17 @@ def test_each_learner_has_a_gpu_of_its_own(name, parallel, gpus, environment, pl
             distributed.place(name, parallel, gpus)
     else:
         assert distributed.place(name, parallel, gpus) == place
+
+
+def test_the_commands_of_the_guide_are_understood():
+    lines = (ROOT / "docs" / "learners.md").read_text().splitlines()
+    found = [shlex.split(line) for line in lines if line.startswith("    ")]
+    assert [command[0] for command in found] == ["python3", "torchrun"]
+    alone, several = found
+    assert alone[1] == "dreamer.py" and configs.load(alone[2:]).parallel == 4
+    args = get_args_parser().parse_args(several[1:])
+    assert args.training_script == "dreamer.py" and (args.nnodes, args.nproc_per_node) == ("2", "4")
+    assert configs.load(args.training_script_args).parallel == 1
 
 
 # ---- Whole runs
