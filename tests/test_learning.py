@@ -24,16 +24,18 @@ SOLVED = 0.9  # of the best return; a random agent gets a quarter
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "precision", "best", "steps"),
+    ("task", "precision", "learners", "best", "steps"),
     [
-        ("dummy_cue", "float32", CUE_LENGTH, 16000),
-        ("dummy_memory", "bfloat16", MEMORY_LENGTH - 1, 18000),
+        ("dummy_cue", "float32", 1, CUE_LENGTH, 16000),
+        ("dummy_cue", "float32", 2, CUE_LENGTH, 16000),
+        ("dummy_memory", "bfloat16", 1, MEMORY_LENGTH - 1, 18000),
     ],
 )
-def test_a_cue_is_learned_from_pixels(task, precision, best, steps, tmp_path):
+def test_a_cue_is_learned_from_pixels(task, precision, learners, best, steps, tmp_path):
     returns = []
     for until in range(6000, steps + 1, 2000):  # each run resumes the one before
         command = ["--configs", task, "cpu", *SMALL, *RUN, "--precision", precision]
+        command += ["--parallel", str(learners)]
         assert dreamer.main([*command, "--steps", str(until), "--logdir", str(tmp_path)]) == 0
         lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
         returns = [line["eval/episode_return"] for line in lines if "eval/episode_return" in line]
