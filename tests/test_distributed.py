@@ -440,8 +440,8 @@ def test_two_learners_take_advice(tmp_path):
     advice = "--configs lore_prior --llm.enabled True --synthetic.enabled True --llm.backend rules".split()
     doorkey = "--configs debug doorkey --prefill 64 --steps 400 --envs.amount 2 --envs.eval_amount 1".split()
     process = subprocess.run(
-        [sys.executable, "dreamer.py", *doorkey, *advice, "--eval_every", "100", "--parallel", "2", "--device", "cpu",
-         "--logdir", str(tmp_path)],
+        [sys.executable, "dreamer.py", *doorkey, *advice, "--eval_every", "100", "--parallel", "2",
+         "--device", "cpu", "--logdir", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
