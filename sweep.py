@@ -9,6 +9,7 @@ others. All options that are not of this program are passed to dreamer.py.
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import functools
@@ -123,9 +124,13 @@ class Run:
 
 def saved_step(place: Path) -> int:
     """The env step of a run's last checkpoint, -1 where there is none."""
-    files = list((place / "checkpoints").glob("step-*.pt"))
-    last = max(files, key=lambda path: path.stat().st_mtime_ns, default=None)
-    return int(last.stem.removeprefix("step-")) if last else -1
+    last = (0, -1)  # the time counts: a run that went back to an earlier step writes smaller numbers later
+    with contextlib.suppress(FileNotFoundError):
+        for entry in os.scandir(place / "checkpoints"):
+            if match := re.fullmatch(r"step-(\d+)\.pt", entry.name):
+                with contextlib.suppress(FileNotFoundError):  # the run has just deleted it
+                    last = max(last, (entry.stat().st_mtime_ns, int(match[1])))
+    return last[1]
 
 
 def measures(lines: Iterable[bytes]) -> dict[str, float]:
@@ -412,10 +417,10 @@ class Sweep:
     def run(self, stop: Sequence[int]) -> None:
         """Do all runs. When `stop` gets an entry, or anything fails here, those that run save and end."""
         try:
+            self._summarize()  # first: it finds a logdir that cannot be written
             for run in self.runs:
                 if run.status == WAITING:
                     self._start(run)
-            self._summarize()
             while self.handles and not stop:
                 self._look()
         finally:

@@ -44,21 +44,26 @@ CONSTANTS = {
         "s",
         "measured: `benchmarks/update_speed.py --size size12m`, two CPU cores, no GPU; put in yours",
     ),
+    "peak_bytes": Constant(
+        2.71 * GIB,
+        "bytes",
+        "measured: the same, a process with a batch of 16; less with fewer, unknown for a GPU",
+    ),
     "fixed_share": Constant(
         0.34, "", "computed: batches of 4 and 16 at `size1m` in the table of cost_table.py; unknown for a GPU"
     ),
     "policy_fixed_s": Constant(0.0013, "s", COST_TABLE),
     "policy_env_s": Constant(0.0001, "s per env", COST_TABLE),
-    "gloo_message_s": Constant(0.0004, "s", ALLREDUCE),
+    "gloo_message_s": Constant(0.00017, "s", ALLREDUCE + ", best of 40: eight numbers on one machine"),
     "network_gbit": Constant(10, "Gbit/s", "assumed: between machines, at its full rate"),
-    "replay_bytes": Constant(14_399, "bytes per step", SIZES),
-    "episode_bytes": Constant(4_000, "bytes per step on disk", SIZES),
+    "replay_bytes": Constant(16_427, "bytes per step", SIZES),
+    "episode_bytes": Constant(1_121, "bytes per step on disk", SIZES),
     "open_bytes": Constant(
-        12_350, "bytes per step in memory", "computed: an image of 64 x 64 x 3 and the rest"
+        12_299, "bytes per step in memory", "computed: an image of 64 x 64 x 3 and the rest"
     ),
     "episode_steps": Constant(170, "env steps", SIZES + ", random actions"),
-    "checkpoint_bytes": Constant(130e6, "bytes", SIZES),
-    "save_s": Constant(1.0, "s", SIZES),
+    "checkpoint_bytes": Constant(129_570_747, "bytes", SIZES),
+    "save_s": Constant(0.6, "s", SIZES),
     "env_s": Constant(1 / 2182, "s", "measured: `benchmarks/env_speed.py`, one env in the main process"),
     "worker_steps_s": Constant(1232, "env steps/s per core", "measured: the same, two workers on two cores"),
     "cores": Constant(16, "per learner, for env workers", "assumed"),
@@ -161,7 +166,9 @@ def learners(c: Constants, gpus: Sequence[int]) -> str:
         row["pays if an update takes one more than, s"] = (
             number(ring_seconds(c, n) / spared) if n > 1 else "-"
         )
-        row["replay of each, GiB"] = number(c["capacity"] * c["replay_bytes"] / n / GIB)
+        ring = c["capacity"] * c["replay_bytes"] / n
+        row |= {"replay of each, GiB": number(ring / GIB)}
+        row["memory of each, GiB"] = number((ring + c["peak_bytes"]) / GIB)
         rows.append(row)
     return markdown(rows)
 
@@ -176,6 +183,7 @@ def environments(c: Constants, envs: Sequence[int]) -> str:
             "policy step, ms": number(1000 * (c["policy_fixed_s"] + n * c["policy_env_s"])),
         }
         row |= {"a step of all, s": number(env_seconds(c, n)), "env steps/s": number(n / env_seconds(c, n))}
+        row["over the network with Ray, MB/s"] = number(n / env_seconds(c, n) * c["open_bytes"] / 1e6)
         row["workers, GiB"] = number(n * c["worker_bytes"] / GIB if n > 1 else 0)
         row |= {"updates due after it": number(due), "their time, s": number(due * c["update_s"])}
         row["ring of each, steps"] = number(c["capacity"] / n)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import config
 import dreamer
 import episodes
 import replay
@@ -33,7 +34,7 @@ def measure(size: str, steps: int, options: list[str]) -> dict:
         argv += ["--replay.capacity", str(CAPACITY), "--replay.backend", "tensor", "--train_ratio", "32"]
         # One update for each 32 steps with a batch of 16 x 64.
         argv += ["--prefill", str(steps), "--steps", str(steps + 32 * UPDATES), *options]
-        with contextlib.closing(dreamer.open_run(argv)) as run:
+        with contextlib.closing(dreamer.Run(config.load(argv), Path(folder))) as run:
             dreamer.train(run)
             start = time.perf_counter()
             run.save(clean=False)
