@@ -447,7 +447,8 @@ class Sweep:
             if handle and handle.result in ready:
                 changed = True
                 self._ended(run, handle)
-        if changed or time.monotonic() - self.written > SUMMARY_SECONDS:
+        due = changed or time.monotonic() - self.written > SUMMARY_SECONDS
+        if due and not self.stopping:  # then at the end: a full disk is not to keep the runs from saving
             self._summarize()
         self.screen.refresh()
 
@@ -517,7 +518,8 @@ class Sweep:
 def describe(code: int, log: Path) -> str:
     """Why a process ended: the signal, or its last line."""
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
+        names = {-signum: signum.name for signum in signal.Signals}
+        return f"killed by {names.get(code, f'signal {-code}')}"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
     return f"exit code {code}: {last}"
@@ -664,7 +666,7 @@ def sweep(args: argparse.Namespace, options: list[str], stop: Sequence[int]) -> 
                 ray.shutdown()
         else:
             write_summary(path, runs)
-    screen.tell(f"{len(runs)} runs: {screen.counts()}. {path} sums them up.")
+    screen.tell(f"Runs: {screen.counts()}. {path} sums them up.")
     if stop:
         screen.tell(f"Stopped by {signal.Signals(stop[0]).name}; the same command goes on.")
         return 128 + stop[0]

@@ -248,7 +248,7 @@ def test_summary_alone_tells_what_is_there(tmp_path, capsys):
     assert [(row["status"], row["step"]) for row in read_summary(tmp_path)] == [
         ("finished", "120"), ("stopped", "60"), ("waiting", "0"),
     ]  # fmt: skip
-    assert "3 runs: 1 stopped, 1 waiting, 1 finished" in capsys.readouterr().out
+    assert "Runs: 1 stopped, 1 waiting, 1 finished" in capsys.readouterr().out
 
 
 def test_a_run_that_is_given_more_steps_is_not_finished(tmp_path):

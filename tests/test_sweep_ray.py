@@ -87,7 +87,7 @@ def test_a_sweep_survives_a_killed_worker_and_a_killed_run(tmp_path):
     assert process.returncode == 0, out
     assert f"{places[0].name}: killed by SIGKILL; it is tried again from step" in out
     assert f"{places[1].name}: its Ray worker died (ActorDiedError); it is tried again from step" in out
-    assert "4 runs: 4 finished" in out
+    assert "Runs: 4 finished" in out
     table = rows(tmp_path)
     assert len(table) == 4
     for name, row in table.items():
