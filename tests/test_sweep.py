@@ -165,14 +165,15 @@ def test_the_slurm_script_runs_the_command_of_its_index(tmp_path, capsys):
     for line in ("--array=0-2", "--cpus-per-task=4", "--gres=gpu:1", "--requeue", "--signal=B:TERM@300"):
         assert f"#SBATCH {line}\n" in text
     assert subprocess.run(["bash", "-n", script]).returncode == 0
-    script.write_text(text.replace(f"exec {sys.executable}", "exec printf '%s\\n'"))
+    script.write_text(text.replace(f"exec {sys.executable}", "pwd; exec printf '%s\\n'"))
     for index in range(3):
         env = {**os.environ, "SLURM_ARRAY_TASK_ID": str(index)}
         out = subprocess.run(
             ["bash", script], env=env, capture_output=True, text=True, cwd=tmp_path, check=True
         )
-        program, *options = out.stdout.splitlines()
-        assert (Path.cwd() / program).is_file() and config.load(options).seed == index
+        folder, program, *options = out.stdout.splitlines()
+        assert Path(folder) == Path.cwd() and (Path.cwd() / program).is_file()
+        assert config.load(options).seed == index
     done = subprocess.run(
         ["bash", script], env={**os.environ, "SLURM_ARRAY_TASK_ID": "3"}, capture_output=True
     )
