@@ -11,6 +11,7 @@ from test_benchmarks import ROOT, commands
 from test_exploration_study import load
 
 import config
+import plot
 import sweep
 from lore_llm import advisor
 
@@ -50,6 +51,8 @@ def test_its_commands_are_understood(command, monkeypatch, capsys):
     if script == "sweep.py":
         args, more = sweep.parse(options)
         assert sweep.plan(sweep.read_grid(args.grid), args.configs, more, args.logdir)
+    elif script == "plot.py":
+        assert plot.parse(options)
     elif script == "benchmarks/scaling.py":
         assert "A whole run" in run(script, options, monkeypatch, capsys)
     else:
