@@ -149,14 +149,14 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def about_run(index: int, run: RunLog, films: Sequence[dict]) -> dict[str, Any]:
-    updates = run.final("opt/updates")
+    updates = run.last("opt/updates").get("")
     return {
         **_look(index),
         "name": run.name,
         "seed": "-" if run.seed is None else run.seed,
         "steps": f"{run.steps:,}",
         "planned": "" if run.config is None or run.steps >= run.config.steps else f"{run.config.steps:,.0f}",
-        "updates": "-" if updates is None else f"{max(x.get('opt/updates', 0) for x in run.lines):,.0f}",
+        "updates": "-" if updates is None else f"{updates:,.0f}",
         "hours": number(run.hours),
         "eval": number(run.final(EVAL)),
         "train": number(run.final(TRAIN)),
