@@ -49,6 +49,7 @@ def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: in
     tasks = [
         {
             "name": printable(task),
+            "steps": steps_of([run for group in alike for run in group.runs]),
             "groups": [about_group(index, group) for index, group in enumerate(alike)],
             "sections": {
                 title: [{"title": panel.title, "svg": svg(panel, f"f{next(numbers)}-")} for panel in panels]
