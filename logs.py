@@ -307,7 +307,9 @@ def show_option(config: Config | None, name: str) -> str:
     value: Any = config
     for part in name.split("."):
         value = value[part]
-    return "given" if name == "from_checkpoint" and value else str(value)
+    if value is None:
+        return "null"
+    return "given" if name == "from_checkpoint" else str(value)
 
 
 def printable(text: str) -> str:

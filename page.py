@@ -49,6 +49,7 @@ def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: in
     tasks = [
         {
             "name": printable(task),
+            "steps": steps_of([run for group in alike for run in group.runs]),
             "groups": [about_group(index, group) for index, group in enumerate(alike)],
             "sections": {
                 title: [{"title": panel.title, "svg": svg(panel, f"f{next(numbers)}-")} for panel in panels]
@@ -149,14 +150,14 @@ def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
 
 
 def about_run(index: int, run: RunLog, films: Sequence[dict]) -> dict[str, Any]:
-    updates = run.final("opt/updates")
+    updates = run.last("opt/updates").get("")
     return {
         **_look(index),
         "name": run.name,
         "seed": "-" if run.seed is None else run.seed,
         "steps": f"{run.steps:,}",
         "planned": "" if run.config is None or run.steps >= run.config.steps else f"{run.config.steps:,.0f}",
-        "updates": "-" if updates is None else f"{max(x.get('opt/updates', 0) for x in run.lines):,.0f}",
+        "updates": "-" if updates is None else f"{updates:,.0f}",
         "hours": number(run.hours),
         "eval": number(run.final(EVAL)),
         "train": number(run.final(TRAIN)),

@@ -150,7 +150,7 @@ def test_a_run_from_a_checkpoint_is_another_group_and_a_resumed_one_is_not(tmp_p
     )
     assert [[run.seed for run in group.runs] for group in found] == [[0, 3], [1, 2]]
     assert [group.label for group in found] == [
-        "from_checkpoint=None",
+        "from_checkpoint=null",
         "from_checkpoint=given",
     ]
 
