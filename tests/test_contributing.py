@@ -16,18 +16,7 @@ from run_helpers import ROOT
 import config as configs
 
 GUIDES = ("CONTRIBUTING.md", "CONTRIBUTING.ja.md")
-COPIED = (
-    "*.py",
-    "*.yaml",
-    "*.md",
-    "envs",
-    "lore_llm",
-    "benchmarks",
-    "requirements*",
-    "docs",
-    "tests",
-    "pyproject.toml",
-)
+NOT_COPIED = (".git", ".venv", "logdir", "wandb", "__pycache__", ".*_cache", ".hypothesis")
 TINY = "--steps 60 --eval_every 0 --prefill 30".split()
 
 
@@ -61,14 +50,8 @@ def apply(folder: Path, language: str, block: str) -> None:
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory) -> Path:
     """A copy of LoRe after all recipes."""
-    folder = tmp_path_factory.mktemp("copy")
-    for pattern in COPIED:
-        for path in ROOT.glob(pattern):
-            ignore = shutil.ignore_patterns("__pycache__")
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, ignore=ignore)
-            else:
-                shutil.copy(path, folder / path.name)
+    folder = tmp_path_factory.mktemp("copy") / "lore"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
     for language, block in blocks():
         if language in ("python", "diff"):
             apply(folder, language, block)
