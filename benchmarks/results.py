@@ -36,7 +36,8 @@ import runs
 from runs import Measures
 
 import evaluate
-import plot
+import figures
+import logs
 from basics import UserError, atomic_write
 
 # --- The protocol: options of dreamer.py ---------------------------------------------------------------
@@ -109,7 +110,7 @@ def command(name: str, seed: int, logdir: Path, quick: bool) -> list[str]:
 
 def measures(logdir: Path, episodes: int) -> Measures:
     """What is told of a run that has finished: what it cost, its curves, and evaluations at its end."""
-    lines = plot.read_metrics(logdir)
+    lines = logs.read_metrics(logdir)
     played = {
         policy: evaluate.evaluate(
             logdir, episodes, seed=EVALUATION_SEED, device="cpu", random=policy == "random"
@@ -121,8 +122,8 @@ def measures(logdir: Path, episodes: int) -> Measures:
         "updates": max(line.get("opt/updates", 0) for line in lines),
         "minutes": minutes(lines),
         "curves": {
-            "eval": plot.curve(lines, "eval/episode_return"),
-            "train": plot.curve(lines, "env/episode_return", SMOOTHING),
+            "eval": logs.curve(lines, "eval/episode_return"),
+            "train": logs.curve(lines, "env/episode_return", SMOOTHING),
         },
         **{
             policy: {key: result[key] for key in ("return_mean", "return_interval", "returns")}
@@ -198,7 +199,7 @@ def _played(result: Mapping) -> str:
 
 def draw(result: Mapping, curves: Curves, out: Path) -> None:
     """Evaluation returns over env steps, one panel a task and one line a seed."""
-    plt, by_name = plot.pyplot(), result["runs"]
+    plt, by_name = figures.pyplot(), result["runs"]
     columns = min(3, len(by_name))
     rows = math.ceil(len(by_name) / columns)
     figure, axes = plt.subplots(
@@ -292,7 +293,7 @@ def main(argv: list[str] | None = None) -> int:
     args, more = parse(argv)
     out = args.out / "quick" if args.quick else args.out
     try:
-        plot.pyplot()  # that it is missing is to be said before the runs
+        figures.pyplot()  # that it is missing is to be said before the runs
         curves = read_published(args.published) if args.published else {}
         result = run_studies(
             args.studies, out, args.seeds, args.jobs, args.quick, more, curves, args.only == "table"

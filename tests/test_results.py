@@ -93,7 +93,11 @@ def test_published_curves_are_read_at_our_number_of_steps(tmp_path):
         assert study.published_at(curves, task, steps) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"[{}]"), gzip.compress(b"[1]")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no gzip", gzip.compress(b"[{}]"), gzip.compress(b"[1]")],
+    ids=["empty", "no gzip", "no run", "no list of runs"],
+)
 def test_another_file_than_published_curves_is_refused(content, tmp_path):
     (tmp_path / "scores.json.gz").write_bytes(content)
     with pytest.raises(UserError, match="holds no published curves"):
