@@ -197,6 +197,7 @@ def answers(path: Path) -> dict[str, str]:
     with contextlib.closing(sqlite3.connect(path)) as db, contextlib.suppress(sqlite3.DatabaseError):
         db.text_factory = lambda raw: raw.decode(errors="replace")
         for key, advice, check_sum in db.execute(f"SELECT key, advice, check_sum FROM {cache.TABLE}"):
-            if check_sum == cache._check_sum(key, advice):
+            whole = isinstance(key, str) and isinstance(advice, str)
+            if whole and check_sum == cache._check_sum(key, advice):
                 found[key] = advice
     return found
