@@ -499,6 +499,8 @@ def _load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], name: 
                 f"{here} here. Use the config and the task that it was trained with, or a new --logdir "
                 "without it."
             )
+        if not weights[key].isfinite().all():
+            raise ValueError(f"{name}.{key} holds numbers that are not finite")
     module.load_state_dict(weights)
 
 
@@ -649,10 +651,11 @@ class Run:
 
     def _build(self, checkpoint: dict | None, resume: bool, notes: Sequence[str]) -> None:
         config, saved = self.config, checkpoint if resume else None
-        wandb_id = logged = None
+        wandb_id = logged = capacity = None
         if saved:
             with tools.content_of(self.source):
                 wandb_id, logged = saved["logger"]["wandb"], int(saved["every"]["log"]["last"])
+                capacity = int(saved["capacity"])
         self.envs = self._make_envs("train")
         act_space = self.envs.act_space
         advised, defaults = advice_spaces(config, act_space)
@@ -666,7 +669,7 @@ class Run:
                 else:
                     notes = [*notes, *self.agent.load_state_dict(agent, resume=resume)]
         stored = obs_space | act_space | advised
-        plan = self._plan_replay(stored, saved)
+        plan = self._plan_replay(stored, capacity)
         if config.llm.enabled:
             captioner = self.agent.guide.captioner
             advisor, more = make_advisor(config, captioner, len(self.envs), self.logdir, self.ranks.size)
@@ -750,13 +753,13 @@ class Run:
                 self._noted.add(line)
                 self.print(line)
 
-    def _plan_replay(self, spaces: Mapping[str, gymnasium.Space], saved: dict | None) -> replays.Plan:
+    def _plan_replay(self, spaces: Mapping[str, gymnasium.Space], chosen: int | None) -> replays.Plan:
         config, rssm = self.config, self.config.rssm
         layout = replays.ring_layout(spaces, rssm.deter, rssm.stoch, rssm.classes)
         window = config.batch_length + config.replay_context
         capacity = config.replay.capacity
-        if saved and capacity == "auto":  # what was chosen once stays: the free memory differs each time
-            capacity = saved["capacity"]
+        if chosen and capacity == "auto":  # what was chosen once stays: the free memory differs each time
+            capacity = chosen
         backend, sampler = config.replay.backend, config.replay.sampler
         here = self.ranks.local_size  # learners that share this machine's memory
         if capacity != "auto":
@@ -904,8 +907,8 @@ class Run:
 
     def _resume(self, saved: dict) -> None:
         """Go on from a checkpoint of this run, at the very moment at which it was written."""
-        self.step, self.transitions = saved["step"], saved["transitions"]
-        self.episodes, self.evaluations = saved["episodes"], saved["evaluations"]
+        self.step, self.transitions = saved["step"], int(saved["transitions"])
+        self.episodes, self.evaluations = int(saved["episodes"]), int(saved["evaluations"])
         for name, clock in self.every.items():
             clock.load_state_dict(saved["every"][name])
         self.ratio.load_state_dict(saved["ratio"])

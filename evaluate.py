@@ -120,7 +120,8 @@ def evaluate(
             agent = RandomAgent(vec.act_space, seed)
         else:
             agent = Dreamer(vec.obs_space, vec.act_space, config, chosen)
-            agent.load_state_dict(payload["agent"], resume=False)
+            with tools.content_of(path):
+                agent.load_state_dict(payload["agent"], resume=False)
         player, watch = agent, {"curiosity": agent.curiosity}
         if advised:
             player = AdvisedAgent(agent)

@@ -419,6 +419,10 @@ class LaProp(torch.optim.Optimizer):
             moments = here["state"] | {index: moments[index] for index in range(count)}
         saved = here["param_groups"] if groups is not None else state_dict["param_groups"]
         super().load_state_dict({"state": moments, "param_groups": saved})
+        for param, state in self.state.items():
+            for name in ("square", "momentum"):
+                if state[name].shape != param.shape or not state[name].isfinite().all():
+                    raise ValueError(f"a {name} of the optimizer is not what was saved")
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         self.updates[: len(counts)] = counts

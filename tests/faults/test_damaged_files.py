@@ -4,24 +4,30 @@ Either nothing that counts was hit, and the resumed run is the one of the whole 
 log, or the line with which the run ends, names the file.
 """
 
+import contextlib
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
 import numpy as np
 import pytest
-from run_helpers import assert_same_run, log, signal_at, train
+from run_helpers import assert_same_run, log, metrics, signal_at, train
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from test_advice_run import DOORKEY, FULL
 
 import tools
+from config import Config
+from lore_llm import cache
 
 OPTIONS = ("--save_every", "20", "--log_every", "10", "--replay.sampler", "curious", "--steps", "84")
 ADVISED = (
-    "--configs debug dummy_cue lore_full --llm.backend advice_helpers:Remote --llm.until 1000 --steps 84 "
-    "--llm.log_decisions_every 5 --llm.call_every 4 --eval_every 0"
-).split()
+    *(*DOORKEY, *FULL, "--llm.backend", "advice_helpers:Remote", "--llm.until", "1000", "--steps", "84"),
+    *("--eval_every", "0"),
+)
 AT = 72  # where the run was stopped; checkpoints are those of 40, 60 and 72
-SEEDS = range(3)
-MORE = range(3, 15)
+SEEDS = range(2)
+MORE = range(2, 8)
 
 
 def flipped(data: bytes, rng: np.random.Generator) -> bytes:
@@ -94,6 +100,19 @@ def fast_and_slow(*names: str):
     return pytest.mark.parametrize("name, seed", fast + more)
 
 
+def resume(logdir: Path, capfd, *options: str) -> tuple[int, str]:
+    """Go on with a damaged run: the exit code, and what it told: the log, or the line that it ends with."""
+    capfd.readouterr()
+    code = train(logdir, *options)
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    if code:
+        assert code == 2 and errors.startswith("error: ") and len(errors.splitlines()) == 1
+        return code, errors
+    assert errors == "" and tools.load_checkpoint(logdir)[0]["step"] >= 84
+    return code, "".join(line for line in log(logdir).splitlines() if " Saved " not in line)
+
+
 @fast_and_slow(*FILES)
 def test_resumed_run_is_the_same_or_names_the_damaged_file(tmp_path, capfd, stopped, name, seed):
     source, whole = stopped
@@ -101,20 +120,84 @@ def test_resumed_run_is_the_same_or_names_the_damaged_file(tmp_path, capfd, stop
     path = FILES[name](logdir)
     damage(path, seed)
     before = intact(logdir, path)
-    capfd.readouterr()
-    code = train(logdir, *OPTIONS)
-    errors = capfd.readouterr().err
-    assert code in (0, 2) and "Traceback" not in errors
-    if code:
-        assert errors.startswith("error: ") and len(errors.splitlines()) == 1 and path.name in errors
-    else:
-        assert errors == ""
-        told = path.name in "".join(line for line in log(logdir).splitlines() if "Saved" not in line)
-        if name == "the metrics":
-            lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-            assert lines[-1]["step"] == 80 and len(lines) >= (8 - 7 * told)
-        elif not told:
-            assert_same_run(logdir, whole)
-        state = tools.load_checkpoint(logdir)[0]
-        assert state["step"] == 84
+    code, told = resume(logdir, capfd, *OPTIONS)
+    if name == "the metrics":
+        lines = metrics(logdir)  # JSON, each of them
+        assert lines[-1]["step"] == 80 and (len(lines) == 8 or path.name in told)
+    elif code or path.name not in told:
+        assert not code
+        assert_same_run(logdir, whole)
     assert before.items() <= intact(logdir, path).items()
+    if name in ("the config", "the events", "the log"):
+        assert Config.load_saved(logdir / "config.yaml").steps == 84
+        newest = max(logdir.glob("events.out.*"), key=lambda file: file.name)
+        assert len(list(EventFileLoader(str(newest)).Load())) > 2
+
+
+def test_run_without_a_readable_checkpoint_ends_with_a_line_and_touches_nothing(tmp_path, capfd, stopped):
+    logdir = shutil.copytree(stopped[0], tmp_path / "run")
+    for path in [logdir / "latest.pt", *(logdir / "checkpoints").iterdir()]:
+        path.write_bytes(path.read_bytes()[:-100])
+    before = {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()}
+    code, told = resume(logdir, capfd, *OPTIONS)
+    assert code == 2 and "No readable checkpoint" in told
+    assert all(f"step-{step:012d}.pt" in told for step in (40, 60)) and "latest.pt" in told
+    assert before == {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()}
+
+
+def test_an_open_episode_that_is_lost_costs_no_other(tmp_path, capfd, stopped):
+    logdir = shutil.copytree(stopped[0], tmp_path / "run")
+    stored = [sum(end - start for _, start, end in stream) for stream in streams(logdir)]
+    _, start, end = streams(logdir)[1][-1]
+    (newest_moment(logdir) / "open-1.npz").unlink()
+    assert resume(logdir, capfd, *OPTIONS)[0] == 0
+    assert f"Resumed at step 72 with {sum(stored) - (end - start)} steps" in log(logdir)
+
+
+def streams(logdir: Path) -> list:
+    return tools.load_checkpoint(logdir)[0]["replay"]["streams"]
+
+
+# ---- What advice leaves behind
+
+
+@pytest.fixture(scope="module")
+def advised(tmp_path_factory):
+    """The logdir of an advised run that was stopped."""
+    logdir = tmp_path_factory.mktemp("advised") / "stopped"
+    with signal_at(AT):
+        assert train(logdir, *ADVISED) == 143
+    return logdir
+
+
+@fast_and_slow("llm_cache.sqlite", "skills.yaml", "decisions.jsonl")
+def test_advised_run_goes_on_whatever_became_of_its_files(tmp_path, capfd, advised, name, seed):
+    logdir = shutil.copytree(advised, tmp_path / "run")
+    path = logdir / name
+    whole = path.read_bytes()
+    damage(path, seed)
+    code, told = resume(logdir, capfd, *ADVISED)
+    assert code == 0
+    if name == "decisions.jsonl":
+        lines = [json.loads(line) for line in path.read_text(errors="replace").splitlines()]
+        kept = sum(json.loads(line)["step"] < AT for line in whole.splitlines())
+        assert lines[-1]["step"] == 80 and (name in told or len(lines) >= kept)
+    if name == "llm_cache.sqlite":
+        before, after = answers(advised / name), answers(path)
+        assert before and all(after[key] == advice for key, advice in before.items() if key in after)
+        assert path.name in told or not list(logdir.glob("*.broken-*"))
+    if name == "skills.yaml":
+        skills = tools.load_checkpoint(logdir)[0]["coach"]["library"]["slots"]
+        assert "nothing is deleted" in told or path.read_bytes() != whole or any(skills)
+
+
+def answers(path: Path) -> dict[str, str]:
+    """What the cache holds that it would hand out, as far as it can be read."""
+    found = {}
+    with contextlib.closing(sqlite3.connect(path)) as db, contextlib.suppress(sqlite3.DatabaseError):
+        db.text_factory = lambda raw: raw.decode(errors="replace")
+        for key, advice, check_sum in db.execute(f"SELECT key, advice, check_sum FROM {cache.TABLE}"):
+            whole = isinstance(key, str) and isinstance(advice, str)
+            if whole and check_sum == cache._check_sum(key, advice):
+                found[key] = advice
+    return found
