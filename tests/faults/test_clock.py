@@ -19,8 +19,10 @@ YEAR = 365 * 24 * 3600
 class Clock:
     """Stands in for the wall clock: ahead of it by the next of `jumps`, in seconds, at each look."""
 
-    def __init__(self, jumps):
-        self._real, self._jumps = time.time_ns, jumps
+    _real = staticmethod(time.time_ns)
+
+    def __init__(self, *jumps: float):
+        self._jumps = itertools.cycle(jumps)
 
     def time_ns(self) -> int:
         return self._real() + int(next(self._jumps) * 1e9)
@@ -35,7 +37,7 @@ def set_clock(monkeypatch):
     whole = tools.save_tensors
 
     def set_to(*ahead: float) -> None:
-        clock = Clock(itertools.cycle(ahead))
+        clock = Clock(*ahead)
         monkeypatch.setattr(time, "time", clock.time)
         monkeypatch.setattr(time, "time_ns", clock.time_ns)
 
