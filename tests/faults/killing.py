@@ -1,4 +1,4 @@
-"""Runs of the program in processes that start at once, and that die by SIGKILL where they are told to."""
+"""Runs in processes that start at once and die by SIGKILL where they are told to; what must be true then."""
 
 import multiprocessing
 import os
@@ -6,10 +6,14 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dreamer
+import tools
+from episodes import list_episodes
 
+TRAINED = 3 / 8  # updates for each step after the 30th, with the options of run_helpers.TINY
 CHANGES = ("replace", "link", "fsync", "unlink", "rmdir", "mkdir")  # of the file system, in os
 
 # A server that has imported all forks each process: importing torch anew would take longer than the runs.
@@ -48,3 +52,27 @@ def _deadly(function, left):
 
 def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def check_agreement(logdir) -> dict:
+    """The last checkpoint is whole; its step counter, weights and the replay's files are of one moment."""
+    state, path, notes = tools.load_checkpoint(logdir)
+    assert path.name == tools.LATEST and notes == []
+    agent, replay, step = state["agent"], state["replay"], state["step"]
+    assert step == state["transitions"]
+    assert agent["updates"] == set(agent["optimizer"]["updates"]).pop() == max(0, int((step - 30) * TRAINED))
+    place = logdir / "replay_state" / f"step-{step:012d}" / replay["moment"]
+    files = {file.name: file for file in list_episodes(logdir / "train_eps")}
+    first = 0
+    for env, segments in enumerate(replay["streams"]):
+        for name, begin, end in segments:
+            opened = replay["open"].get(env) == name
+            path = place / f"open-{env}.npz" if opened else files[name].path
+            with np.load(path, allow_pickle=False) as rows:
+                assert len(rows["is_first"]) == end - begin and rows["is_first"][0]
+                assert rows["is_last"][-1] != opened
+                first += int(rows["is_first"].sum())
+    assert first == state["episodes"]
+    stored = sum(end - begin for segments in replay["streams"] for _, begin, end in segments)
+    assert stored == state["transitions"] + state["episodes"]
+    return state

@@ -13,6 +13,7 @@ from episodes import EpisodeWriter, list_episodes
 from logger import Logger
 from replay import Replay
 
+slow = pytest.mark.slow
 YEAR = 365 * 24 * 3600
 
 
@@ -50,6 +51,7 @@ def set_clock(monkeypatch):
     return set_to
 
 
+@slow
 def test_run_whose_clock_jumps_all_the_time_is_the_same_run(tmp_path, whole, set_clock):
     reference = whole()
     set_clock(0, 3 * YEAR, -2 * YEAR, 60, -7200)
@@ -60,7 +62,7 @@ def test_run_whose_clock_jumps_all_the_time_is_the_same_run(tmp_path, whole, set
     assert_same_run(tmp_path, reference)
 
 
-@pytest.mark.parametrize("jump", [-5 * YEAR, 5 * YEAR])
+@pytest.mark.parametrize("jump", [-5 * YEAR, pytest.param(5 * YEAR, marks=slow)])
 def test_after_a_jump_the_last_checkpoint_is_gone_on_with_and_the_newest_ones_are_kept(
     tmp_path, set_clock, jump
 ):

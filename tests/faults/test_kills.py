@@ -7,43 +7,18 @@ import time
 
 import numpy as np
 import pytest
-from killing import lines_of, start
+from killing import check_agreement, lines_of, start
 from run_helpers import TINY, log, metrics
 
-import tools
 from episodes import list_episodes, read_episode
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signal to a process")
 KILLS = 20
-TRAINED = 3 / 8  # updates for each step after the 30th, with the options of TINY
-OPTIONS = [*TINY, "--log_every", "5", "--save_every", "10", "--eval_every", "40"]
-
-
-def check_agreement(logdir) -> dict:
-    """The last checkpoint is whole; its step counter, weights and the replay's files are of one moment."""
-    state, path, notes = tools.load_checkpoint(logdir)
-    assert path.name == tools.LATEST and notes == []
-    agent, replay, step = state["agent"], state["replay"], state["step"]
-    assert step == state["transitions"]
-    assert agent["updates"] == set(agent["optimizer"]["updates"]).pop() == max(0, int((step - 30) * TRAINED))
-    place = logdir / "replay_state" / f"step-{step:012d}" / replay["moment"]
-    files = {file.name: file for file in list_episodes(logdir / "train_eps")}
-    first = 0
-    for env, segments in enumerate(replay["streams"]):
-        for name, begin, end in segments:
-            opened = replay["open"].get(env) == name
-            path = place / f"open-{env}.npz" if opened else files[name].path
-            with np.load(path, allow_pickle=False) as rows:
-                assert len(rows["is_first"]) == end - begin and rows["is_first"][0]
-                assert rows["is_last"][-1] != opened
-                first += int(rows["is_first"].sum())
-    assert first == state["episodes"]
-    stored = sum(end - begin for segments in replay["streams"] for _, begin, end in segments)
-    assert stored == state["transitions"] + state["episodes"]
-    return state
+OPTIONS = [*TINY, "--log_every", "10", "--save_every", "10", "--eval_every", "40"]
 
 
 @posix
+@pytest.mark.slow
 def test_run_that_is_killed_twenty_times_loses_nothing_that_was_saved(tmp_path):
     rng = random.Random(7)
     saved, endless = 0, [*OPTIONS, "--logdir", str(tmp_path), "--steps", "1e6"]
@@ -52,7 +27,7 @@ def test_run_that_is_killed_twenty_times_loses_nothing_that_was_saved(tmp_path):
             process = start(endless, die_at=rng.randrange(1, 80))
         else:
             process = start(endless)
-            # A start tells some five lines; then come one for each five steps, and one for each checkpoint.
+            # A start tells some five lines; then come two for each ten steps, with the checkpoint.
             lines = 15 if kill == 0 else lines_of(tmp_path / "train.log") + rng.randrange(15)
             while process.is_alive() and lines_of(tmp_path / "train.log") < lines:
                 time.sleep(0.002)
@@ -72,7 +47,7 @@ def test_run_that_is_killed_twenty_times_loses_nothing_that_was_saved(tmp_path):
     assert (
         "anew" not in text and "is lost" not in text and "passed over" not in text and "Traceback" not in text
     )
-    assert [line["step"] for line in metrics(tmp_path)] == list(range(5, saved + 61, 5))
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(10, saved + 61, 10))
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run.lock").exists()
     layout = {"is_first": ((), np.dtype(bool)), "reward": ((), np.dtype(np.float32))}
     for file in list_episodes(tmp_path / "train_eps"):
