@@ -1,5 +1,6 @@
 """Runs in processes that start at once and die by SIGKILL where they are told to; what must be true then."""
 
+import io
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import dreamer
 import tools
@@ -23,7 +25,7 @@ multiprocessing.set_forkserver_preload(["killing"])
 
 
 def start(argv: list[str], die_at: int | None = None) -> multiprocessing.Process:
-    """Start the program; with `die_at` it dies just before its so many-th change of the file system."""
+    """Start the program; with `die_at` it dies at its so many-th change of files or save of arrays."""
     process = servers.Process(target=_run, args=(argv, die_at))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # by which the server finds what it imports
@@ -38,6 +40,8 @@ def _run(argv: list[str], die_at: int | None) -> None:
         left = iter(range(die_at - 1))
         for name in CHANGES:
             setattr(os, name, _deadly(getattr(os, name), left))
+        for module, name, place in ((torch, "save", 1), (np, "savez", 0), (np, "savez_compressed", 0)):
+            setattr(module, name, _deadly_save(getattr(module, name), place, left))
     sys.exit(dreamer.main(argv))
 
 
@@ -46,6 +50,21 @@ def _deadly(function, left):
         if next(left, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*args, **kwargs)
+
+    return call
+
+
+def _deadly_save(save, place, left):
+    """Where it is due, half of what `save` writes reaches the file, its argument number `place`."""
+
+    def call(*args, **kwargs):
+        if next(left, None) is None:
+            whole = io.BytesIO()
+            save(*args[:place], whole, *args[place + 1 :], **kwargs)
+            args[place].write(whole.getvalue()[: whole.tell() // 2])
+            args[place].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(*args, **kwargs)
 
     return call
 
