@@ -31,7 +31,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from basics import DISK_FULL, UserError, atomic_write
+from basics import UserError, atomic_write, write_error
 
 log = logging.getLogger("lore")
 
@@ -504,8 +504,7 @@ def _writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "disk full" if error.errno in DISK_FULL else error.strerror or str(error)
-        raise UserError(f"Cannot write {path}: {reason}.") from error
+        raise write_error(path, error) from error
 
 
 class _FileHandler(logging.FileHandler):

@@ -324,9 +324,12 @@ class ProcessWorker(Worker):
 
     def kill(self, grace: float = 0) -> None:
         self.stop()
-        self.process.join(grace)
-        self.process.kill()  # does nothing to one that has ended
-        self.process.join()
+        process, self.process = self.process, None
+        if process:  # else it is dead already
+            process.join(grace)
+            process.kill()  # does nothing to one that has ended
+            process.join()
+            process.close()  # or its pipes would stay until the garbage is collected
 
 
 def _waiter(pipe: Connection) -> Callable[[float], bool]:

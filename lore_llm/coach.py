@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from basics import UserError, atomic_write, numpy_rng
+from basics import atomic_write, numpy_rng, write_error
 from distributed import Ranks
 from logger import Timer
 from lore_llm.advice import AdviceSpec
@@ -347,7 +347,7 @@ class Coach(NoCoach):
             with open(self.logdir / DECISIONS, "a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
         except OSError as error:
-            raise UserError(f"Cannot write {self.logdir / DECISIONS}: {error.strerror}.") from error
+            raise write_error(self.logdir / DECISIONS, error) from error
 
     def _caption(self, obs: Arrays, env: int) -> str | None:
         try:

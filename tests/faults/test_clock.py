@@ -13,14 +13,17 @@ from episodes import EpisodeWriter, list_episodes
 from logger import Logger
 from replay import Replay
 
+slow = pytest.mark.slow
 YEAR = 365 * 24 * 3600
 
 
 class Clock:
     """Stands in for the wall clock: ahead of it by the next of `jumps`, in seconds, at each look."""
 
-    def __init__(self, jumps):
-        self._real, self._jumps = time.time_ns, jumps
+    _real = staticmethod(time.time_ns)
+
+    def __init__(self, *jumps: float):
+        self._jumps = itertools.cycle(jumps)
 
     def time_ns(self) -> int:
         return self._real() + int(next(self._jumps) * 1e9)
@@ -35,7 +38,7 @@ def set_clock(monkeypatch):
     whole = tools.save_tensors
 
     def set_to(*ahead: float) -> None:
-        clock = Clock(itertools.cycle(ahead))
+        clock = Clock(*ahead)
         monkeypatch.setattr(time, "time", clock.time)
         monkeypatch.setattr(time, "time_ns", clock.time_ns)
 
@@ -48,6 +51,7 @@ def set_clock(monkeypatch):
     return set_to
 
 
+@slow
 def test_run_whose_clock_jumps_all_the_time_is_the_same_run(tmp_path, whole, set_clock):
     reference = whole()
     set_clock(0, 3 * YEAR, -2 * YEAR, 60, -7200)
@@ -58,7 +62,7 @@ def test_run_whose_clock_jumps_all_the_time_is_the_same_run(tmp_path, whole, set
     assert_same_run(tmp_path, reference)
 
 
-@pytest.mark.parametrize("jump", [-5 * YEAR, 5 * YEAR])
+@pytest.mark.parametrize("jump", [-5 * YEAR, pytest.param(5 * YEAR, marks=slow)])
 def test_after_a_jump_the_last_checkpoint_is_gone_on_with_and_the_newest_ones_are_kept(
     tmp_path, set_clock, jump
 ):

@@ -127,7 +127,7 @@ def test_checkpoint_that_another_run_wrote_meanwhile_is_not_gone_behind(tmp_path
     loads = []
     monkeypatch.setattr(tools, "load_checkpoint", overtaken)
     assert train(tmp_path) == 2
-    assert "has just ended with a save. Start again" in capfd.readouterr().err
+    assert "has just saved and ended. Start again" in capfd.readouterr().err
     assert train(tmp_path) == 0
     assert "Resumed at step 60" in log(tmp_path) and "younger than the checkpoint" not in log(tmp_path)
 

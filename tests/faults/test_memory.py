@@ -7,6 +7,7 @@ from run_helpers import log, metrics, signal_at, train
 
 import dreamer
 import tools
+from basics import UserError
 
 GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.79 GiB of which ..."
 FULL = {
@@ -50,15 +51,20 @@ def full_after(monkeypatch):
 
 
 @pytest.mark.parametrize("error, text", [pytest.param(*case, id=name) for name, case in FULL.items()])
-def test_full_memory_in_an_update_ends_the_run_with_what_to_lower_after_a_save(
-    tmp_path, capfd, full_after, error, text
-):
-    full_after(error, 5)
-    assert train(tmp_path, "--eval_every", "0") == 2
-    line = message(capfd)
-    assert text in line and all(option in line for option in OPTIONS)
+def test_error_says_what_is_full_and_what_lowers_the_need(error, text):
+    with pytest.raises(UserError) as told, dreamer.memory_explained():
+        raise error
+    line = str(told.value)
+    assert text in line and "\n" not in line and all(option in line for option in OPTIONS)
     assert ("--precision bfloat16" in line) == ("GPU" in text or "CUDA" in text)
     assert ("--replay.capacity" in line) == ("RAM" in text)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(GPU), MemoryError()])
+def test_full_memory_in_an_update_ends_the_run_after_a_save(tmp_path, capfd, full_after, error):
+    full_after(error, 5)
+    assert train(tmp_path, "--eval_every", "0") == 2
+    assert "is full" in message(capfd)
     saved = tools.load_checkpoint(tmp_path)[0]
     assert 30 < saved["step"] < 60 and saved["agent"]["updates"] == 4
     stored = sum(end - start for stream in saved["replay"]["streams"] for _, start, end in stream)
