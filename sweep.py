@@ -473,7 +473,7 @@ class Sweep:
         run.hours, run.since = run.hours_so_far(), None
         if wrong and not self.stopping:
             raise UserError(wrong)
-        if code == 0:
+        if code == 0 or run.finished():  # a stop may come when all is done
             run.status, run.problem = FINISHED, ""
             self.screen.event(f"{run.name}: finished in try {run.tries}, {run.hours:.2f} hours")
             return

@@ -432,6 +432,11 @@ def test_a_stop_lets_the_runs_save(do, tmp_path):
     assert [row["status"] for row in read_summary(tmp_path / "sweep")] == [STOPPED, STOPPED]
 
 
+def test_a_run_that_is_stopped_when_all_is_done_has_finished(do):
+    (run,), _ = do("save(100); sys.exit(143)", "seed=0")
+    assert (run.status, run.tries, run.problem) == (FINISHED, 1, "")
+
+
 def test_runs_that_wait_when_it_is_stopped_never_begin(do):
     runs, _ = do("save(100)", "seed=0", stop=[signal.SIGTERM])
     assert [(run.status, run.tries) for run in runs] == [(WAITING, 0)]
