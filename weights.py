@@ -175,10 +175,10 @@ def transfer(modules: Mapping[str, nn.Module], agent: Mapping[str, Any], parts: 
         lines.append(f"Transferred {part}: {len(taken)} of {len(here)} tensors")
         for name in sorted((here.keys() | there.keys()) - taken.keys()):
             shapes = (tuple(each[name].shape) if name in each else "nothing" for each in (there, here))
-            fate = "starts anew" if name in here else "is left behind"
+            fate = "begins anew" if name in here else "is left behind"
             lines.append("  {} {}: {} in the checkpoint, {} here".format(name, fate, *shapes))
     if not some:
         reason = next((line.strip() for line in lines if line.startswith("  ")), "they have no weights")
         raise UserError(f"Nothing of {', '.join(parts)} can be transferred, as no shape fits: {reason}")
     others = [part for part in PARTS if part not in parts]
-    return [*lines, f"Not transferred, so it starts anew: {', '.join([*others, 'the optimiser'])}"]
+    return [*lines, f"Begins anew: {', '.join([*others, 'the optimiser'])}"]

@@ -176,7 +176,7 @@ def summarise(by_arm: Mapping[str, Mapping[int, Measures]]) -> dict[str, dict]:
                     run["steps"] if each is None else each
                     for run, each in zip(seeds.values(), reached, strict=True)
                 ]
-        summary[arm] = {name: _spread(each) for name, each in values.items() if None not in each}
+        summary[arm] = {name: spread(each) for name, each in values.items() if None not in each}
         summary[arm]["missed"] = missed
     for arm in summary if goal is not None else ():
         for name, of in (("speed_final", "to_final"), ("speed_nearly", "to_nearly"), ("gain", "area")):
@@ -185,7 +185,7 @@ def summarise(by_arm: Mapping[str, Mapping[int, Measures]]) -> dict[str, dict]:
     return summary
 
 
-def _spread(values: Sequence[float]) -> dict:
+def spread(values: Sequence[float]) -> dict:
     iqm, low, high = logs.spread(values)
     return {"iqm": iqm, "low": _told(low), "high": _told(high), "values": values}
 
@@ -241,7 +241,7 @@ def table(summary: Mapping[str, dict]) -> list[str]:
     titles = [title for title, _ in COLUMNS.values()]
     rows = ["| | seeds | " + " | ".join(titles) + " |", "| --- " * (len(titles) + 2) + "|"]
     for arm, each in summary.items():
-        cells = [_cell(each.get(name), form) for name, (_, form) in COLUMNS.items()]
+        cells = [cell(each.get(name), form) for name, (_, form) in COLUMNS.items()]
         for name in ("to_final", "to_nearly"):
             if each["missed"].get(name):
                 cells[list(COLUMNS).index(name)] += f", {each['missed'][name]} never"
@@ -249,7 +249,7 @@ def table(summary: Mapping[str, dict]) -> list[str]:
     return rows
 
 
-def _cell(measure: dict | None, form: Callable[[float], str]) -> str:
+def cell(measure: dict | None, form: Callable[[float], str]) -> str:
     if measure is None or measure["iqm"] is None:
         return "-"
     value, low, high = (measure[key] for key in ("iqm", "low", "high"))
@@ -330,7 +330,7 @@ def run_study(
         if seeds_of:
             by_arm[arm] = seeds_of
     summary = summarise(by_arm)
-    by_rules = _spread([alone(STUDIES[name], seed, quick) for seed in seeds])
+    by_rules = spread([alone(STUDIES[name], seed, quick) for seed in seeds])
     result = {"study": name, "summary": summary, "alone": by_rules, "bars": bars(summary), "runs": by_arm}
     runs.write_json(out / f"{name}.json", result)
     atomic_write(out / f"{name}.md", lambda file: file.write("\n".join(report(result)).encode() + b"\n"))
@@ -341,7 +341,7 @@ def run_study(
 def report(result: dict) -> list[str]:
     """The table of a result, and which bars are met, as Markdown."""
     told = [f"- {what}: {'met' if met else 'missed'}" for what, met in result["bars"].items()]
-    alone = _cell(result["alone"], COLUMNS["final"][1])
+    alone = cell(result["alone"], COLUMNS["final"][1])
     row = f"| {TITLES['alone']} | {len(result['alone']['values'])} | {alone} |" + " - |" * (len(COLUMNS) - 1)
     return [*table(result["summary"]), row, "", *told]
 

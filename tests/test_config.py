@@ -746,10 +746,10 @@ def test_checkpoint_with_configs_takes_the_command(saved):
 
 
 def test_run_paths_only_looks():
-    assert config.run_paths("--configs debug --logdir a".split()) == ("a", None)
+    assert config.run_paths("--configs debug --logdir a".split()) == ("a", None, None)
     # Fits only with the saved config, so it is not judged yet; and nothing is printed.
     line = "--from_checkpoint a/latest.pt --eval_amount 7 --print_config --help"
-    assert config.run_paths(line.split()) == (None, "a/latest.pt")
+    assert config.run_paths(line.split()) == (None, "a/latest.pt", None)
 
 
 def test_failed_save_keeps_the_old_file(tmp_path):

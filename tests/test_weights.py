@@ -171,6 +171,7 @@ def test_weights_of_another_task_are_refused(logdir, tmp_path, capsys):
 # An explorer, an adviser
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
