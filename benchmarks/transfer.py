@@ -100,15 +100,13 @@ def table(summary: Mapping[str, dict]) -> list[str]:
 
 
 def draw(result: dict, out: Path) -> None:
-    """Evaluation returns over env steps: a thin line a run, a thick one their interquartile mean."""
+    """Evaluation returns over env steps."""
     figure, axes = figures.pyplot().subplots(figsize=(8, 4.5), layout="constrained")
     for arm, seeds in result["runs"].items():
         curves = [run["curves"]["eval"] for run in seeds.values()]
-        for curve in curves:
-            axes.plot(curve["steps"], curve["values"], color=COLORS[arm], lw=0.8, alpha=0.5)
-        steps, iqm, _, _ = logs.band([(curve["steps"], curve["values"]) for curve in curves])
         label = f"{TITLES[arm]}, {len(curves)} seed{'s' if len(curves) > 1 else ''}"
-        axes.plot(steps, iqm, color=COLORS[arm], lw=2.2, label=label)
+        pairs = [(curve["steps"], curve["values"]) for curve in curves]
+        figures.draw_band(axes, pairs, label=label, color=COLORS[arm])
     axes.axhline(LEARNED, color="0.7", lw=0.8, ls=":")
     axes.set(title="DoorKey-6x6 after DoorKey-5x5", xlabel="env steps in 6x6", ylabel="evaluation return")
     axes.set_ylim(-0.02, 1)
