@@ -136,8 +136,10 @@ def _read_archive(file: BinaryIO, layout: Layout, may_lack: Collection[str]) -> 
     rows = {}
     with zipfile.ZipFile(file) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        for info in members.values():
-            archive.open(info).close()  # of all: a key whose name is damaged looks as if it were not there
+        for info in members.values():  # a key whose name or entry is damaged looks as if it were not there
+            archive.open(info).close()  # compares both places that have the name
+            if info.comment:  # nobody writes one: it is the next entry
+                raise BrokenEpisode("its list of contents is damaged")
         if missing := sorted(layout.keys() - set(may_lack) - members.keys()):
             raise BrokenEpisode(f"lacks {', '.join(missing)}")
         for key in [key for key in layout if key in members]:

@@ -174,7 +174,7 @@ def test_command_is_the_merge_of_its_parts():
 
 @pytest.mark.slow
 def test_command_is_the_merge_of_its_parts_for_long():
-    run_machine(150)
+    run_machine(80)
 
 
 @settings(max_examples=60)
@@ -239,3 +239,5 @@ def read(text: str) -> None:
         assert assert_plain(error).startswith("somewhere")
     else:
         assert Config.from_yaml(found.to_yaml(), "here") == found
+        values = [value for _, value in configs._flatten(found) if isinstance(value, str)]
+        assert not any(CONTROL.search(value) for value in [*values, *found.presets])

@@ -18,6 +18,7 @@ from test_advice_run import DOORKEY, FULL
 
 import tools
 from config import Config
+from episodes import BrokenEpisode, read_episode
 from lore_llm import cache
 
 OPTIONS = ("--save_every", "20", "--log_every", "10", "--replay.sampler", "curious", "--steps", "84")
@@ -98,6 +99,33 @@ def fast_and_slow(*names: str):
     fast = [(name, seed) for name in names for seed in SEEDS]
     more = [pytest.param(name, seed, marks=pytest.mark.slow) for name in names for seed in MORE]
     return pytest.mark.parametrize("name, seed", fast + more)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_no_flipped_bit_of_an_episode_is_learned_from(tmp_path, save):
+    """With arrays of whole blocks of 4096 bytes, zipfile looks at the checksum only if it is asked to."""
+    layout = {"image": ((64, 64, 3), np.dtype(np.uint8)), "is_first": ((), np.dtype(bool))}
+    rows = {
+        "image": np.zeros((2, 64, 64, 3), np.uint8),
+        "is_first": np.array([True, False]),
+        "late": np.ones(2),
+    }
+    path, defaults = tmp_path / "20200101T000000-0-2.npz", {"late": np.float32(0)}
+    layout["late"], rows["late"] = ((), np.dtype(np.float32)), rows["late"].astype(np.float32)
+    save(path, **rows)
+    data, broken = path.read_bytes(), 0
+    places = [place for place in range(len(data)) if place < 200 or place > len(data) - 400]
+    for place in places:
+        bit = 1 << place % 8
+        path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+        try:
+            found = read_episode(path, layout, defaults=defaults)
+        except BrokenEpisode as error:
+            assert len(str(error).splitlines()) == 1
+            broken += 1
+        else:
+            assert all(np.array_equal(found[key], rows[key]) for key in rows)
+    assert broken > len(places) / 2  # the rest hit dates and the like
 
 
 def resume(logdir: Path, capfd, *options: str) -> tuple[int, str]:
