@@ -11,7 +11,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import tools
 from episodes import EpisodeWriter, list_episodes
 from logger import Logger
-from replay import Replay
 
 slow = pytest.mark.slow
 YEAR = 365 * 24 * 3600
@@ -108,25 +107,6 @@ def test_new_episodes_sort_after_those_that_are_there_whatever_made_them(tmp_pat
     later = writer.new_name()
     assert (later > name) == (name < "9999") and later[:2] == ("21" if name < "9999" else "20")
     writer.close()
-
-
-def test_what_a_replay_just_saved_is_never_taken_for_the_oldest(tmp_path, set_clock):
-    spaces = {
-        "is_first": ((), bool),
-        "is_last": ((), bool),
-        "is_terminal": ((), bool),
-        "reward": ((), "float32"),
-    }
-    writer = EpisodeWriter(tmp_path / "eps", spaces, 1)
-    replay = Replay(spaces, 1, 20, 3, 1, 0, deter_size=1, stoch_size=1, classes=4, writer=writer)
-    for _ in range(3):
-        saved = replay.save(tmp_path / "state", latents=True, keep=2)
-        writer.tick -= 10**12  # as one that goes on from an older checkpoint, on a clock that was set back
-        set_clock(-YEAR)
-        assert (tmp_path / "state" / saved["moment"] / "latents.npz").exists()
-        assert len(list((tmp_path / "state").iterdir())) <= 2
-        assert len(list((tmp_path / "state").rglob("latents.npz"))) == 1
-    replay.close()
 
 
 def test_tensorboard_reads_a_resumed_run_last_though_the_clock_was_set_back(tmp_path, set_clock):
