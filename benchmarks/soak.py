@@ -92,9 +92,9 @@ def watch(process: subprocess.Popen, args: argparse.Namespace, kills: list[int])
         time.sleep(args.sample)
 
 
-def wait_for_checkpoint(process: subprocess.Popen, logdir: Path) -> None:
-    """The clock starts when the run has begun in earnest."""
-    while not (logdir / "latest.pt").exists():
+def wait_for_begin(process: subprocess.Popen, logdir: Path) -> None:
+    """The clock starts when the run has done all that it does: it has saved, and made envs to evaluate."""
+    while not ((logdir / "latest.pt").exists() and list(logdir.glob("eval_eps/*.npz"))):
         if process.poll() is not None:
             raise SystemExit(
                 f"The run ended by itself with exit code {process.returncode}; see its last lines"
@@ -131,7 +131,7 @@ def soak(args: argparse.Namespace, logdir: Path) -> dict:
         command, cwd=ROOT, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     try:
-        wait_for_checkpoint(process, logdir)
+        wait_for_begin(process, logdir)
         for sample in watch(process, args, kills):
             samples.append(sample)
             if args.out:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 if the run passed, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--hours", type=float, default=2.0, help="from the first checkpoint on")
+    add("--hours", type=float, default=2.0, help="from the first checkpoint and evaluation on")
     add("--kill_every", type=float, default=60.0, help="seconds between kills of a worker")
     add("--sample", type=float, default=5.0, help="seconds between looks at the memory")
     add("--warmup", type=float, default=10.0, help="minutes that are not judged: replay and caches fill")
