@@ -144,7 +144,7 @@ class Commands(RuleBasedStateMachine):
         assert read == self.config and read.presets == self.config.presets
         assert configs.resume_changes(read, self.config) == []
         again = configs.load(["--from_checkpoint", "x.pt"], saved=read)
-        paths = dict.fromkeys(configs.RUN_PATHS)
+        paths = {name: SCHEMA.options[name].default for name in configs.RUN_PATHS}
         assert again.replace(paths) == self.config.replace(paths)
 
     @invariant()
