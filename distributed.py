@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ PATIENCE = datetime.timedelta(days=1)  # the others wait while rank 0 evaluates 
 GRACE = 60  # seconds that the ranks get to end by themselves when one of them is lost
 POLL_SECONDS = 0.1
 LAUNCHER = "LORE_LAUNCHER"  # the variable by which ranks know the process id of who launched them
+WORD = "LORE_LAUNCHER_WORD"  # and where the file is made by which one of them has the word
+LOST = 75  # exit code that tells the launcher that a rank ended because another did
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes after a stop, in good order
 
 
 class LostRank(UserError):
@@ -102,6 +106,11 @@ class JoinedRanks(Ranks):
     """One of several learners, as the variables say that torchrun and `launch` set."""
 
     def __init__(self, device: torch.device):
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise UserError(
+                f"WORLD_SIZE tells of several learners, but {', '.join(missing)} is not set: start them with "
+                "torchrun or --parallel, or unset WORLD_SIZE"
+            )
         env = {name: int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")}
         super().__init__(env["WORLD_SIZE"])
         self.rank = env["RANK"]
@@ -184,7 +193,7 @@ def place(name: str, parallel: int, gpus: int) -> str:
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if launched() and parallel not in (1, size):
-        raise UserError(f"--parallel {parallel}, but {size} learners were started: leave --parallel out")
+        raise UserError(f"--parallel {parallel}, but {size} learners were started: take --parallel 1")
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", max(parallel, size)))
     if local_size == 1 or name == "cpu" or (name == "auto" and not gpus):
         return name
@@ -197,6 +206,17 @@ def place(name: str, parallel: int, gpus: int) -> str:
             "--device cpu"
         )
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+
+
+def has_the_word() -> bool:
+    """Whether this process is to tell the user what failed: of ranks that `launch` made, the first to ask."""
+    if WORD not in os.environ:
+        return True
+    try:
+        Path(os.environ[WORD]).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def join(device: torch.device) -> Ranks:
@@ -216,8 +236,10 @@ def launch(amount: int, argv: Sequence[str]) -> int:
     common |= {"LOCAL_WORLD_SIZE": amount, LAUNCHER: os.getpid()}
     command = [sys.executable, str(Path(__file__).with_name("dreamer.py")), *argv]
     ranks: list[subprocess.Popen] = []
+    passed: list[int] = []
 
     def pass_on(signum: int, _frame: object) -> None:
+        passed.append(signum)
         for process in ranks:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signum)
@@ -228,37 +250,49 @@ def launch(amount: int, argv: Sequence[str]) -> int:
         sig: signal.signal(sig, pass_on if apart else signal.SIG_IGN)
         for sig in (signal.SIGINT, signal.SIGTERM)
     }
+    folder = tempfile.TemporaryDirectory(prefix="lore-")
+    common |= {WORD: Path(folder.name) / "word"}
     try:
         for rank in range(amount):
             own = {**common, "RANK": rank, "LOCAL_RANK": rank}
             env = {**os.environ, **{name: str(value) for name, value in own.items()}}
             ranks.append(subprocess.Popen(command, env=env, start_new_session=apart))
-        return _wait(ranks)
+        return _wait(ranks, passed)
     finally:
         for process in ranks:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        folder.cleanup()
         for sig, handler in before.items():
             signal.signal(sig, handler)
 
 
-def _wait(ranks: Sequence[subprocess.Popen]) -> int:
-    """The exit code of all, or of the first that failed."""
+def _wait(ranks: Sequence[subprocess.Popen], passed: Sequence[int]) -> int:
+    """The exit code of all, or that of a rank that failed by itself. `passed` are the signals passed on."""
     while not any(process.poll() for process in ranks):
         if all(process.poll() == 0 for process in ranks):
             return 0
         time.sleep(POLL_SECONDS)
-    first = next(index for index, process in enumerate(ranks) if process.poll())
     deadline = time.monotonic() + GRACE
-    while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+    while any(process.poll() is None for process in ranks):
+        # After a stop all end in good order, however long the last upload takes; a second signal is a hurry.
+        ordered = len(passed) < 2 and all(process.returncode in (None, 0, *STOPPED) for process in ranks)
+        if not ordered and time.monotonic() > deadline:
+            break
         time.sleep(POLL_SECONDS)
-    code = ranks[first].returncode
-    if code >= 0:
-        return code
-    name = signal.Signals(-code).name
-    print(
-        f"error: Learner {first} was ended by {name}. The same command goes on from the last checkpoint.",
-        file=sys.stderr,
-    )
+    codes = [process.returncode for process in ranks]
+    for index, code in enumerate(codes):
+        if code and code < 0 and -code not in passed:
+            name = signal.Signals(-code).name
+            _tell(f"Learner {index} was ended by {name}")
+            return 2
+    for code in codes:
+        if code and code != LOST:
+            return code if code > 0 else 128 - code  # by a signal that came before it could stop in order
+    _tell("The learners have lost each other")
     return 2
+
+
+def _tell(what: str) -> None:
+    print(f"error: {what}. The same command goes on from the last checkpoint.", file=sys.stderr)

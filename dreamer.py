@@ -42,7 +42,7 @@ from lock import RunLock
 from logger import Collector, Logger, Timer, WandbRun, add_heat_strip, merged_logs, write_mp4, write_wav
 from lore_llm import synthetic
 from lore_llm.captions import make_captioner
-from lore_llm.coach import Coach, NoCoach, advice_spaces, make_advisor
+from lore_llm.coach import Coach, NoCoach, advice_spaces, is_count, make_advisor
 from lore_llm.guide import Guide
 from parallel import VecEnv, make_vec
 from replay import Replay
@@ -784,6 +784,8 @@ class Run:
     ) -> Replay:
         config, rssm, c = self.config, self.config.rssm, self.config.replay
         folder = Path(config.traindir) if config.traindir else self.logdir / "train_eps"
+        if not self.ranks.leads:
+            self.ranks.wait()  # until the first has cleared what a kill has left, in folders of others too
         replay = Replay(
             spaces, len(self.envs), plan.capacity, config.batch_length, config.replay_context,
             derive_seed(config.seed, *self.ranks.names()) if self.ranks.rank else config.seed,
@@ -794,6 +796,8 @@ class Run:
         )  # fmt: skip
         self._parts.callback(replay.close)
         self._parts.callback(self.sampler.shutdown)  # before the replay that it reads is closed
+        if self.ranks.leads:
+            self.ranks.wait()
         self.ranks.wait()  # until all have cleared what a kill has left, and before anybody writes
         return replay
 
@@ -960,7 +964,14 @@ class Run:
             loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
         if self.ranks.leads:
             self.ranks.wait()
+        if self.ranks.size > 1 and not self.ranks.any(loaded.exact):  # each has taken what is of all
+            loaded = self._part_of_episodes(loaded.lines)
         return loaded
+
+    def _part_of_episodes(self, lines: Sequence[str]) -> replays.Loaded:
+        """The episodes that are this learner's, where all look at the same files."""
+        loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
+        return loaded._replace(lines=[*lines, *loaded.lines])
 
     def _divide_replay(self, saved: dict) -> replays.Loaded:
         """The episodes of a run of another number of learners, divided over those of today."""
@@ -974,8 +985,7 @@ class Run:
                 if own := self._read_own(saved, rank):
                     self.replay.release(own["replay"], place / RANK_FOLDER.format(rank), tidy=False)
         self.ranks.wait()
-        loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
-        return loaded._replace(lines=lines + loaded.lines)
+        return self._part_of_episodes(lines)
 
     def _restore_envs(self, saved: dict) -> bool:
         """Play the open episodes again. False if they are not what they were."""
@@ -1175,11 +1185,15 @@ class Run:
         """Write what was collected since the last time, by all learners."""
         size = self.ranks.total(self.replay.size)[0]
         self.logger.add({"replay/size": size, "opt/updates": self.agent.updates})
-        self.logger.add(self.coach.metrics() | self.timer.shares())
-        told = self.ranks.collect((self.logger.state_dict(), self.success.state_dict()))
-        logs, successes = zip(*told, strict=True)
+        advice = self.coach.metrics()
+        counted = {name: advice.pop(name) for name in list(advice) if is_count(name)}
+        self.logger.add(advice | self.timer.shares())
+        told = self.ranks.collect((self.logger.state_dict(), self.success.state_dict(), counted))
+        logs, successes, counts = zip(*told, strict=True)
         if self.ranks.size > 1:
             self.logger.load_state_dict(merged_logs(logs))
+        for name in dict.fromkeys(name for each in counts for name in each):
+            self.logger.add({name: sum(each.get(name, 0.0) for each in counts)})
         success = SuccessRates(self.config.task.partition("_")[0])
         success.load_state_dict(merged_successes(successes))
         self.logger.add(success.metrics())
@@ -1414,11 +1428,13 @@ def main(argv: list[str] | None = None) -> int:
             command.logdir = Path(ranks.tell(str(command.logdir)))
             return run_command(command, stop, ranks)
     except LostRank as error:
-        if distributed.LAUNCHER not in os.environ:  # else it says what happened
-            print(f"error: {error}", file=sys.stderr)
+        if distributed.LAUNCHER in os.environ:  # it says what happened
+            return distributed.LOST
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.has_the_word():  # the others mostly fail in the same way
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

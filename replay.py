@@ -386,11 +386,12 @@ class Replay:
         are moved to broken/ in the folder. The environments must start new episodes.
         """
         folder = self.writer.folder
+        files = episodes.list_episodes(folder)[part::parts]  # once: others move broken ones away meanwhile
         broken: list[EpisodeFile] = []
         reasons: list[str] = []
         while True:
             self.clear()
-            chosen = newest(episodes.list_episodes(folder)[part::parts], self.n_envs * self.rows)
+            chosen = newest([file for file in files if file not in broken], self.n_envs * self.rows)
             found = len(broken)
             for file in chosen:
                 try:

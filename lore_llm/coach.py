@@ -32,8 +32,16 @@ SKILLS = "skills.yaml"
 DECISIONS = "decisions.jsonl"
 JUDGED = 8  # plans that are judged in a step at most, the newest
 POLL_STEPS = 100  # env steps between two looks at skills.yaml
+# Metrics of which several learners log the sum, not the mean; so are errors.
+COUNTS = ("questions", "answers", "dropped", "late", "pending", "calls", "tokens", "cost")
 
 Arrays = dict[str, np.ndarray]
+
+
+def is_count(name: str) -> bool:
+    """Whether a metric counts what happened, so that those of several learners are added up."""
+    group, _, kind = name.partition("/")
+    return group == "llm_adapter" and (kind in COUNTS or kind.startswith("errors/"))
 
 
 def advice_spaces(

@@ -1,5 +1,6 @@
 """Several learners: equal gradients, whole runs, stops, losses, resumes. Processes talk over gloo."""
 
+import contextlib
 import hashlib
 import os
 import shlex
@@ -7,8 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -22,11 +26,15 @@ from torch.distributed.run import get_args_parser
 import config as configs
 import distributed
 import dreamer
+import replay as replays
 import tools
 from basics import UserError
 from distributed import JoinedRanks, Ranks
+from episodes import EpisodeWriter
 from logger import merged_logs
+from lore_llm.coach import is_count
 from models import ReturnNorm
+from replay import Replay
 from stats import SuccessRates, merged_successes
 
 BATCH, LENGTH, HORIZON, ACTIONS = 4, 5, 3, 4
@@ -265,10 +273,125 @@ def test_each_learner_has_a_gpu_of_its_own(name, parallel, gpus, environment, pl
     for key, value in environment.items():
         monkeypatch.setenv(key, str(value))
     if place is None or " " in place:
-        with pytest.raises(UserError, match=place or "leave --parallel out"):
+        with pytest.raises(UserError, match=place or "take --parallel 1"):
             distributed.place(name, parallel, gpus)
     else:
         assert distributed.place(name, parallel, gpus) == place
+
+
+def test_several_learners_need_to_know_of_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        distributed.join(torch.device("cpu"))
+
+
+def ending(what: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-S", "-c", f"import os, signal, sys, time; {what}"])
+
+
+LOST = f"sys.exit({distributed.LOST})"
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+TERM = "signal.signal(15, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGTERM)"
+
+
+@pytest.mark.parametrize(
+    ("ends", "passed", "code", "told"),
+    [
+        (("sys.exit(0)", "sys.exit(0)"), [], 0, ""),
+        ((LOST, f"time.sleep(0.3); {KILL}"), [], 2, "Learner 1 was ended by SIGKILL"),
+        ((LOST, "time.sleep(0.3); sys.exit(7)"), [], 7, ""),
+        ((LOST, LOST), [], 2, "The learners have lost each other"),
+        ((TERM, TERM), [signal.SIGTERM], 143, ""),  # before they could stop in order
+        ((TERM, "sys.exit(0)"), [], 2, "Learner 0 was ended by SIGTERM"),
+        (("sys.exit(143)", "time.sleep(0.5); sys.exit(143)"), [signal.SIGTERM], 143, ""),
+    ],
+)  # fmt: skip
+def test_the_launcher_tells_why_the_learners_ended(ends, passed, code, told, capfd):
+    ranks = [ending(what) for what in ends]
+    assert distributed._wait(ranks, passed) == code
+    assert all(process.poll() is not None for process in ranks)
+    err = capfd.readouterr().err
+    assert told in err and len(err.splitlines()) == bool(told)
+
+
+@pytest.mark.parametrize(("passed", "whole"), [(1, True), (2, False)])
+def test_learners_that_stop_in_order_are_given_the_time(passed, whole, monkeypatch):
+    monkeypatch.setattr(distributed, "GRACE", 0)
+    ranks = [ending("sys.exit(130)"), ending("time.sleep(1); sys.exit(130)")]
+    assert distributed._wait(ranks, [signal.SIGINT] * passed) == 130
+    assert (ranks[1].poll() is not None) == whole
+    ranks[1].wait()
+
+
+def test_one_learner_has_the_word(tmp_path, monkeypatch):
+    assert distributed.has_the_word() and distributed.has_the_word()
+    monkeypatch.setenv(distributed.WORD, str(tmp_path / "word"))
+    assert distributed.has_the_word() and not distributed.has_the_word()
+
+
+def test_what_advisers_count_is_added_up():
+    counts = ("calls", "cost", "errors/http_429")
+    assert all(is_count(f"llm_adapter/{name}") for name in counts)
+    means = ("llm_adapter/latency_ms", "llm_adapter/breaker", "synthetic/calls")
+    assert not any(is_count(name) for name in means)
+
+
+# ---- Folders that they share
+
+
+class Threads(Ranks):
+    """A learner in a thread, which can wait for the others."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier):
+        super().__init__(barrier.parties)
+        self.rank, self.wait = rank, barrier.wait
+
+
+def test_no_learner_clears_the_ring_of_another(tmp_path, monkeypatch):
+    barrier, config = threading.Barrier(2, timeout=30), configs.load(TINY)
+
+    def make(space, envs, *args, folder, **options):
+        if folder.name == dreamer.REPLAY_RING:
+            time.sleep(0.3)  # the first is late
+        return Replay(space, envs, *args, folder=folder, **options)
+
+    monkeypatch.setattr(dreamer, "Replay", make)
+    plan = replays.Plan(100, "memmap", 0, "")
+
+    def make_replay(rank: int) -> Replay:
+        run = SimpleNamespace(config=config, ranks=Threads(rank, barrier), logdir=tmp_path, envs=[None])
+        run._own = lambda folder: dreamer.Run._own(run, folder)
+        run._parts, run.sampler = contextlib.ExitStack(), ThreadPoolExecutor(1)
+        return dreamer.Run._make_replay(run, {**OBS, "action": gymnasium.spaces.Discrete(4)}, plan, {})
+
+    with ThreadPoolExecutor(2) as pool:
+        rings = [replay.ring for replay in pool.map(make_replay, range(2))]
+    for folder, ring in zip(("", "rank-1"), rings, strict=True):
+        assert len(list((tmp_path / "replay_ring" / folder).glob("*.bin"))) == len(ring)
+
+
+def test_a_broken_file_moves_no_episode_to_another_learner(tmp_path):
+    spaces = {"is_first": ((), np.bool_), "is_last": ((), np.bool_), "is_terminal": ((), np.bool_)}
+    writer = EpisodeWriter(tmp_path, spaces, 1)
+    for _ in range(6):
+        for t in range(3):
+            flags = {"is_first": t == 0, "is_last": t == 2, "is_terminal": False}
+            writer.add({key: np.array([flag]) for key, flag in flags.items()})
+    writer.flush()
+    files = sorted(tmp_path.glob("*.npz"))
+    files[2].write_bytes(b"broken")
+
+    def load(part: int) -> list[str]:
+        sizes = {"deter_size": 1, "stoch_size": 1, "classes": 2}
+        replay = Replay(spaces, 1, 100, 2, 1, 0, **sizes, writer=writer)
+        replay.load_episodes(part, 2)
+        return [name for name, _ in replay.segments[0]]
+
+    names = [path.name.rpartition("-")[0] for path in files]
+    assert load(0) == [names[0], names[4]]  # and not the second of the other's
+    writer.close()
 
 
 def test_the_commands_of_the_guide_are_understood():
@@ -362,6 +485,22 @@ def test_another_number_of_learners_goes_on_with_the_same_episodes(tmp_path):
     assert f"Resumed at step 80 with {steps} steps in the replay" in log(tmp_path)
 
 
+@pytest.mark.slow
+def test_with_other_envs_the_learners_divide_the_episodes(tmp_path):
+    assert run(tmp_path, "--steps", "60").returncode == 0
+    steps = sum_of_steps(tmp_path)
+    assert run(tmp_path, "--steps", "64", "--envs.amount", "4").returncode == 0
+    assert f"Resumed at step 60 with {steps} steps in the replay" in log(tmp_path)
+
+
+@pytest.mark.slow
+def test_what_fails_for_all_learners_is_told_once(tmp_path):
+    options = "--opt.lr 1e30 --opt.warmup 0 --opt.agc 0 --max_nonfinite 2 --steps 1000".split()
+    process = run(tmp_path, *options)
+    assert process.returncode == 2
+    assert process.err.count("The gradient was not finite") == 1 and len(process.err.splitlines()) == 1
+
+
 def sum_of_steps(logdir: Path) -> int:
     """Steps that the last checkpoint's replay holds: of the episodes' files and of the open ones."""
     files = sum(int(path.stem.split("-")[-1]) for path in (logdir / "train_eps").glob("*.npz"))
@@ -445,4 +584,9 @@ def test_two_learners_take_advice(tmp_path):
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert metrics(tmp_path)[-1]["uncertainty_gate/advised_share"] > 0
+    last, state = metrics(tmp_path)[-1], tools.load_checkpoint(tmp_path)[0]
+    assert last["uncertainty_gate/advised_share"] > 0
+    place = tmp_path / "replay_state" / f"step-{state['step']:012d}" / "rank-1"
+    other = tools.load_tensors(place / state["moments"][1] / "own.pt")
+    asked = [own["coach"]["advisor"]["totals"]["questions"] for own in (state, other)]
+    assert last["step"] == state["step"] and last["llm_adapter/questions"] == sum(asked) > max(asked)
