@@ -252,11 +252,16 @@ def _nearest(word: str, valid: Any) -> str:
     return difflib.get_close_matches(word[:MAX_SHOWN].lower(), list(valid), n=1, cutoff=0.0)[0]
 
 
-def _show(value: Any) -> str:
+def _written(value: Any) -> str:
     """A value as it is written in YAML and on the command line."""
     if isinstance(value, list):
-        return _cut("[" + ", ".join(map(_show, value)) + "]")
-    return "null" if value is None else _cut(str(value))
+        return "[" + ", ".join(map(_written, value)) + "]"
+    return "null" if value is None else str(value)
+
+
+def _show(value: Any) -> str:
+    """A value in a message."""
+    return _cut(_written(value))
 
 
 def _cut(text: str) -> str:
@@ -636,7 +641,7 @@ class Config(Mapping):
         """The words of a command line from which `load` makes this config."""
         words = ["--configs", *self.presets] if self.presets else []
         for name, value in self.overrides().items():
-            text = [_show(item) for item in value] if isinstance(value, list) else [_show(value)]
+            text = [_written(item) for item in value] if isinstance(value, list) else [_written(value)]
             if text[:1] and text[0].startswith("--"):  # it would be taken for an option
                 words.append(f"--{name}={' '.join(text)}")
             else:

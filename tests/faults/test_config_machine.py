@@ -26,7 +26,7 @@ PRESETS = [name for presets in SCHEMA.presets.values() for name in presets]
 LONGEST = 1500  # characters of a message
 VALID = configs.load(["--configs", "debug"]).to_yaml()
 
-texts = st.text(min_size=1, max_size=12).filter(lambda text: not CONTROL.search(text))
+texts = st.text(min_size=1, max_size=12).filter(lambda text: not CONTROL.search(text)) | st.just("x/" * 200)
 anything = st.text(max_size=60) | st.text("-=[]{}:,.#&*!|>'\"%@`\n\t \\0a1eE+~", max_size=60)
 
 
@@ -146,6 +146,11 @@ class Commands(RuleBasedStateMachine):
         again = configs.load(["--from_checkpoint", "x.pt"], saved=read)
         paths = {name: SCHEMA.options[name].default for name in configs.RUN_PATHS}
         assert again.replace(paths) == self.config.replace(paths)
+
+    @rule()
+    def write_as_a_command(self):
+        again = configs.load(self.config.to_argv())
+        assert again == self.config and again.presets == self.config.presets
 
     @invariant()
     def config_is_the_model(self):
