@@ -40,7 +40,7 @@ crafter: $(READY)
 setup: $(READY_DEV)
 
 test: $(READY_DEV)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: $(READY_DEV)
 	$(BIN)/python -m pytest -m slow $(ARGS)
