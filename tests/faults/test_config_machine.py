@@ -179,7 +179,7 @@ def test_command_is_the_merge_of_its_parts():
 
 @pytest.mark.slow
 def test_command_is_the_merge_of_its_parts_for_long():
-    run_machine(80)
+    run_machine(50)
 
 
 @settings(max_examples=60)
@@ -229,7 +229,7 @@ def test_any_text_is_a_config_or_a_mistake(text):
     read(text)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_damaged_config_is_a_config_or_a_mistake(data):
     start = data.draw(st.integers(0, len(VALID)))

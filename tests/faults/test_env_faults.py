@@ -144,6 +144,7 @@ def test_env_that_raises_in_the_main_process_ends_the_run_after_a_save(tmp_path,
     assert run(tmp_path) == 0
 
 
+@slow
 def test_fault_in_an_evaluation_ends_the_run_after_a_save_and_it_is_evaluated_anew(tmp_path, plant, capfd):
     (tmp_path / "mark").touch()  # not yet
     plant("vector nan")
