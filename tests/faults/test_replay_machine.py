@@ -303,7 +303,7 @@ def run_machine(examples: int, steps: int) -> None:
 
 
 def test_replay_is_what_the_last_save_knew_whatever_happens():
-    run_machine(30, 25)
+    run_machine(40, 25)
 
 
 @pytest.mark.slow
