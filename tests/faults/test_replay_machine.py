@@ -154,11 +154,10 @@ class Machine(RuleBasedStateMachine):
         if not self.replay.can_sample(amount):
             return
         batch = self.replay.sample(amount)
-        for row, (env, start) in enumerate(batch["where"].tolist()):
-            stream = self.model.streams[env]
-            assert max(0, len(stream) - self.replay.rows) <= start <= len(stream) - WINDOW
-            serials = stream[start : start + WINDOW]
-            self.check({key: value[row] for key, value in batch.items() if key != "where"}, serials)
+        for env, start in batch["where"].tolist():
+            length = len(self.model.streams[env])
+            assert max(0, length - self.replay.rows) <= start <= length - WINDOW
+        self.check_windows(batch)
         fresh = np.float16(self.serial % 90)
         shape = (amount, LENGTH)
         self.replay.update_latents(
@@ -168,6 +167,11 @@ class Machine(RuleBasedStateMachine):
         for env, start in batch["where"].tolist():
             for serial in self.model.streams[env][start + CONTEXT : start + WINDOW]:
                 self.model.latents[serial] = float(fresh)
+
+    def check_windows(self, batch):
+        for row, (env, start) in enumerate(batch["where"].tolist()):
+            serials = self.model.streams[env][start : start + WINDOW]
+            self.check({key: value[row] for key, value in batch.items() if key != "where"}, serials)
 
     def check(self, rows, serials):
         """A window, or a part of the ring, is these steps."""
@@ -284,6 +288,10 @@ class Machine(RuleBasedStateMachine):
             rows["is_last"][:-1] |= rows["is_first"][1:]  # as in a window
             rows["is_first"][:1] = True
             self.check(rows, serials)
+            oldest = max(0, len(stream) - self.replay.rows)
+            starts = range(max(oldest, len(stream) - 3 * WINDOW), len(stream) - WINDOW + 1)
+            where = np.array([(env, start) for start in starts], np.int64).reshape(-1, 2)
+            self.check_windows(self.replay.gather(where))
 
     @invariant()
     def no_file_is_half_an_episode(self):
