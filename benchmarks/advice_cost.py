@@ -11,6 +11,7 @@ this machine that answers after a second; `dead` one that is not there. Times ar
 round. Options of the program follow after `--`, for all runs: `-- --llm.min_gap_steps 1`.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -43,7 +44,8 @@ RUNS = {
 def serve_run(argv: list[str], steps: int) -> None:
     """Some env steps of a run for each line of the input; see turns.py."""
     with tempfile.TemporaryDirectory() as folder:
-        with dreamer.open_run([*argv, "--logdir", folder]) as run:
+        command = dreamer.read_command([*argv, "--logdir", folder])
+        with contextlib.closing(dreamer.Run(command.config, command.logdir)) as run:
 
             def advance(to: int) -> None:
                 while run.step < to:

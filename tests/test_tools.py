@@ -17,6 +17,8 @@ import tools
 
 # ---- files
 
+WHOLE = {"config": "", "step": 0, "agent": {}, "capacity": 0}  # what every checkpoint has
+
 
 def raise_disk_full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -151,7 +153,7 @@ def draw() -> list[float]:
 def test_random_states_survive_a_checkpoint(tmp_path):
     tools.seed_everything(5)
     np.random.randn()  # leaves one cached value, which is part of the state
-    tools.save_checkpoint(tmp_path, {"rng": tools.rng_state()}, step=0, keep=1)
+    tools.save_checkpoint(tmp_path, {**WHOLE, "rng": tools.rng_state()}, step=0, keep=1)
     expected = [draw(), np.random.randn()]
     payload, _, _ = tools.load_checkpoint(tmp_path)
     tools.set_rng_state(payload["rng"])
@@ -186,6 +188,7 @@ def test_determinism_makes_torch_refuse_what_cannot_be_repeated(monkeypatch):
 
 def payload_at(step: int) -> dict:
     return {
+        **WHOLE,
         "weights": torch.full((300,), float(step)),
         "step": step,
         "big": 2**100,
@@ -304,7 +307,7 @@ def test_payload_that_could_not_be_loaded_again_is_refused_at_once(tmp_path, val
 def test_numpy_generator_state_can_be_saved(tmp_path):
     rng = basics.numpy_rng(0, "replay")
     rng.random(3)
-    tools.save_checkpoint(tmp_path, {"rng": rng.bit_generator.state}, step=1, keep=1)
+    tools.save_checkpoint(tmp_path, {**WHOLE, "rng": rng.bit_generator.state}, step=1, keep=1)
     again = basics.numpy_rng(1)
     again.bit_generator.state = tools.load_checkpoint(tmp_path)[0]["rng"]
     assert again.random() == rng.random()
@@ -454,7 +457,7 @@ def test_optimizer_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
     for step in range(5):
         set_grads(params, seed=step)
         optimizer.step()
-    tools.save_checkpoint(tmp_path, {"opt": optimizer.state_dict()}, step=5, keep=1)
+    tools.save_checkpoint(tmp_path, {**WHOLE, "opt": optimizer.state_dict()}, step=5, keep=1)
     resumed_params, resumed = tiny_optimizer()
     with torch.no_grad():
         for new, old in zip(resumed_params, params, strict=True):
