@@ -5,9 +5,10 @@
 A real run of Crafter with all that `debug` and `lore_full` switch on: evaluations, videos, checkpoints,
 advice. While it trains, one of its worker processes gets SIGKILL now and then, and the main process is
 looked at. What comes after the warm-up is cut into ten parts. The run passes if the medians of the resident
-memory of all parts lie within `--tolerance`, if the last part has no more handles, threads and child
-processes than the first (the fewest in each, for a restart takes some more for a moment), if each kill led
-to one restart, and if the run ended as it should. The exit code is 1 otherwise. Options behind `--` go to
+memory of all parts lie within `--tolerance`, if the last part has no more handles and threads than the
+first (the fewest in each, for a restart takes some more for a moment) and no more child processes (the most
+in each, for a killed worker of the evaluation is missing until the next one), if each kill led to one
+restart, and if the run ended as it should. The exit code is 1 otherwise. Options behind `--` go to
 dreamer.py. Linux only.
 """
 
@@ -32,7 +33,11 @@ RUN = (
 WORKERS = ("train 0", "train 1", "eval 0")
 PARTS = 10  # of the time after the warm-up
 POLL = 0.5  # seconds between looks at whether the run has begun or ended
-COUNTS = ("handles", "threads", "children")  # what must not grow
+COUNTS = {
+    "handles": min,
+    "threads": min,
+    "children": max,
+}  # what must not grow, and what of a part is compared
 
 Sample = dict[str, float]
 
@@ -112,13 +117,13 @@ def judge(samples: Sequence[Sample], warmup: float, tolerance: float) -> dict:
     parts = [kept[len(kept) * i // PARTS : len(kept) * (i + 1) // PARTS] for i in range(PARTS)]
     rss = [statistics.median(sample["rss"] for sample in part) for part in parts]
     spread = max(rss) / min(rss) - 1
-    growth = {key: min(s[key] for s in parts[-1]) - min(s[key] for s in parts[0]) for key in COUNTS}
+    counts = {key: [of(sample[key] for sample in part) for part in parts] for key, of in COUNTS.items()}
     return {
         "rss_mib": [round(value / 2**20, 1) for value in rss],
         "rss_spread": round(spread, 4),
         "worker_rss_mib": [round(max(s["worker_rss"] for s in part) / 2**20, 1) for part in parts],
-        **{key: [min(sample[key] for sample in part) for part in parts] for key in COUNTS},
-        "flat": spread <= tolerance and all(value <= 0 for value in growth.values()),
+        **counts,
+        "flat": spread <= tolerance and all(count[-1] <= count[0] for count in counts.values()),
     }
 
 
