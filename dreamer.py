@@ -41,6 +41,7 @@ from exploration import EXPLORERS, Greedy, Random, param_group
 from lock import RunLock
 from logger import Collector, Logger, Timer, WandbRun, add_heat_strip, merged_logs, write_mp4, write_wav
 from lore_llm import synthetic
+from lore_llm.advisor import Advisor
 from lore_llm.captions import make_captioner
 from lore_llm.coach import Coach, NoCoach, advice_spaces, is_count, make_advisor
 from lore_llm.guide import Guide
@@ -719,6 +720,7 @@ class Run:
         if config.llm.enabled:
             parts = advisor, self.agent, self.replay, config, self.logdir, self.timer, self.ranks
             self.coach = Coach(*parts)
+            self._parts.callback(self._end_advice, advisor)  # before the logger is closed
         # Not earlier: the ring's memory is to be taken as it fills.
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
@@ -745,6 +747,11 @@ class Run:
         )  # fmt: skip
         self._parts.callback(envs.close)
         return envs
+
+    def _end_advice(self, advisor: Advisor) -> None:
+        """Some of what the adviser has to say comes at its end, as what is wrong with the cache's file."""
+        advisor.close()
+        self._print_notes()
 
     def _print_notes(self, envs: VecEnv | None = None) -> None:
         """Tell what the coach and the envs have to say of themselves, each line once."""
