@@ -684,32 +684,10 @@ class Run:
         self.every = {name: tools.Every(steps) for name, steps in every.items()}
         self.ratio = tools.Ratio(config.train_ratio / (config.batch_size * config.batch_length))
 
-        wandb = None
-        if config.wandb.enabled and self.ranks.leads:
-            wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), wandb_id)
-        if self.ranks.leads:
-            self.logger = Logger(
-                self.logdir,
-                total_steps=config.steps,
-                fps=config.video_fps,
-                resume_step=logged,  # what came later is told again
-                wandb=wandb,
-            )
-        else:
-            self.logger = Collector()
+        self.logger = self._make_logger(logged, wandb_id)
         self._parts.callback(self.logger.close)
         self.print = self.logger.print
-        self.print(
-            f"{config.task} on {device_name(self.device)} in {precision(config, self.device)}: "
-            f"{self.agent.parameters():,} parameters; presets {', '.join(config.presets) or 'none'}"
-        )
-        if self.ranks.size > 1:
-            notes = [
-                *notes,
-                f"{self.ranks.size} learners share {config.envs.amount} environments, batches of "
-                f"{config.batch_size} sequences, and the replay",
-            ]
-        for line in [*notes, plan.line]:
+        for line in [self._about(), *notes, plan.line]:
             self.print(line)
         if self.agent.unseen:
             self.print(
@@ -732,6 +710,26 @@ class Run:
         self._print_notes(self.envs)
         if self.ranks.leads:
             config.save(self.logdir / "config.yaml")
+
+    def _make_logger(self, logged: int | None, wandb_id: str | None) -> Logger:
+        """Who tells of the run: the first learner; what was told after the step `logged` is told again."""
+        config = self.config
+        if not self.ranks.leads:
+            return Collector()
+        wandb = None
+        if config.wandb.enabled:
+            wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), wandb_id)
+        steps, fps = config.steps, config.video_fps
+        return Logger(self.logdir, total_steps=steps, fps=fps, resume_step=logged, wandb=wandb)
+
+    def _about(self) -> str:
+        """What runs here, in a line."""
+        config, learners = self.config, self.ranks.size
+        shared = f", shared by {learners} learners" if learners > 1 else ""
+        return (
+            f"{config.task} on {device_name(self.device)} in {precision(config, self.device)}: "
+            f"{self.agent.parameters():,} parameters{shared}; presets {', '.join(config.presets) or 'none'}"
+        )
 
     def _make_envs(self, mode: str) -> VecEnv:
         options = self.config.envs

@@ -439,7 +439,7 @@ def first_images(logdir: Path) -> set[str]:
 def test_two_learners_train_as_one_run(tmp_path):
     process = run(tmp_path / "two", "--eval_every", "0", "--envs.amount", "4")
     assert process.returncode == 0, process.err
-    assert "2 learners share 4 environments" in log(tmp_path / "two")
+    assert "parameters, shared by 2 learners; presets" in log(tmp_path / "two")
     assert main(*TINY, "--logdir", str(tmp_path / "one"), "--eval_every", "0", "--envs.amount", "4") == 0
     ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     for name in ("step", "replay/size", "opt/updates"):  # what all do together is counted as if one did it
