@@ -547,6 +547,20 @@ def test_a_killed_learner_ends_the_run_in_one_line_and_it_goes_on_from_the_last_
     assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
 
 
+@pytest.mark.slow
+def test_learners_whose_launcher_is_killed_save_and_end(tmp_path):
+    process = run(tmp_path, "--steps", "100000", wait=False)
+    until_logged(tmp_path, "step 60/", process)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while "Saved" not in log(tmp_path) or (tmp_path / "run.lock").exists():  # it goes with the first learner
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    step = tools.load_checkpoint(tmp_path)[0]["step"]
+    assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
+    assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
+
+
 def torchrun(logdir: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", *arguments, "dreamer.py", *TINY]
     return subprocess.Popen(
