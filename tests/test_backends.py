@@ -358,7 +358,7 @@ def test_a_server_may_die_and_come_back(connect, server, backend):
 @pytest.mark.parametrize("backend", SERVERS)
 def test_several_calls_run_at_once(connect, server, backend):
     adviser = connect(backend)
-    server.default = Say(delay=0.7)
+    server.default = Say(delay=2)
 
     async def together():
         try:
@@ -369,7 +369,7 @@ def test_several_calls_run_at_once(connect, server, backend):
     asyncio.run(adviser.close())  # nothing is open yet: no harm
     start = time.perf_counter()
     assert all(reply.answers[0].advice for reply in asyncio.run(together()))
-    assert time.perf_counter() - start < 2.5
+    assert time.perf_counter() - start < 7  # one after another: 8
 
 
 @pytest.mark.parametrize("backend", SERVERS)
