@@ -49,6 +49,7 @@ ARMS = {
     "full": f"--configs lore_full {SCRIPTED}",
     "adversarial": f"--configs lore_prior {SCRIPTED} --llm.rules_quality adversarial",
     "random": f"--configs lore_prior {SCRIPTED} --llm.rules_quality random",
+    "latents": f"--configs lore_prior {SCRIPTED} --prior.beta_max 0",
     "full_adversarial": f"--configs lore_full {SCRIPTED} --llm.rules_quality adversarial",
 }
 REQUIRED = ("baseline", "prior", "synth", "options", "full", "adversarial")
@@ -60,6 +61,7 @@ TITLES = {
     "full": "full: A, B and C",
     "adversarial": "+B, adversarial adviser",
     "random": "+B, random adviser",
+    "latents": "+B without its weight in the policy",
     "full_adversarial": "full, adversarial adviser",
     "alone": "the scripted adviser alone",
 }

@@ -228,11 +228,15 @@ class Guide(Unguided):
     ) -> tuple[Losses, Metrics]:
         """Losses of its own nets from real steps: post and data [B, T, ...]."""
         losses, metrics = {}, {}
-        feat = world_model.rssm.feat(post).detach()  # [B, T, F]
+        feat = world_model.rssm.feat(post)  # [B, T, F]
         if self.prior:
             mask = data["llm_mask"]
-            losses["advice_distill"] = self.prior.distill(feat, data["llm_logits"], mask)
+            # Not detached: what the advice depends on, the latents have to tell.
+            loss, agreement = self.prior.distill(feat, data["llm_logits"], mask)
+            losses["advice_distill"] = self.config.prior.lambda_distill * loss
+            metrics["uncertainty_gate/agreement"] = agreement
             metrics["uncertainty_gate/advised_share"] = mask.float().mean()
+        feat = feat.detach()
         if self.options:
             losses["option_end"] = self.options.end_loss(feat, data)
         with torch.no_grad():

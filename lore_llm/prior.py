@@ -93,14 +93,17 @@ class Prior(nn.Module):
         """
         return self.reliability.lowered(self.config.caution * self.heard)
 
-    def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
-        """Squared error to the advice `logits` [B, T, A] where `mask` [B, T], a scalar; 0 where none is.
+    def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared error to the advice `logits` [B, T, A], and how often its best action is the same.
 
-        In units of `logit_clip`. Cross entropy would take for ever to tell apart what is as good as certain.
+        Scalars, over the steps where `mask` [B, T]; 0 where none is. The error is in units of `logit_clip`.
+        Cross entropy would take for ever to tell apart what is as good as certain.
         """
-        error = self.out(self.mlp(feat)).float() - logits / self.config.logit_clip
-        loss = error.square().mean(-1)  # [B, T]
-        return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
+        said = self.out(self.mlp(feat)).float()
+        loss = (said - logits / self.config.logit_clip).square().mean(-1)  # [B, T]
+        same = said.argmax(-1) == logits.argmax(-1)
+        count = mask.sum().clamp(min=1)
+        return torch.where(mask, loss, 0.0).sum() / count, (mask & same).sum() / count
 
     @torch.no_grad()
     def follow(

@@ -151,11 +151,13 @@ def test_the_prior_net_comes_to_say_what_the_adviser_says():
     opt = torch.optim.Adam(prior.parameters(), 0.01)
     for _ in range(400):
         opt.zero_grad()
-        loss = prior.distill(feat, torch.where(mask[..., None], advice, 1e3), mask)
+        loss, agreement = prior.distill(feat, torch.where(mask[..., None], advice, 1e3), mask)
         loss.backward()
         opt.step()
     assert float((prior(feat) - advice)[mask].abs().mean()) < 0.5
-    assert float(prior.distill(feat, advice, torch.zeros_like(mask))) == 0
+    assert float(agreement) == 1.0
+    assert float(prior.distill(feat, -advice, mask)[1]) == 0.0
+    assert [float(x) for x in prior.distill(feat, advice, torch.zeros_like(mask))] == [0.0, 0.0]
 
 
 # ---- Silence
@@ -185,8 +187,9 @@ def test_training_without_any_advice_changes_no_bit():
 
 
 def test_options_of_disabled_paths_change_no_bit():
-    words = "--prior.beta_max 1 --prior.lambda_kl 9 --synthetic.lambda_bc 9 --options.max_options 2"
-    words += " --llm.features 7 --llm.until 5 --synthetic.synthetic_ratio_max 0.9 --options.layers 3"
+    words = "--prior.beta_max 1 --prior.lambda_kl 9 --prior.lambda_distill 9 --synthetic.lambda_bc 9"
+    words += " --options.max_options 2 --llm.features 7 --llm.until 5 --synthetic.synthetic_ratio_max 0.9"
+    words += " --options.layers 3"
     plain, other = make_agent(()), make_agent((), *words.split())
     for agent in (plain, other):
         for update in range(2):
@@ -202,7 +205,7 @@ TRAINS = {
     "value": {"critic"},
     "advice_kl": {"actor", "options.out"},
     "advice_bc": {"actor", "options.out"},
-    "advice_distill": {"prior"},
+    "advice_distill": {"prior", "encoder", "rssm"},
     "option_end": {"options.end"},
 }
 
@@ -258,6 +261,20 @@ def test_each_loss_of_advice_trains_what_the_design_says():
             if any(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
         }
         assert trained == expected, name
+
+
+def test_lambda_distill_weighs_what_the_latents_learn_from_the_advice():
+    grads = []
+    for weight in ("1", "5"):
+        agent = make_agent(("prior",), "--prior.lambda_distill", weight)
+        unsettle(agent)
+        data = {key: torch.from_numpy(value) for key, value in make_batch(agent).items()}
+        post, data = agent.world_model.observe(data, agent.rngs["train"])
+        losses, _ = agent.guide.learn(agent.world_model, agent.behavior, post, data)
+        grads += torch.autograd.grad(losses["advice_distill"], agent.world_model.encoder.parameters())
+    one, five = grads[: len(grads) // 2], grads[len(grads) // 2 :]
+    assert all(torch.allclose(5 * a, b, atol=1e-6) for a, b in zip(one, five, strict=True))
+    assert max(float(a.abs().max()) for a in one) > 1e-4
 
 
 def test_policy_gradient_is_that_of_a_constant_added_to_the_actors_logits():
