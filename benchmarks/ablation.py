@@ -263,13 +263,18 @@ def cell(measure: dict | None, form: Callable[[float], str]) -> str:
 
 # --- The figure ----------------------------------------------------------------------------------------
 
-COLORS = dict(
-    zip(
-        TITLES,
-        ("0.4", "tab:blue", "tab:green", "tab:orange", "tab:purple", "tab:red", "tab:brown", "tab:pink", "k"),
-        strict=True,
-    )
-)
+COLORS = {
+    "baseline": "0.4",
+    "prior": "tab:blue",
+    "synth": "tab:green",
+    "options": "tab:orange",
+    "full": "tab:purple",
+    "adversarial": "tab:red",
+    "random": "tab:brown",
+    "latents": "tab:cyan",
+    "full_adversarial": "tab:pink",
+    "alone": "k",
+}
 
 
 def draw(result: dict, out: Path) -> None:
