@@ -1449,11 +1449,6 @@ def check_shares(config: Config, ranks: Ranks) -> None:
     """Raise UserError for what several learners cannot share."""
     ranks.share(config.batch_size, "batch_size")
     ranks.share(config.envs.amount, "envs.amount")
-    if ranks.size > 1 and config.options.enabled:
-        raise UserError(
-            "Skills (options.enabled) are learned by one learner alone: leave --parallel out, or take"
-            " lore_prior or lore_synth"
-        )
 
 
 def join(config: Config) -> Ranks:

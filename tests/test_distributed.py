@@ -245,7 +245,6 @@ def test_logs_and_successes_of_several_are_added_up():
         ("--parallel 3", "--batch_size 2 cannot be divided over 3 learners: take 3"),
         ("--parallel 2 --batch_size 5", "--batch_size 5 cannot be divided over 2 learners: take 4 or 6"),
         ("--parallel 2 --envs.amount 3", "--envs.amount 3 cannot be divided over 2 learners: take 2 or 4"),
-        ("--parallel 2 --llm.enabled True --options.enabled True", "learned by one learner alone"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(options, told, tmp_path, capsys):
