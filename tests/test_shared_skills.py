@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from advice_helpers import SilentAdvisor, make_agent
-from run_helpers import TINY, assert_same_run, differences, log, main, metrics, moment
+from run_helpers import TINY, assert_same_run, differences, log, metrics
 from test_advice_run import DOORKEY, FULL, late_replay
-from test_distributed import Threads, free_port, own_moment, run
+from test_distributed import Threads, free_port, own_moment
 
 import dreamer
 import lore_llm.coach as coaches
@@ -195,7 +197,11 @@ def test_resumed_learners_have_the_skills_whatever_their_number_was(learners, tm
 
 # ---- Whole runs
 
-SHORT = (*TINY, *DOORKEY, *FULL, *"--steps 70 --train_ratio 1 --eval_every 0 --llm.until 1000".split())
+SHORT = (*TINY, *DOORKEY, *FULL, *"--train_ratio 2 --eval_every 0 --llm.until 1000".split())
+RUNS = (  # name, learners, env steps until which it goes on
+    ("whole", 2, 70), ("stopped", 2, 56), ("stopped", 2, 70),
+    ("other", 1, 80), ("other", 2, 90),
+)  # fmt: skip
 
 
 def look(run: dreamer.Run) -> dict:
@@ -213,11 +219,12 @@ def look(run: dreamer.Run) -> dict:
     }
 
 
-def watched(rank: int, port: int, folder: Path) -> None:
-    """One of two learners of a run with hasty decisions about its skills, and a person who adds one."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    options.SETTLE_SECONDS, options.PRUNE_SIGMAS, coaches.POLL_STEPS = 0.0, -1e9, 10
+def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
+    """One of two learners, through some runs in which every other skill does harm.
+
+    A person adds a skill at step 50.
+    """
+    options.SETTLE_SECONDS, coaches.POLL_STEPS = 0.0, 10
     seen: list[dict] = []
     executed: Counter[int] = Counter()
     learn, record = dreamer.Run.learn, Coach._record
@@ -225,60 +232,77 @@ def watched(rank: int, port: int, folder: Path) -> None:
     def learn_and_look(run: dreamer.Run) -> None:
         learn(run)
         seen.append(look(run))
-        path = folder / "run" / "skills.yaml"
-        if rank == 0 and run.step == 50:
-            text = path.read_text().replace("# By this", MINE.format(action="forward"))
-            path.write_text(text)
+        if run.ranks.leads and run.step == 50:
+            path = run.logdir / "skills.yaml"
+            path.write_text(path.read_text().replace("# By this", MINE.format(action="forward")))
 
-    def note(coach: Coach, outcomes: list[Outcome]) -> bool:
+    def harm(coach: Coach, outcomes: list[Outcome]) -> bool:
         executed.update(outcome.uid for outcome in outcomes)
-        return record(coach, outcomes)
+        return record(coach, [each._replace(gain=-1.0 if each.uid % 2 else 1.0) for each in outcomes])
 
-    dreamer.Run.learn, Coach._record = learn_and_look, note
-    assert dreamer.main([*SHORT, "--logdir", str(folder / "run")]) == 0
-    (folder / f"{rank}.json").write_text(json.dumps({"seen": seen, "executed": executed}))
+    dreamer.Run.learn, Coach._record = learn_and_look, harm
+    for port, (name, learners, steps) in zip(ports, RUNS, strict=True):
+        barrier.wait()
+        if rank == 0 and name == "other" and not (folder / name).exists():
+            shutil.copytree(folder / "stopped", folder / name)
+        if rank >= learners:
+            continue
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(learners)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        assert dreamer.main([*SHORT, "--steps", str(steps), "--logdir", str(folder / name)]) == 0
+        (folder / f"{name}-{rank}.json").write_text(json.dumps({"seen": seen, "executed": executed}))
+        seen.clear()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder of what `as_learner` did."""
+    folder = tmp_path_factory.mktemp("runs")
+    barrier = mp.get_context("spawn").Barrier(2)
+    mp.spawn(as_learner, (barrier, [free_port() for _ in RUNS], folder), nprocs=2)
+    return folder
+
+
+def told_of(runs: Path, name: str) -> list[dict]:
+    """What each of two learners saw of a run."""
+    return [json.loads((runs / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+
+
+def skills_of(logdir: Path) -> dict[str, dict]:
+    """The skills of the last checkpoint by their uids."""
+    slots = tools.load_checkpoint(logdir)[0]["coach"]["library"]["slots"]
+    return {str(skill["uid"]): skill for skill in slots if skill}
 
 
 @pytest.mark.slow
-def test_learners_of_a_whole_run_have_the_same_skills_and_weights(tmp_path):
-    mp.spawn(watched, (free_port(), tmp_path), nprocs=2)
-    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+def test_learners_of_a_whole_run_have_the_same_skills_and_weights(runs):
+    told = told_of(runs, "whole")
     seen = told[0]["seen"]
-    assert differences(seen, told[1]["seen"]) == []
-    assert seen[-1]["updates"] > 5 and all(
-        look["uids"] == [uid or 0 for uid in look["library"]] for look in seen
-    )
-    slots = [uids for look in seen if (uids := look["uids"])]
-    changes = [
-        (before, after)
-        for one, other in zip(slots, slots[1:], strict=False)
-        for before, after in zip(one, other, strict=True)
-        if before != after
-    ]
-    assert {bool(before) for before, _ in changes} == {False, True}  # some came and some went
-    assert "mine" in seen[-1]["names"] and "added mine" in log(tmp_path / "run")
-    counts = [Counter(one["executed"]) for one in told]
-    last = metrics(tmp_path / "run")[-1]
-    library = tools.load_checkpoint(tmp_path / "run")[0]["coach"]["library"]
-    there = {str(skill["uid"]): skill["stats"]["tries"] for skill in library["slots"] if skill}
-    both = counts[0] + counts[1]
-    assert there == {uid: both[uid] for uid in there} and min(map(len, counts)) > 0
-    assert last["options/removed"] == library["removals"] > 0
+    assert differences(seen, told[1]["seen"]) == [] and seen[-1]["updates"] > 5
+    assert all(look["uids"] == [uid or 0 for uid in look["library"]] for look in seen)
+    slots = [(a, b) for one, other in pairwise(seen) for a, b in zip(one["uids"], other["uids"], strict=True)]
+    assert any(a and not b for a, b in slots) and any(b and a != b for a, b in slots)  # some went, some came
+    assert any("mine" in look["names"] for look in seen) and "added mine" in log(runs / "whole")
+    ours, theirs = (Counter(one["executed"]) for one in told)
+    tries = {uid: skill["stats"]["tries"] for uid, skill in skills_of(runs / "whole").items()}
+    assert tries == {uid: ours[uid] + theirs[uid] for uid in tries} and max(tries.values()) > 1
+    gone = (ours | theirs).keys() - tries.keys()
+    assert any(ours[uid] < 2 for uid in gone)  # one learner alone would not have removed it yet
+    assert metrics(runs / "whole")[-1]["options/removed"] == len(gone)
 
 
 @pytest.mark.slow
-def test_resumed_run_with_skills_of_two_learners_equals_uninterrupted_run(tmp_path):
-    options = SHORT[len(TINY) :]
-    assert run(tmp_path / "whole", *options).returncode == 0
-    assert run(tmp_path / "stopped", *options, "--steps", "50").returncode == 0
-    assert run(tmp_path / "stopped", *options).returncode == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    assert differences(*(own_moment(tmp_path / name) for name in ("whole", "stopped"))) == []
-    before = moment(tmp_path / "stopped")
-    slots = before["coach"]["library"]["slots"]
-    assert any(skill and skill["stats"]["tries"] for skill in slots)
-    assert main(*SHORT, "--logdir", str(tmp_path / "stopped"), "--steps", "80") == 0
-    assert run(tmp_path / "stopped", *options, "--steps", "90").returncode == 0
-    after = moment(tmp_path / "stopped")["coach"]["library"]["slots"]
-    for one, other in zip(slots, after, strict=True):
-        assert one is None or one["stats"]["tries"] <= other["stats"]["tries"]
+def test_resumed_run_with_skills_of_two_learners_equals_uninterrupted_run(runs):
+    assert_same_run(runs / "whole", runs / "stopped")
+    assert differences(*(own_moment(runs / name) for name in ("whole", "stopped"))) == []
+
+
+@pytest.mark.slow
+def test_skills_stay_when_the_number_of_learners_changes(runs):
+    assert "The run had 2 learners and now has 1" in log(runs / "other")
+    assert "The run had 1 learners and now has 2" in log(runs / "other")
+    ours, theirs = (one["seen"] for one in told_of(runs, "other"))
+    assert differences(ours, theirs) == [] and ours[-1]["step"] >= 90
+    before, after = skills_of(runs / "stopped"), skills_of(runs / "other")
+    stay = before.keys() & after.keys()
+    assert stay and all(after[uid]["stats"]["tries"] >= before[uid]["stats"]["tries"] for uid in stay)
