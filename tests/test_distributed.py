@@ -31,7 +31,7 @@ import tools
 from basics import UserError
 from distributed import JoinedRanks, Ranks
 from episodes import EpisodeWriter
-from logger import merged_logs
+from logger import Collector, merged_logs
 from lore_llm.coach import is_count
 from models import ReturnNorm
 from replay import Replay
@@ -369,6 +369,32 @@ def test_no_learner_clears_the_ring_of_another(tmp_path, monkeypatch):
         rings = [replay.ring for replay in pool.map(make_replay, range(2))]
     for folder, ring in zip(("", "rank-1"), rings, strict=True):
         assert len(list((tmp_path / "replay_ring" / folder).glob("*.bin"))) == len(ring)
+
+
+def test_notes_of_other_learners_reach_the_log_once():
+    barrier, printed, board = threading.Barrier(2, timeout=30), [], [None, None]
+    said = [["ours", "both"], ["both", "theirs", "theirs"]]
+
+    def gather(rank: int) -> None:
+        ranks = Threads(rank, barrier)
+
+        def collect(value):
+            board[rank] = value
+            barrier.wait()
+            return board
+
+        ranks.collect = collect
+        logger = Collector() if rank else SimpleNamespace(note=printed.append, take_notes=list)
+        tell = logger.print if rank else printed.append
+        run = SimpleNamespace(ranks=ranks, logger=logger, print=tell, _noted=set(), envs=None)
+        run.coach = SimpleNamespace(notes=lambda: said[rank])
+        run._note = lambda line: dreamer.Run._note(run, line)
+        dreamer.Run._print_notes(run)
+        dreamer.Run._gather_notes(run)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(gather, range(2)))
+    assert printed == ["ours", "both", "Learner 1: theirs"]
 
 
 def test_a_broken_file_moves_no_episode_to_another_learner(tmp_path):

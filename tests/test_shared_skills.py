@@ -288,7 +288,8 @@ def test_learners_of_a_whole_run_have_the_same_skills_and_weights(runs):
     assert tries == {uid: ours[uid] + theirs[uid] for uid in tries} and max(tries.values()) > 1
     gone = (ours | theirs).keys() - tries.keys()
     assert any(ours[uid] < 2 for uid in gone)  # one learner alone would not have removed it yet
-    assert metrics(runs / "whole")[-1]["options/removed"] == len(gone)
+    library = tools.load_checkpoint(runs / "whole")[0]["coach"]["library"]
+    assert library["removals"] == len(gone) >= metrics(runs / "whole")[-1]["options/removed"] > 0
 
 
 @pytest.mark.slow
