@@ -638,6 +638,7 @@ class Run:
         self.streak = self.timed_updates = 0
         self.eval_envs: VecEnv | None = None
         self._noted: set[str] = set()
+        self.failure = ""  # what ends the run as soon as all learners are between two steps
         self.due = 0  # updates to do in this step
         self.sampler = ThreadPoolExecutor(1, "sampler")
         self.next_batch: Future | None = None
@@ -754,9 +755,21 @@ class Run:
     def _print_notes(self, envs: VecEnv | None = None) -> None:
         """Tell what the coach and the envs have to say of themselves, each line once."""
         for line in [*(envs.notes() if envs else []), *self.coach.notes()]:
-            if line not in self._noted:
-                self._noted.add(line)
-                self.print(line)
+            self._note(line)
+
+    def _note(self, line: str) -> None:
+        """Tell a line, once, that perhaps only this learner has to tell."""
+        if line not in self._noted:
+            self._noted.add(line)
+            self.logger.note(line)
+
+    def _gather_notes(self) -> None:
+        """Let the first learner tell what the others have to say, and it has not said itself."""
+        for rank, lines in enumerate(self.ranks.collect(self.logger.take_notes())):
+            for line in lines:
+                if line not in self._noted:
+                    self._noted.add(line)
+                    self.print(f"Learner {rank}: {line}")
 
     def _plan_replay(self, spaces: Mapping[str, gymnasium.Space], chosen: int | None) -> replays.Plan:
         config, rssm = self.config, self.config.rssm
@@ -810,7 +823,7 @@ class Run:
         """Begin a new run; episodes that are already in the training folder are learned from and counted."""
         loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
         for line in loaded.lines:
-            self.print(line)
+            self._note(line)
         steps, self.transitions = self.ranks.total(loaded.steps, loaded.transitions)
         if steps:
             self.print(f"Loaded {steps:,} steps from {self.replay.writer.folder}")
@@ -837,6 +850,7 @@ class Run:
         if self.next_batch:
             wait([self.next_batch])  # of a step that failed: it reads the replay
         self._print_notes()  # the coach's are in no checkpoint; the envs may be closed
+        self._gather_notes()
         place = self._replay_state(self.step)
         replay = self.replay.save(self._own(place), latents=clean)
         own = self._own_state_dict(replay, None if failed else self.envs.state())
@@ -858,11 +872,11 @@ class Run:
         """Folder of what the replay keeps beside the checkpoint of an env step."""
         return self.logdir / REPLAY_STATE / tools.checkpoint_path(self.logdir, step).stem
 
-    def save_after_failure(self) -> None:
-        """Keep what was collected when an env, the disk or the memory failed."""
+    def save_after_failure(self, *, failed: bool = True) -> None:
+        """Keep what was collected when an env, the disk or the memory failed, of this learner or another."""
         try:
             with memory_explained():
-                self.save(clean=True, failed=True)
+                self.save(clean=True, failed=failed)
         except UserError as error:
             self.print(f"The steps since the last checkpoint could not be saved: {error}")
 
@@ -932,7 +946,7 @@ class Run:
             own = saved if self.ranks.leads else None
             loaded = self._divide_replay(saved)
         for line in loaded.lines:
-            self.print(line)
+            self._note(line)
         if own:
             self.prefill.rng.bit_generator.state = own["prefill"]
             if own.get("coach"):
@@ -941,7 +955,7 @@ class Run:
             self.stats.load_state_dict(own["stats"])
             self.state = {k: v.to(self.device) for k, v in own["acting"].items()}
         else:
-            self.print("The open episodes end here, as they cannot be gone on with; the envs start new ones.")
+            self._note("The open episodes end here, as they cannot be gone on with; the envs start new ones.")
             self._reset_envs(saved["next_episode"])
         if own:
             tools.set_rng_state(own["rng"])  # nothing may draw after it
@@ -999,7 +1013,7 @@ class Run:
         try:
             self.obs = self.envs.restore([{**s, "actions": _arrays(s["actions"])} for s in saved["envs"]])
         except UserError as error:  # an env that does not repeat itself may not take these actions
-            self.print(str(error))
+            self._note(str(error))
             self.envs = self._make_envs("train")
             return False
         before = _arrays(saved["obs"])
@@ -1026,8 +1040,21 @@ class Run:
         self.coach.after(obs, self.state, self.step)
         self._count(obs)
         self._plan_updates()
-        with self.timer("env"):
+        with self.timer("env"), self._failing_together():
             self.obs = self.envs.step(action)
+
+    @contextlib.contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Within, what fails ends a run of several learners not before all are between two steps.
+
+        Only there can all save the same moment. The learner that failed does its part in the updates first.
+        """
+        try:
+            yield
+        except UserError as error:
+            if self.ranks.size == 1:
+                raise
+            self.failure = f"Learner {self.ranks.rank}: {error}"
 
     def _count(self, obs: Arrays) -> None:
         """Count what was stored, and log the episodes that it ends."""
@@ -1123,7 +1150,11 @@ class Run:
         False if it was stopped in between; then nothing is kept of it, and it can be done anew. Other
         learners wait for the first.
         """
-        done = self.ranks.tell(self._evaluate(stop) if self.ranks.leads else None)
+        done = False
+        if self.ranks.leads:
+            with self._failing_together():
+                done = self._evaluate(stop)
+        done = self.ranks.tell(done)
         self.evaluations += done
         self.coach.copy_evaluation(self.ranks)
         return done
@@ -1204,6 +1235,7 @@ class Run:
         self.logger.add(success.metrics())
         self.logger.write(self.step)
         self._print_notes(self.envs)
+        self._gather_notes()
 
 
 class AdvisedAgent:
@@ -1334,10 +1366,10 @@ def play_episodes(
 def train(run: Run, stop: Sequence[int] = ()) -> None:
     """The loop. Everything that happens in a run happens here, in this order.
 
-    It ends between two steps when all are done, or soon after `stop` gets an entry. What is due then and not
-    done is done first by the resumed run, so it sees the same numbers.
+    It ends between two steps when all are done, or soon after `stop` gets an entry or a learner fails. What
+    is due then and not done is done first by the resumed run, so it sees the same numbers.
     """
-    while not run.ranks.any(stop or run.ranks.orphaned()):
+    while not run.ranks.any(stop or run.failure or run.ranks.orphaned()):
         if run.every["eval"].due(run.step) and not run.evaluate(stop):
             break
         run.every["eval"](run.step)
@@ -1449,11 +1481,6 @@ def check_shares(config: Config, ranks: Ranks) -> None:
     """Raise UserError for what several learners cannot share."""
     ranks.share(config.batch_size, "batch_size")
     ranks.share(config.envs.amount, "envs.amount")
-    if ranks.size > 1 and config.options.enabled:
-        raise UserError(
-            "Skills (options.enabled) are learned by one learner alone: leave --parallel out, or take"
-            " lore_prior or lore_synth"
-        )
 
 
 def join(config: Config) -> Ranks:
@@ -1484,6 +1511,9 @@ def run_command(command: Command, stop: Sequence[int], ranks: Ranks) -> int:
             if ranks.size == 1:  # else the others would have to save theirs of the same moment
                 run.save_after_failure()
             raise
+        if failures := [failure for failure in ranks.collect(run.failure) if failure]:
+            run.save_after_failure(failed=bool(run.failure))
+            raise UserError(failures[0])
         run.save(clean=True)
         if stop:
             run.print(f"Stopped by {signal.Signals(stop[0]).name}; the same command goes on")

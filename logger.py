@@ -38,6 +38,8 @@ log = logging.getLogger("lore")
 REFRESH_SECONDS = 0.25  # of the live line
 EVENTS = "events.out.tfevents."  # a number follows
 HEAT_SHARE = 16  # the heat strip under a video is so many times lower than the frame
+MAX_NOTES = 20  # of a learner beside the first, between two logs
+MAX_NOTE = 4000  # characters of one
 MIN_VIDEO_PIXELS = 256  # shorter side of an mp4
 CONSOLE_METRICS = {  # what the console shows, and how it is called there
     "env/episode_return": "return",
@@ -159,6 +161,14 @@ class Logger:
         """Tell a line to train.log and the console."""
         log.info("%s", text)
 
+    def note(self, text: str) -> None:
+        """Tell a line that only this learner has to tell."""
+        self.print(text)
+
+    def take_notes(self) -> list[str]:
+        """The notes that were kept since the last call, for another learner's log."""
+        return []
+
     def video(self, name: str, frames: np.ndarray, step: int) -> None:
         """Show frames, uint8 [T, H, W, C], in TensorBoard and Weights & Biases as an animated GIF."""
         frames = _to_rgb(frames)
@@ -198,9 +208,13 @@ class Logger:
 
 
 class Collector(Logger):
-    """The Logger of a learner beside the first: it collects, and tells nothing."""
+    """The Logger of a learner beside the first: it collects, and keeps its notes for the first one's log."""
 
     def __init__(self):
+        self._notes: list[str] = []
+        self._left_out = 0  # notes that were too many
+        self._handler = _Keeper(self)
+        log.addHandler(self._handler)
         self._wandb = None
         self._sums: dict[str, float | torch.Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -211,13 +225,37 @@ class Collector(Logger):
         self._sums, self._counts, self._values = {}, {}, {}
 
     def print(self, text: str) -> None:
-        """Nobody reads it."""
+        """The first learner tells the same."""
+
+    def note(self, text: str) -> None:
+        if len(self._notes) < MAX_NOTES:
+            self._notes.append(text if len(text) <= MAX_NOTE else f"{text[:MAX_NOTE]}...")
+        else:
+            self._left_out += 1
+
+    def take_notes(self) -> list[str]:
+        notes, left_out = self._notes, self._left_out
+        self._notes, self._left_out = [], 0
+        return notes + ([f"{left_out:,} more notes"] if left_out else [])
 
     def progress(self, step: int) -> None:
         """Nobody sees it."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Keep no more notes."""
+        log.removeHandler(self._handler)
+
+
+class _Keeper(logging.Handler):
+    """Brings a Collector what other modules report; the console shows it at once, as without a Logger."""
+
+    def __init__(self, collector: Collector):
+        super().__init__(logging.WARNING)
+        self._collector = collector
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logging.lastResort.handle(record)
+        self._collector.note(record.getMessage())
 
 
 def merged_logs(states: Sequence[dict]) -> dict:

@@ -2,6 +2,7 @@
 
 Each answer belongs to the step that was asked about: its logits go to the replay there, its plan becomes an
 item of imagination from there, and its skills go to the library. `NoCoach` is there when nobody advises.
+Several learners have one library: the first keeps it, with the executions of all; the others take it over.
 """
 
 import json
@@ -21,7 +22,7 @@ from lore_llm.advice import AdviceSpec
 from lore_llm.advisor import Advisor, Answered
 from lore_llm.backends import make_adviser
 from lore_llm.captions import Captioner
-from lore_llm.guide import PLAN, Guide
+from lore_llm.guide import PLAN, Guide, Outcome
 from lore_llm.options import SkillLibrary
 from lore_llm.prior import Reliability, bounded
 from lore_llm.synthetic import Item, SyntheticItems, tensors
@@ -158,19 +159,24 @@ class Coach(NoCoach):
         self.proposals: deque[Proposal] = deque(maxlen=max(JUDGED, self.n_envs))
         self.started: dict[int, int] = {}  # env -> place where a plan began in this step
         self.model_losses: list[float] = []  # of the last two evaluations
+        self.ranks, self.leads = ranks, ranks.leads
         self.library: SkillLibrary | None = None
         self.next_skills = self.next_poll = self.next_decision = 0
         if config.options.enabled:
-            self.library = SkillLibrary(logdir / SKILLS, self.captioner, config.options)
+            path = logdir / SKILLS if self.leads else None
+            self.library = SkillLibrary(path, self.captioner, config.options)
             self.guide.set_skills(self.library)
+        self.keeps_library = self.library is not None and self.leads
+        self.untold = self.keeps_library  # the other learners do not know yet what is in it
         self.counts: dict[str, list[float]] = {}
-        self.leads = ranks.leads  # and so writes the decisions
 
     # --- Around a step ---------------------------------------------------------------------------------
 
     def before(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
         with self.timer("advice"):
-            return self._ask(obs, step)
+            found = self._ask(obs, step)
+            self._share_skills()
+            return found
 
     def _ask(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
         c = self.config
@@ -179,14 +185,15 @@ class Coach(NoCoach):
         self.guide.set_share(min(1.0, max(0.0, 2 * left)))
         entries, plans = self._blank(), {}
         self.started = {}
-        if self.library is not None and step >= self.next_poll:  # what a person wrote comes first
+        if self.keeps_library and step >= self.next_poll:  # what a person wrote comes first
             self.next_poll = step + POLL_STEPS
             slots, lines = self.library.poll()
             self._notes += lines
+            self.untold |= bool(lines)  # names may have changed
             self._set_skills(slots)
         if step >= self.until:
             return entries, plans
-        skills = self.library is not None and step >= self.next_skills
+        skills = self.keeps_library and step >= self.next_skills
         if skills:
             self.next_skills = step + c.options.option_generation_interval
         places = self.replay.heads.tolist()
@@ -202,7 +209,7 @@ class Coach(NoCoach):
             plan = [self.actions[name] for name in answered.advice.plan]
             if plan and c.synthetic.enabled:
                 self._propose(answered, plan, plans)
-            if self.library is not None and answered.advice.skills:
+            if self.keeps_library and answered.advice.skills:
                 self._set_skills(self.library.propose(answered.advice.skills, step))
         return entries, plans
 
@@ -244,18 +251,29 @@ class Coach(NoCoach):
                 self._count("synthetic/execution_gain", outcome.gain)
                 if np.isfinite(outcome.error):
                     self._count("synthetic/execution_error", abs(outcome.error))
-            else:
-                self.library.record(outcome.uid, outcome.gain, outcome.success, outcome.length)
+        executed = self._record([outcome for outcome in outcomes if outcome.uid != PLAN])
         if self.config.synthetic.enabled:
             self._judge(state, step)
         if self.library is not None:
-            if any(outcome.uid != PLAN for outcome in outcomes):
-                self._set_skills(self.library.prune())
+            if executed:
+                if self.keeps_library:
+                    self._set_skills(self.library.prune())
+                self._share_skills()
             self._count("options/used_share", float((state["macro"] > 0).float().mean()))
         every = self.config.llm.log_decisions_every
         if every and self.leads and step >= max(self.next_decision, self.config.prefill):
             self.next_decision = step + every
             self._log_decisions(obs, state, step)
+
+    def _record(self, outcomes: Sequence[Outcome]) -> bool:
+        """Count this step's executions of skills, of all learners; whether there are any."""
+        if self.library is None:
+            return False
+        told = [Outcome(*each) for one in self.ranks.collect(list(map(tuple, outcomes))) for each in one]
+        if self.keeps_library:
+            for outcome in told:
+                self.library.record(outcome.uid, outcome.gain, outcome.success, outcome.length)
+        return bool(told)
 
     def _judge(self, state: Mapping[str, torch.Tensor], step: int) -> None:
         """Judge the newest proposals, and those that are being executed; accept what is worth it."""
@@ -342,6 +360,21 @@ class Coach(NoCoach):
         self.guide.set_skills(self.library, fresh=slots)
         if slots:
             self.library.save()
+            self.untold = True
+
+    def _share_skills(self) -> None:
+        """Let the other learners take over the first one's library, and what its actor says of the slots.
+
+        All come here at the same points of a step, so from then on their weights are equal again.
+        """
+        if self.ranks.size == 1 or self.library is None or not self.ranks.any(self.untold):
+            return
+        self.untold = False
+        state = self.ranks.tell(self.library.state_dict() if self.leads else None)
+        if not self.leads:
+            self.library.load_state_dict(state)
+            self.guide.set_skills(self.library)
+        self.ranks.copy(list(self.guide.options.out.state_dict().values()))
 
     # --- What is told ----------------------------------------------------------------------------------
 
@@ -374,7 +407,7 @@ class Coach(NoCoach):
         if self.config.synthetic.enabled:
             found["synthetic/items"] = float(len(self.synthetic.items))
             found["synthetic/reliability"] = float(self.reliability.value)
-        if self.library is not None:
+        if self.keeps_library:
             found |= self.library.metrics()
         return found | self.advisor.metrics()
 
@@ -383,7 +416,7 @@ class Coach(NoCoach):
         return lines
 
     def state_dict(self) -> dict[str, Any]:
-        if self.library is not None:
+        if self.keeps_library:
             self.library.save()  # with the statistics of this moment
         return {
             "advisor": self.advisor.state_dict(),
@@ -392,7 +425,7 @@ class Coach(NoCoach):
             "reliability": self.reliability.state_dict(),
             "proposals": [list(proposal) for proposal in self.proposals],
             "model_losses": self.model_losses,
-            "library": self.library.state_dict() if self.library is not None else {},
+            "library": self.library.state_dict() if self.keeps_library else {},
             "next": [self.next_skills, self.next_poll, self.next_decision],
             "doubt": None if self.guide.doubt is None else torch.from_numpy(self.guide.doubt.copy()),
             "counts": self.counts,
@@ -411,7 +444,7 @@ class Coach(NoCoach):
         self.model_losses = list(state["model_losses"])
         self.next_skills, self.next_poll, self.next_decision = state["next"]
         self.counts = {name: list(values) for name, values in state["counts"].items()}
-        if self.library is not None:
+        if self.keeps_library:  # the others hear of it before the first step
             self.library.load_state_dict(state["library"])
             self.guide.set_skills(self.library)
         if self.leads:

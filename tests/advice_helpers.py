@@ -121,6 +121,15 @@ class SilentAdvisor:
     def metrics(self):
         return {}
 
+    def notes(self):
+        return []
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        """There is nothing to remember."""
+
     def close(self):
         """Nothing is open."""
 

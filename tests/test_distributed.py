@@ -31,7 +31,7 @@ import tools
 from basics import UserError
 from distributed import JoinedRanks, Ranks
 from episodes import EpisodeWriter
-from logger import merged_logs
+from logger import Collector, merged_logs
 from lore_llm.coach import is_count
 from models import ReturnNorm
 from replay import Replay
@@ -245,7 +245,6 @@ def test_logs_and_successes_of_several_are_added_up():
         ("--parallel 3", "--batch_size 2 cannot be divided over 3 learners: take 3"),
         ("--parallel 2 --batch_size 5", "--batch_size 5 cannot be divided over 2 learners: take 4 or 6"),
         ("--parallel 2 --envs.amount 3", "--envs.amount 3 cannot be divided over 2 learners: take 2 or 4"),
-        ("--parallel 2 --llm.enabled True --options.enabled True", "learned by one learner alone"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(options, told, tmp_path, capsys):
@@ -370,6 +369,32 @@ def test_no_learner_clears_the_ring_of_another(tmp_path, monkeypatch):
         rings = [replay.ring for replay in pool.map(make_replay, range(2))]
     for folder, ring in zip(("", "rank-1"), rings, strict=True):
         assert len(list((tmp_path / "replay_ring" / folder).glob("*.bin"))) == len(ring)
+
+
+def test_notes_of_other_learners_reach_the_log_once():
+    barrier, printed, board = threading.Barrier(2, timeout=30), [], [None, None]
+    said = [["ours", "both"], ["both", "theirs", "theirs"]]
+
+    def gather(rank: int) -> None:
+        ranks = Threads(rank, barrier)
+
+        def collect(value):
+            board[rank] = value
+            barrier.wait()
+            return board
+
+        ranks.collect = collect
+        logger = Collector() if rank else SimpleNamespace(note=printed.append, take_notes=list)
+        tell = logger.print if rank else printed.append
+        run = SimpleNamespace(ranks=ranks, logger=logger, print=tell, _noted=set(), envs=None)
+        run.coach = SimpleNamespace(notes=lambda: said[rank])
+        run._note = lambda line: dreamer.Run._note(run, line)
+        dreamer.Run._print_notes(run)
+        dreamer.Run._gather_notes(run)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(gather, range(2)))
+    assert printed == ["ours", "both", "Learner 1: theirs"]
 
 
 def test_a_broken_file_moves_no_episode_to_another_learner(tmp_path):

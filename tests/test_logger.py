@@ -21,7 +21,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from basics import UserError
-from logger import Logger, Timer, encode_gif, write_mp4
+from logger import MAX_NOTES, Collector, Logger, Timer, encode_gif, write_mp4
 
 
 @pytest.fixture
@@ -498,3 +498,19 @@ def test_gif_merges_nothing_away_but_time():
         gif.seek(index)
         durations.append(gif.info["duration"])
     assert sum(durations) == 1000
+
+
+def test_notes_of_another_learner_are_kept_for_the_first_and_bounded(capsys):
+    collector = Collector()
+    collector.print("what the first tells too")
+    collector.note("only here")
+    logging.getLogger("lore").error("the worker %d died", 3)
+    assert collector.take_notes() == ["only here", "the worker 3 died"] and collector.take_notes() == []
+    assert capsys.readouterr().err == "the worker 3 died\n"  # at once, as it may be the last word
+    for number in range(MAX_NOTES + 5):
+        collector.note(f"{number} {'x' * 10_000}")
+    notes = collector.take_notes()
+    assert len(notes) == MAX_NOTES + 1 and notes[-1] == "5 more notes" and max(map(len, notes)) < 5000
+    collector.close()
+    logging.getLogger("lore").error("after the end")
+    assert collector.take_notes() == []

@@ -1,7 +1,8 @@
 """An environment that is sound until the watch over its first steps is over, and then does what it is told.
 
 Worker processes import it as `custom_late_faults:LateFaults`. The variable LORE_TEST_FAULT names the fault
-and, behind a colon, a file: who makes it first fails, and no other environment does.
+and, behind a colon, a file: who makes it first fails, and no other environment does. Of several learners
+only the second's fail.
 """
 
 import math
@@ -41,6 +42,8 @@ class LateFaults(Dummy):
         return obs, reward, *rest
 
     def fault(self) -> str:
+        if os.environ.get("RANK", "1") != "1":
+            return ""
         fault, _, mark = os.environ.get(VARIABLE, "").partition(":")
         try:
             open(mark, "x").close()

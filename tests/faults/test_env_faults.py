@@ -145,6 +145,26 @@ def test_env_that_raises_in_the_main_process_ends_the_run_after_a_save(tmp_path,
 
 
 @slow
+@pytest.mark.parametrize("kind", ["none", "thread"])
+def test_env_of_another_learner_that_fails_for_good_ends_the_run_after_a_save(tmp_path, plant, kind):
+    plant("raises")
+    learners = ("--parallel", "2", "--train_ratio", "4", "--steps", str(STEPS))
+    process = train_process(tmp_path, *TASK, *learners, "--envs.parallel", kind, "--envs.max_restarts", "0")
+    errors = process.communicate()[1]
+    assert process.returncode == 2 and errors.count("error: ") == 1
+    assert "Learner 1: Environment 0 failed in step: RuntimeError: the gripper is stuck." in errors
+    text = log(tmp_path)
+    stopped = tools.load_checkpoint(tmp_path)[0]
+    assert f"at step {stopped['step']}" in text and stopped["step"] > 2 * (late_faults.STEPS - 1) - 40
+    assert "Learner 1: Environment 0 failed in step" in text and "Traceback" in text
+    process = train_process(tmp_path, *TASK, *learners)
+    assert process.communicate()[1] == "" and process.returncode == 0
+    text = log(tmp_path)
+    assert f"Resumed at step {stopped['step']} " in text and "Learner 1: The open episodes end here" in text
+    assert text.count("The open episodes end here") == 1 and "filled anew" not in text
+
+
+@slow
 def test_fault_in_an_evaluation_ends_the_run_after_a_save_and_it_is_evaluated_anew(tmp_path, plant, capfd):
     (tmp_path / "mark").touch()  # not yet
     plant("vector nan")

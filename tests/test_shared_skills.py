@@ -1,0 +1,309 @@
+"""Several learners with one library of skills: the same skills and weights, and the executions of all."""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from advice_helpers import SilentAdvisor, make_agent
+from run_helpers import TINY, assert_same_run, differences, log, metrics
+from test_advice_run import DOORKEY, FULL, late_replay
+from test_distributed import Threads, free_port, own_moment
+
+import dreamer
+import lore_llm.coach as coaches
+import tools
+from logger import Timer
+from lore_llm import OptionSpec, options
+from lore_llm.advice import Advice
+from lore_llm.advisor import Answered
+from lore_llm.coach import Coach
+from lore_llm.guide import PLAN, Outcome
+
+OBS = {"is_first": np.zeros(2, bool), "is_last": np.zeros(2, bool)}
+CALM = {"macro": torch.zeros(2)}  # no skill acts
+MINE = """\
+- name: mine
+  actions: [{action}, {action}]
+
+# By this"""
+
+
+class Talking(Threads):
+    """A learner in a thread, which exchanges values with the others."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, board: list):
+        super().__init__(rank, barrier)
+        self.board = board
+
+    def collect(self, value):
+        self.board[self.rank] = value
+        self.wait()
+        values = list(self.board)
+        self.wait()
+        return values
+
+    def total(self, *counts):
+        return [sum(column) for column in zip(*self.collect(counts), strict=True)]
+
+    def tell(self, value):
+        return self.collect(value)[0]
+
+    def copy(self, tensors):
+        for mine, first in zip(tensors, self.tell(tensors), strict=True):
+            mine.copy_(first)
+        self.wait()
+
+
+class Learners:
+    """Two learners' coaches, which do each step together."""
+
+    def __init__(self, logdir: Path):
+        barrier, board = threading.Barrier(2, timeout=60), [None, None]
+        self.coaches = []
+        for rank in range(2):
+            agent = make_agent(("options",), *"--llm.until 1000 --options.option_min_tries 4".split())
+            agent.rngs["options"].manual_seed(rank)
+            parts = SilentAdvisor(), agent, late_replay(), agent.config, logdir, Timer()
+            self.coaches.append(Coach(*parts, Talking(rank, barrier, board)))
+
+    def together(self, act) -> list:
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(act, self.coaches))
+
+    def step(self, step: int, outcomes=((), ())) -> None:
+        def act(coach: Coach) -> None:
+            coach.before(OBS, step)
+            coach.guide.outcomes = list(outcomes[coach.ranks.rank])
+            coach.after(OBS, CALM, step)
+
+        self.together(act)
+
+    def same(self) -> dict:
+        """What both have of the skills, which must be the same."""
+        seen = []
+        for coach in self.coaches:
+            actor = coach.guide.options
+            table = {key: torch.from_numpy(value) for key, value in coach.library.table().items()}
+            assert (table["uids"] == actor.uids).all() and (table["actions"] == actor.script).all()
+            skills = [skill and options._pack(skill) for skill in coach.library.slots]
+            seen.append({"skills": skills, "names": coach.guide.names, "actor": actor.state_dict()})
+            seen[-1]["actor"] = {key: value.clone() for key, value in seen[-1]["actor"].items()}
+        for one in seen:  # only the first counts
+            for skill in filter(None, one["skills"]):
+                del skill["stats"]
+        assert differences(*seen) == []
+        return seen[0]
+
+
+def skill(name: str, *actions: int) -> OptionSpec:
+    return OptionSpec(name=name, primitive_actions=actions, expected_duration=len(actions), confidence=0.9)
+
+
+def answering(*specs: OptionSpec, asked: list | None = None):
+    """An `Advisor.ask` that proposes skills, asked or not."""
+
+    def ask(*args, skills, **more):
+        if asked is not None:
+            asked.append(skills)
+        return [Answered(0, 0, Advice(skills=specs), "", False)]
+
+    return ask
+
+
+@pytest.fixture
+def learners(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(coaches, "POLL_STEPS", 1)
+    return Learners(tmp_path)
+
+
+def test_learners_have_the_skills_of_the_first_and_equal_weights(learners):
+    first, second = learners.coaches
+    asked = [], []
+    first.advisor.ask = answering(skill("back", 1, 2), skill("on", 3), asked=asked[0])
+    second.advisor.ask = answering(skill("unasked", 4), asked=asked[1])
+    blank = first.guide.options.out.weight.clone()
+    learners.step(10)
+    seen = learners.same()
+    assert seen["names"] == ["back", "on", None] and asked == ([True], [False])
+    changed = (seen["actor"]["out.weight"] != blank).any(1)
+    assert changed.tolist() == [True, True, False]
+
+
+def test_executions_of_all_learners_decide(learners):
+    learners.coaches[0].advisor.ask = answering(skill("harmful", 1), skill("fine", 2))
+    learners.step(10)
+    learners.coaches[0].advisor.ask = SilentAdvisor().ask
+
+    def executed(uid: int, *gains: float) -> list[Outcome]:
+        return [Outcome(0, uid, gain, np.nan, gain > 0, 1) for gain in gains]
+
+    plan = [Outcome(1, PLAN, 0.5, 0.1, True, 3)]
+    learners.step(11, (executed(1, -1.0) + plan, executed(1, -1.1) + executed(2, 1.0)))
+    assert learners.same()["names"] == ["harmful", "fine", None]
+    before = learners.same()["actor"]["out.weight"]
+    learners.step(12, ((), executed(1, -0.9, -1.0)))  # the fourth try: none of the two alone has as many
+    seen = learners.same()
+    assert seen["names"] == [None, "fine", None]
+    assert (seen["actor"]["out.weight"] != before).any(1).tolist() == [True, False, False]
+    told = [coach.metrics() for coach in learners.coaches]
+    assert told[0]["options/removed"] == 1 and told[0]["options/fine/tries"] == 1
+    assert [name for name in told[1] if name[:8] == "options/"] == ["options/used_share"]
+    assert [len(coach.counts) for coach in learners.coaches] == [0, 0]
+
+
+def test_what_a_person_edits_reaches_all_learners(learners, tmp_path):
+    learners.coaches[0].advisor.ask = answering(skill("old", 1))
+    learners.step(10)
+    learners.coaches[0].advisor.ask = SilentAdvisor().ask
+    path = tmp_path / "skills.yaml"
+    action = learners.coaches[0].captioner.actions[2]
+    text = path.read_text().replace("name: old", "name: new").replace("# By this", MINE.format(action=action))
+    path.write_text(text)
+    learners.step(20)
+    assert learners.same()["names"] == ["new", "mine", None]
+    text = path.read_text().replace("name: new", "name: newer")  # nothing but a name
+    path.write_text(text)
+    learners.step(30)
+    assert learners.same()["names"] == ["newer", "mine", None]
+
+
+def test_resumed_learners_have_the_skills_whatever_their_number_was(learners, tmp_path):
+    learners.coaches[0].advisor.ask = answering(skill("old", 1))
+    learners.step(10)
+    states = [coach.state_dict() for coach in learners.coaches]
+    assert states[1]["library"] == {}
+    (tmp_path / "skills.yaml").unlink()
+    later = Learners(tmp_path)
+    later.coaches[0].load_state_dict(states[0], 10, True)  # the second is new
+    later.step(11)
+    assert later.same()["names"] == ["old", None, None]
+    later = Learners(tmp_path)
+    for coach, state in zip(later.coaches, states, strict=True):
+        coach.load_state_dict(state, 10, True)
+    later.step(11)
+    assert later.same()["names"] == ["old", None, None]
+
+
+# ---- Whole runs
+
+SHORT = (*TINY, *DOORKEY, *FULL, *"--train_ratio 2 --eval_every 0 --llm.until 1000".split())
+RUNS = (  # name, learners, env steps until which it goes on
+    ("whole", 2, 70), ("stopped", 2, 56), ("stopped", 2, 70),
+    ("other", 1, 80), ("other", 2, 90),
+)  # fmt: skip
+
+
+def look(run: dreamer.Run) -> dict:
+    """What a learner has after a step."""
+    tensors = [value for part in run.agent.weights().values() for value in part.values()]
+    optimizer = [m for group in run.agent.opt.state_dict()["state"].values() for m in group.values()]
+    data = b"".join(torch.as_tensor(t).contiguous().float().numpy().tobytes() for t in (*tensors, *optimizer))
+    return {
+        "step": run.step,
+        "updates": run.agent.updates,
+        "weights": hashlib.sha256(data).hexdigest(),
+        "uids": run.agent.guide.options.uids.tolist(),
+        "names": run.agent.guide.names,
+        "library": [skill and skill.uid for skill in run.coach.library.slots],
+    }
+
+
+def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
+    """One of two learners, through some runs in which every other skill does harm.
+
+    A person adds a skill at step 50.
+    """
+    options.SETTLE_SECONDS, coaches.POLL_STEPS = 0.0, 10
+    seen: list[dict] = []
+    executed: Counter[int] = Counter()
+    learn, record = dreamer.Run.learn, Coach._record
+
+    def learn_and_look(run: dreamer.Run) -> None:
+        learn(run)
+        seen.append(look(run))
+        if run.ranks.leads and run.step == 50:
+            path = run.logdir / "skills.yaml"
+            path.write_text(path.read_text().replace("# By this", MINE.format(action="forward")))
+
+    def harm(coach: Coach, outcomes: list[Outcome]) -> bool:
+        executed.update(outcome.uid for outcome in outcomes)
+        return record(coach, [each._replace(gain=-1.0 if each.uid % 2 else 1.0) for each in outcomes])
+
+    dreamer.Run.learn, Coach._record = learn_and_look, harm
+    for port, (name, learners, steps) in zip(ports, RUNS, strict=True):
+        barrier.wait()
+        if rank == 0 and name == "other" and not (folder / name).exists():
+            shutil.copytree(folder / "stopped", folder / name)
+        if rank >= learners:
+            continue
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(learners)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        assert dreamer.main([*SHORT, "--steps", str(steps), "--logdir", str(folder / name)]) == 0
+        (folder / f"{name}-{rank}.json").write_text(json.dumps({"seen": seen, "executed": executed}))
+        seen.clear()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder of what `as_learner` did."""
+    folder = tmp_path_factory.mktemp("runs")
+    barrier = mp.get_context("spawn").Barrier(2)
+    mp.spawn(as_learner, (barrier, [free_port() for _ in RUNS], folder), nprocs=2)
+    return folder
+
+
+def told_of(runs: Path, name: str) -> list[dict]:
+    """What each of two learners saw of a run."""
+    return [json.loads((runs / f"{name}-{rank}.json").read_text()) for rank in range(2)]
+
+
+def skills_of(logdir: Path) -> dict[str, dict]:
+    """The skills of the last checkpoint by their uids."""
+    slots = tools.load_checkpoint(logdir)[0]["coach"]["library"]["slots"]
+    return {str(skill["uid"]): skill for skill in slots if skill}
+
+
+@pytest.mark.slow
+def test_learners_of_a_whole_run_have_the_same_skills_and_weights(runs):
+    told = told_of(runs, "whole")
+    seen = told[0]["seen"]
+    assert differences(seen, told[1]["seen"]) == [] and seen[-1]["updates"] > 5
+    assert all(look["uids"] == [uid or 0 for uid in look["library"]] for look in seen)
+    slots = [(a, b) for one, other in pairwise(seen) for a, b in zip(one["uids"], other["uids"], strict=True)]
+    assert any(a and not b for a, b in slots) and any(b and a != b for a, b in slots)  # some went, some came
+    assert any("mine" in look["names"] for look in seen) and "added mine" in log(runs / "whole")
+    ours, theirs = (Counter(one["executed"]) for one in told)
+    tries = {uid: skill["stats"]["tries"] for uid, skill in skills_of(runs / "whole").items()}
+    assert tries == {uid: ours[uid] + theirs[uid] for uid in tries} and max(tries.values()) > 1
+    gone = (ours | theirs).keys() - tries.keys()
+    assert any(ours[uid] < 2 for uid in gone)  # one learner alone would not have removed it yet
+    library = tools.load_checkpoint(runs / "whole")[0]["coach"]["library"]
+    assert library["removals"] == len(gone) >= metrics(runs / "whole")[-1]["options/removed"] > 0
+
+
+@pytest.mark.slow
+def test_resumed_run_with_skills_of_two_learners_equals_uninterrupted_run(runs):
+    assert_same_run(runs / "whole", runs / "stopped")
+    assert differences(*(own_moment(runs / name) for name in ("whole", "stopped"))) == []
+
+
+@pytest.mark.slow
+def test_skills_stay_when_the_number_of_learners_changes(runs):
+    assert "The run had 2 learners and now has 1" in log(runs / "other")
+    assert "The run had 1 learners and now has 2" in log(runs / "other")
+    ours, theirs = (one["seen"] for one in told_of(runs, "other"))
+    assert differences(ours, theirs) == [] and ours[-1]["step"] >= 90
+    before, after = skills_of(runs / "stopped"), skills_of(runs / "other")
+    stay = before.keys() & after.keys()
+    assert stay and all(after[uid]["stats"]["tries"] >= before[uid]["stats"]["tries"] for uid in stay)
