@@ -32,7 +32,7 @@ import networks
 import replay as replays
 import tools
 import weights
-from basics import UserError, derive_seed, numpy_rng, stop_signals
+from basics import UserError, derive_seed, first_line, numpy_rng, stop_signals
 from config import Config
 from distributed import LostRank, Ranks
 from envs import make_env
@@ -594,7 +594,7 @@ def memory_explained() -> Iterator[None]:
             )
         else:
             raise
-        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         traceback.clear_frames(error.__traceback__)  # what an update held is needed for saving
         raise UserError(f"{where} ({reason}). {advice}") from error
 
