@@ -1401,7 +1401,7 @@ def saved_in(logdir: str | Path) -> list[tuple[Path, int]]:
 
 def run_folder(checkpoint: Path) -> Path:
     """The logdir of the run that a checkpoint file, or a folder, belongs to."""
-    if checkpoint.is_dir():
+    if os.path.isdir(checkpoint):
         return checkpoint
     return checkpoint.parent.parent if checkpoint.parent.name == tools.CHECKPOINTS else checkpoint.parent
 
