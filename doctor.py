@@ -208,7 +208,7 @@ def check_lock(folder: Path) -> Iterator[Line]:
 
     try:
         owner, held = lock.look(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the line about the logdir tells of a file there
         return
     who = owner or "nobody signed"
     if held:

@@ -32,7 +32,7 @@ import networks
 import replay as replays
 import tools
 import weights
-from basics import UserError, derive_seed, numpy_rng, stop_signals
+from basics import UserError, derive_seed, first_line, numpy_rng, stop_signals
 from config import Config
 from distributed import LostRank, Ranks
 from envs import make_env
@@ -61,6 +61,12 @@ GPU_FULL = (
     "CUDA error: out of memory",
     "_STATUS_ALLOC_FAILED",
 )  # without a class of their own: CUDA, cuBLAS, cuDNN
+LOWER = "--batch_size, --batch_length or --imag_last"  # options of what an update takes
+LOWER_ON_GPU = f"Lower {LOWER}, take --precision bfloat16 or, for a new run, a smaller preset as size1m."
+LOWER_IN_RAM = (
+    f"Lower {LOWER}, --replay.capacity or --envs.amount, put the replay into files with "
+    "--replay.backend memmap or, for a new run, take a smaller preset as size1m."
+)
 ESTIMATE_UPDATES = 20  # updates after which the run's duration is estimated
 
 Arrays = dict[str, np.ndarray]
@@ -575,26 +581,18 @@ class Diverged(UserError):
 
 
 @contextlib.contextmanager
-def memory_explained() -> Iterator[None]:
+def memory_explained(on_gpu: str = LOWER_ON_GPU, in_ram: str = LOWER_IN_RAM) -> Iterator[None]:
     """Within, memory that is not there is a UserError, which names the options that lower the need."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        lower = "--batch_size, --batch_length or --imag_last"
         if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in GPU_FULL):
-            where = "The GPU is full"
-            advice = (
-                f"Lower {lower}, take --precision bfloat16 or, for a new run, a smaller preset as size1m."
-            )
+            where, advice = "The GPU is full", on_gpu
         elif isinstance(error, MemoryError) or CPU_FULL in str(error):
-            where = "The RAM is full"
-            advice = (
-                f"Lower {lower}, --replay.capacity or --envs.amount, put the replay into files with "
-                "--replay.backend memmap or, for a new run, take a smaller preset as size1m."
-            )
+            where, advice = "The RAM is full", in_ram
         else:
             raise
-        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         traceback.clear_frames(error.__traceback__)  # what an update held is needed for saving
         raise UserError(f"{where} ({reason}). {advice}") from error
 
@@ -1433,7 +1431,7 @@ def saved_in(logdir: str | Path) -> list[tuple[Path, int]]:
 
 def run_folder(checkpoint: Path) -> Path:
     """The logdir of the run that a checkpoint file, or a folder, belongs to."""
-    if checkpoint.is_dir():
+    if os.path.isdir(checkpoint):
         return checkpoint
     return checkpoint.parent.parent if checkpoint.parent.name == tools.CHECKPOINTS else checkpoint.parent
 

@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium import spaces as kinds
 from numpy.lib import format as npy
 
-from basics import UserError, atomic_write, first_line
+from basics import UserError, atomic_write, first_line, replace
 from memory import free_memory
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype of one step
@@ -177,7 +177,7 @@ def move_into(files: list[EpisodeFile], subfolder: str) -> None:
         target = file.path.parent / subfolder / file.path.name
         try:
             target.parent.mkdir(exist_ok=True)
-            os.replace(file.path, target)
+            replace(file.path, target)
         except OSError as error:
             raise UserError(f"Cannot move {file.path} to {target}: {error.strerror}.") from error
 

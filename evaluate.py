@@ -32,6 +32,7 @@ from dreamer import (
     Dreamer,
     EvalEpisode,
     choose_device,
+    memory_explained,
     newest,
     play_episodes,
     run_folder,
@@ -47,6 +48,10 @@ from stats import SuccessRates, bootstrap_interval
 
 CONFIDENCE = 0.95  # of the interval
 PANEL_PIXELS = 420  # width of what --explain shows beside a frame
+LOWER_ON_GPU = (
+    "Something else fills it, such as a training: give --device cpu, or --device cuda:1 for another."
+)
+LOWER_IN_RAM = "Give fewer --envs, or end what else runs here."
 SEEDS = "evaluate"  # names the seeds of these episodes: apart from training's and from its evaluations'
 
 
@@ -328,32 +333,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def run(args: argparse.Namespace) -> str:
+    """Do what the command line asks for; what there is to tell. Raises UserError."""
+    checkpoint = args.from_checkpoint or args.logdir
+    if args.export:
+        return export(checkpoint, args.export, args.dtype, not args.without_decoder)
+    folder = Path(args.logdir) if args.logdir else run_folder(Path(checkpoint))
+    result = evaluate(
+        checkpoint,
+        args.episodes,
+        envs=args.envs,
+        seed=args.seed,
+        device=args.device,
+        random=args.random,
+        advised=args.advised,
+        video_folder=folder / "videos" if args.video else None,
+        explain_folder=folder / "videos" if args.explain else None,
+    )
+    return json.dumps(result, allow_nan=False) if args.json else report(result)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Evaluate as the command line says. Returns the exit code: 0, 2 for the user's mistakes, 130."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        checkpoint = args.from_checkpoint or args.logdir
-        if args.export:
-            print(export(checkpoint, args.export, args.dtype, not args.without_decoder))
-            return 0
-        folder = Path(args.logdir) if args.logdir else run_folder(Path(checkpoint))
-        result = evaluate(
-            checkpoint,
-            args.episodes,
-            envs=args.envs,
-            seed=args.seed,
-            device=args.device,
-            random=args.random,
-            advised=args.advised,
-            video_folder=folder / "videos" if args.video else None,
-            explain_folder=folder / "videos" if args.explain else None,
-        )
+        with memory_explained(LOWER_ON_GPU, LOWER_IN_RAM):
+            text = run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(json.dumps(result, allow_nan=False) if args.json else report(result))
+    print(text)
     return 0
 
 

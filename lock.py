@@ -112,9 +112,13 @@ class RunLock:
             return os.fstat(file.fileno()).st_mtime_ns
 
     def _beat(self) -> None:
-        with contextlib.suppress(OSError):  # the disk is gone, or somebody deleted the file
-            while not self._closed.wait(BEAT):
+        while not self._closed.wait(BEAT):
+            try:
                 os.utime(self.path)
+            except FileNotFoundError:  # somebody deleted it
+                return
+            except OSError:  # a network disk that is away for a moment; others will look for signs of life
+                continue
 
     def close(self) -> None:
         """Give the logdir free. The file goes, and with it the folders that were made and are empty."""

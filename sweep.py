@@ -53,7 +53,7 @@ POLL = 0.5  # seconds between looks at the runs
 SUMMARY_SECONDS = 10  # between writes of the summary while nothing else happens
 SUMMARY, SLURM = "summary.csv", "sweep.sbatch"  # in LOGDIR
 NONE = "none"  # a value of `configs` in the grid: no preset
-MAX_NAME = 200  # characters; most file systems take 255 bytes
+MAX_NAME = 200  # bytes in UTF-8; most file systems take 255, and checkpoints and logs need some
 USER_ERROR = 2  # exit code of dreamer.py for what the user has to mend
 PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
 SLURM_GRACE = 300  # seconds before the end of a job's time at which the run is told to save
@@ -116,7 +116,7 @@ class Run:
             seen = (stat.st_mtime_ns, stat.st_size)
             if seen != self._seen:
                 self._measures, self._seen = measures(path.read_bytes().splitlines()), seen
-        except FileNotFoundError:
+        except OSError:  # nothing is there yet, or what is no run; dreamer.py tells what it is
             self._measures, self._seen = {}, ()
         step = max(self._measures.get("step", 0), saved_step(self.place))
         return {**self._measures, "step": step}
@@ -125,7 +125,7 @@ class Run:
 def saved_step(place: Path) -> int:
     """The env step of a run's last checkpoint, -1 where there is none."""
     last = (0, -1)  # the time counts: a run that went back to an earlier step writes smaller numbers later
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         for entry in os.scandir(place / "checkpoints"):
             if match := re.fullmatch(r"step-(\d+)\.pt", entry.name):
                 with contextlib.suppress(FileNotFoundError):  # the run has just deleted it
@@ -180,10 +180,8 @@ def plan(
         name = (
             ",".join(re.sub(r"[^\w.+=-]+", "-", f"{key}={value}") for key, value in choice.items()) or "run"
         )
-        if name in runs or len(name) > MAX_NAME:
-            why = (
-                "two runs have the name" if name in runs else f"longer than {MAX_NAME} characters is the name"
-            )
+        if name in runs or len(name.encode()) > MAX_NAME:
+            why = "two runs have the name" if name in runs else f"longer than {MAX_NAME} bytes is the name"
             raise UserError(f"--grid: {why} {name}; give other values")
         more = choice.get("configs", NONE)
         names = [*presets, *([] if more == NONE else more.split())]

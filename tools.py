@@ -213,7 +213,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def find_checkpoints(logdir: str | os.PathLike) -> list[Path]:
     """The run's checkpoints: latest.pt, then the others, the last written first. Empty for a new run.
 
-    Raises UserError if the folder may not be looked into.
+    Raises UserError if the folder cannot be looked into.
     """
     logdir = Path(logdir)
     try:
@@ -225,7 +225,7 @@ def find_checkpoints(logdir: str | os.PathLike) -> list[Path]:
         others = [path for *_, path in sorted(others, reverse=True)]
         latest = logdir / LATEST
         return [latest, *others] if latest.exists() else others
-    except PermissionError as error:
+    except OSError as error:
         raise UserError(f"Cannot read {logdir}: {error.strerror}.") from error
 
 
@@ -238,9 +238,10 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
     Raises UserError if none can be read, or if it is no checkpoint of this program.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    candidates = find_checkpoints(folder) if path.is_dir() or path.name == LATEST else [path]
-    if not any(candidate.exists() for candidate in candidates):
+    # os.path says no where Path raises: of a name that is too long, for example.
+    folder = path if os.path.isdir(path) else path.parent
+    candidates = find_checkpoints(folder) if folder == path or path.name == LATEST else [path]
+    if not any(map(os.path.exists, candidates)):
         raise UserError(f"No checkpoint at {path}. Give a run's folder or one of its .pt files.")
     if holds_weights_alone(path):
         return weights.read(path), path, []
@@ -259,7 +260,7 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
 
 def holds_weights_alone(path: Path) -> bool:
     """Whether a checkpoint is a file of weights: no run can be gone on with from it."""
-    return path.suffix == weights.SUFFIX and not path.is_dir()
+    return path.suffix == weights.SUFFIX and not os.path.isdir(path)
 
 
 class BrokenCheckpoint(Exception):

@@ -160,7 +160,8 @@ def _skills(text: str) -> list[list[str | None]]:
 def transfer(modules: Mapping[str, nn.Module], agent: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
     """Copy the `PARTS` that are named from a checkpoint's agent to `modules`, each weight whose shape fits.
 
-    Returns lines that say what was taken, what was not and why. Raises UserError if nothing fits.
+    Returns lines that say what was taken, what was not and why. Raises UserError if nothing fits, ValueError
+    for weights that are not finite.
     """
     lines, some = [], False
     for part in parts:
@@ -170,6 +171,8 @@ def transfer(modules: Mapping[str, nn.Module], agent: Mapping[str, Any], parts: 
             for weights in (modules[module].state_dict(), agent[module])
         )
         taken = {k: v for k, v in there.items() if k in here and v.shape == here[k].shape}
+        if broken := [name for name, value in taken.items() if not value.isfinite().all()]:
+            raise ValueError(f"{module}.{broken[0]} holds numbers that are not finite")
         modules[module].load_state_dict(taken, strict=False)
         some |= bool(taken)
         lines.append(f"Transferred {part}: {len(taken)} of {len(here)} tensors")

@@ -22,6 +22,7 @@ import json
 import math
 import signal
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -152,7 +153,7 @@ def read_published(path: Path) -> Curves:
             task: (np.array(each[0]["xs"], np.float64), np.array([run["ys"] for run in each], np.float64))
             for task, each in curves.items()
         }
-    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} holds no published curves: {error}. See --help.") from error
 
 

@@ -13,6 +13,7 @@ dreamer.py. Linux only.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -65,8 +66,11 @@ def _resident(pid: int) -> str:
 
 def children(pid: int) -> list[int]:
     """Its children, of all its threads: ended ones that nobody has waited for among them."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return sorted(int(child) for path in tasks for child in path.read_text().split())
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found += map(int, path.read_text().split())
+    return sorted(found)
 
 
 def workers_of(pid: int) -> list[int]:

@@ -18,6 +18,7 @@ from run_helpers import differences, log, metrics, signal_at, train
 import config as configs
 import dreamer
 import envs
+import evaluate
 import models
 import tools
 from config import Config
@@ -108,6 +109,16 @@ def nobody():
     yield
     if root:
         os.seteuid(0)
+
+
+def test_path_that_is_too_long_is_named(capfd, tmp_path):
+    """No file system takes more than 255 bytes for one name."""
+    path = tmp_path / ("a" * 300)
+    assert "too long" in refusal(capfd, path)
+    assert "No checkpoint at" in refusal(capfd, tmp_path / "run", "--from_checkpoint", str(path))
+    for argv in (["--logdir", str(path)], ["--from_checkpoint", f"{path}.safetensors"]):
+        assert evaluate.main(argv) == 2
+        assert capfd.readouterr().err.startswith("error: No checkpoint at")
 
 
 @pytest.mark.parametrize("mode", [0o500, 0o400])

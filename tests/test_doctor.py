@@ -360,3 +360,4 @@ def test_a_logdir_that_is_a_file(capsys, tmp_path):
     (tmp_path / "run").write_text("")
     told = lines(capsys, "--logdir", "run", code=1)
     assert told["logdir"][0] == "todo" and "is a file" in told["logdir"][1]
+    assert "lock" not in lines(capsys, "--logdir", "run/below", code=1)

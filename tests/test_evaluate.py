@@ -260,6 +260,24 @@ def test_options_that_cannot_be_are_told_in_one_line(logdir, capsys):
     assert "--device" in error(capsys, "--logdir", logdir, "--device", "abacus")
 
 
+@pytest.mark.parametrize(
+    ("full", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), "The GPU is full (CUDA out of memory). "),
+        (MemoryError("Unable to allocate 9.5 GiB"), "The RAM is full (Unable to allocate 9.5 GiB). "),
+    ],
+)
+def test_full_memory_is_told_in_one_line(logdir, monkeypatch, capsys, full, told):
+    """As when a training has the GPU."""
+
+    def no_room(*_, **__):
+        raise full
+
+    monkeypatch.setattr(dreamer.models.WorldModel, "to", no_room)
+    line = error(capsys, "--logdir", logdir, "--episodes", 1)
+    assert told in line and ("--device cpu" in line) == ("GPU" in told) and "--batch_size" not in line
+
+
 def test_video_of_a_task_without_images_is_refused(logdir, tmp_path, capsys):
     path = with_another_task(logdir, tmp_path)
     assert "dummy_vector shows no images" in error(capsys, "--from_checkpoint", path, "--video")

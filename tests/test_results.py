@@ -98,8 +98,14 @@ def test_published_curves_are_read_at_our_number_of_steps(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no gzip", gzip.compress(b"[{}]"), gzip.compress(b"[1]")],
-    ids=["empty", "no gzip", "no run", "no list of runs"],
+    [
+        b"",
+        b"no gzip",
+        gzip.compress(b"[]")[:10] + b"\xff" * 20,
+        gzip.compress(b"[{}]"),
+        gzip.compress(b"[1]"),
+    ],
+    ids=["empty", "no gzip", "damaged", "no run", "no list of runs"],
 )
 def test_another_file_than_published_curves_is_refused(content, tmp_path):
     (tmp_path / "scores.json.gz").write_bytes(content)

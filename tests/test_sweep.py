@@ -84,7 +84,8 @@ def test_without_a_grid_there_is_one_run(tmp_path):
         (["--grid", "seed=0,"], r"seed=0,: write NAME=VALUE,VALUE"),
         (["--grid", "seed=0", "seed=1"], "seed stands twice"),
         (["--grid", "seed=0,0"], "two runs have the name seed=0"),
-        (["--grid", f"traindir=a,{'b' * 300}"], "longer than 200 characters"),
+        (["--grid", f"traindir=a,{'b' * 300}"], "longer than 200 bytes"),
+        (["--grid", f"traindir=a,{'長' * 100}"], "longer than 200 bytes"),
         (["--grid", "logdir=a,b"], "folder of its own"),
         (["--grid", "seed=0,x"], r"run seed=x: --seed x: must be a whole number"),
         (["--grid", "configs=lore_prior,lore_prio"], "run configs=lore_prio: .*nearest is lore_prior"),
@@ -250,6 +251,15 @@ def test_summary_alone_tells_what_is_there(tmp_path, capsys):
         ("finished", "120"), ("stopped", "60"), ("waiting", "0"),
     ]  # fmt: skip
     assert "Runs: 1 stopped, 1 waiting, 1 finished" in capsys.readouterr().out
+
+
+def test_a_file_where_a_run_is_to_write_is_no_run(tmp_path, capsys):
+    (tmp_path / "seed=0").write_text("in the way")
+    assert main(tmp_path, "--grid", "seed=0", "--summary") == 0
+    (row,) = read_summary(tmp_path)
+    assert (row["status"], row["step"]) == ("waiting", "0")
+    assert main(tmp_path / "seed=0", "--grid", "seed=0", "--summary") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_run_that_is_given_more_steps_is_not_finished(tmp_path):

@@ -134,6 +134,19 @@ def test_nothing_that_fits_is_refused(logdir, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_weights_that_are_not_finite_are_refused(logdir, tmp_path, capsys):
+    """Else the run would say that it diverged, and ask for a lower learning rate."""
+    payload = tools.load_checkpoint(logdir)[0]
+    payload["agent"]["world_model"]["rssm.in_deter.0.weight"].fill_(torch.nan)
+    path = tools.save_checkpoint(tmp_path / "broken", payload, 120, keep=1)
+    command = ("--task", "dummy_memory", "--from_checkpoint", str(path), "--transfer")
+    capsys.readouterr()
+    assert train(tmp_path / "new", *command, "encoder", "rssm") == 2
+    told = capsys.readouterr().err
+    assert str(path) in told and "rssm.in_deter.0.weight holds numbers that are not finite" in told
+    assert told.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
 def test_weights_alone_are_transferred_from_too(logdir, tmp_path, begin, capsys):
     path = tmp_path / "agent.safetensors"
     export(capsys, logdir, path)

@@ -12,6 +12,7 @@ from run_helpers import ROOT, TINY
 
 import basics
 import config as configs
+import episodes
 import replay
 from basics import UserError, atomic_write
 
@@ -152,6 +153,23 @@ def test_a_file_that_is_open_for_a_moment_is_replaced_later(tmp_path, monkeypatc
     monkeypatch.setattr(os, "replace", busy)
     atomic_write(tmp_path / "file", lambda file: file.write(b"new"))
     assert (tmp_path / "file").read_bytes() == b"new" and len(naps) == 3
+
+
+def test_an_episode_that_is_open_for_a_moment_is_set_aside_later(tmp_path, monkeypatch):
+    (tmp_path / "20200101T000000-0-2.npz").touch()
+    monkeypatch.setattr(basics, "WINDOWS", True)
+    monkeypatch.setattr(basics.time, "sleep", lambda seconds: None)
+    whole, refusals = os.replace, [True] * 3
+
+    def busy(source, target):
+        if refusals:
+            refusals.pop()
+            raise PermissionError(13, "Permission denied")
+        whole(source, target)
+
+    monkeypatch.setattr(os, "replace", busy)
+    episodes.move_into(episodes.list_episodes(tmp_path), "newer")
+    assert [path.name for path in (tmp_path / "newer").iterdir()] == ["20200101T000000-0-2.npz"]
 
 
 def test_a_file_that_stays_open_is_an_error(tmp_path, monkeypatch):

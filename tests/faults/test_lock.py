@@ -168,6 +168,7 @@ def test_run_that_lives_on_another_machine_is_respected_though_its_lock_is_not_s
     with RunLock(tmp_path) as first:
         monkeypatch.setattr(lock, "_lock", lambda file: True)  # a disk that locks for each machine alone
         monkeypatch.setattr(socket, "gethostname", lambda: "here")
+        monkeypatch.setattr(lock, "PATIENCE", 60)  # it ends at the first sign of life
         with pytest.raises(UserError, match=f"process {os.getpid()} on"):
             RunLock(tmp_path)
         assert first.path.exists()
@@ -181,7 +182,8 @@ def test_disk_that_cannot_lock_is_watched_for_signs_of_life(tmp_path, monkeypatc
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(filelock, "lock_descriptor", cannot)
-    with RunLock(tmp_path):
+    with RunLock(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(lock, "PATIENCE", 60)  # it ends at the first sign of life
         with pytest.raises(UserError, match="is in use"):
             RunLock(tmp_path)
     left_behind(tmp_path, socket.gethostname())
@@ -206,6 +208,20 @@ def test_deleted_or_lost_file_ends_no_run(tmp_path):
         beat.join(5)
         assert not beat.is_alive()
     assert not [thread for thread in threading.enumerate() if thread.name == "run-lock"]
+
+
+def test_disk_that_is_away_for_a_moment_is_touched_when_it_is_back(tmp_path, monkeypatch):
+    whole, refusals, touched = os.utime, [True] * 2, threading.Event()
+
+    def shaky(path):
+        if refusals:
+            raise OSError(errno.EIO if refusals.pop() else errno.ESTALE, "away")
+        whole(path)
+        touched.set()
+
+    monkeypatch.setattr(os, "utime", shaky)
+    with RunLock(tmp_path):
+        assert touched.wait(60)
 
 
 def test_logdir_that_is_a_file_is_named(tmp_path):

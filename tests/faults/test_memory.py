@@ -11,17 +11,28 @@ from basics import UserError
 
 GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.79 GiB of which ..."
 FULL = {
-    "update on a GPU": (torch.OutOfMemoryError(GPU), "The GPU is full (CUDA out of memory)"),
+    "update on a GPU": (
+        torch.OutOfMemoryError(GPU),
+        "The GPU is full (CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has",
+    ),
     "library on a GPU": (
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         "The GPU is full (CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
     ),
     "driver": (torch.AcceleratorError("CUDA error: out of memory\nA kernel"), "(CUDA error: out of memory)"),
     "torch on a CPU": (
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"),
-        "The RAM is full",
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+            "tried to allocate 40000000000000 bytes. Error code 12 (Cannot allocate memory)"
+        ),
+        "The RAM is full ([enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+        "memory: you tried to allocate 40000000000000 bytes. Error code 12 (Cannot allocate memory)). Lower",
     ),
-    "Python": (MemoryError(), "The RAM is full"),
+    "NumPy": (
+        MemoryError("Unable to allocate 728. TiB for an array with shape (100000000000000,)"),
+        "The RAM is full (Unable to allocate 728. TiB for an array with shape (100000000000000,)). Lower",
+    ),
+    "Python": (MemoryError(), "The RAM is full (MemoryError). Lower"),
 }  # fmt: skip
 OPTIONS = ("--batch_size", "--batch_length", "--imag_last", "size1m")
 

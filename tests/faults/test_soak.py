@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -55,6 +56,19 @@ def test_restarts_of_workers_leave_no_handles_behind(soak):
         assert vec.step(actions)["is_first"][kill % 2]
     assert held() == before
     vec.close()
+
+
+@linux
+def test_threads_that_end_meanwhile_do_not_end_the_soak(soak, monkeypatch):
+    whole = Path.glob
+
+    def with_one_that_has_ended(path, pattern):
+        yield from [path / "999999999" / "children", *whole(path, pattern)]
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        monkeypatch.setattr(Path, "glob", with_one_that_has_ended)
+        assert child.pid in soak["children"](os.getpid())
+        child.communicate(b"\n")
 
 
 def samples(**changes) -> list[dict]:
