@@ -66,6 +66,12 @@ def test_broken_lines_are_left_out(broken, tmp_path):
     assert logs.read_metrics(logdir) == [{"step": 10, "a": 1.0}]
 
 
+def test_the_names_of_metrics_are_kept_once(tmp_path):
+    """They are most of what a long run's metrics.jsonl holds."""
+    first, second = logs.read_metrics(write_run(tmp_path / "run", some_lines(steps=(1, 2)), None))
+    assert {id(name) for name in first} == {id(name) for name in second}
+
+
 def test_a_resumed_run_replaces_what_it_had_said(tmp_path):
     told = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 20.0), (250, 25.0), (250, 26.0)]
     logdir = write_run(tmp_path / "run", [{"step": step, "a": value} for step, value in told])
