@@ -294,13 +294,18 @@ def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatc
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", some_lines(), "--configs doorkey")
+    bare = write_run(tmp_path / "bare", [{"step": 5}], "--configs doorkey")
+    odd = write_run(tmp_path / "odd", [{"step": 5, "a\nb": 1.0}], "--configs doorkey")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").write_text("")
     for words, message in (
         ([tmp_path / "nowhere"], "No metrics.jsonl in"),
         ([tmp_path / "new"], "holds no line of metrics yet"),
         ([run, "--metrics", TRAIN, "env/fp"], "the nearest is env/fps"),
+        ([bare, "--metrics", "env/fps"], "--metrics env/fps: no run has logged it; none has logged anything"),
+        ([odd, "--metrics", "b"], "the nearest is a\ufffdb"),
         ([run, "--videos", "-1"], "--videos -1 must be at least 0"),
+        ([run, "--max_mb", "nan"], "--max_mb nan must be at least 0"),
         ([run, "--out", tmp_path / "a.xyz"], "end --out in .png or .svg"),
         ([run, "--out", tmp_path / "a"], "end --out in .png or .svg"),
         ([run, "--out", run / "metrics.jsonl" / "a.png"], "Cannot write"),
