@@ -283,6 +283,21 @@ def test_an_svg_holds_names_as_they_are(tmp_path):
     assert "run $x_1$ <b>&amp; (1 run, 400 steps)" in texts and "a<b>$" in texts
 
 
+def test_japanese_names_are_drawn_without_a_word(tmp_path, monkeypatch, recwarn):
+    """By a font that has them, where there is one; a box stands for what no font has."""
+    from matplotlib import font_manager
+
+    monkeypatch.setattr(figures, "JAPANESE", ("No Such Font", "DejaVu Serif"))
+    with figures.look():
+        assert figures.pyplot().rcParams["font.family"] == ["DejaVu Sans", "DejaVu Serif"]
+    assert "DejaVu Serif" in {font.name for font in font_manager.fontManager.ttflist}
+    write_run(tmp_path / "実験", some_lines(), None)
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
+    assert not recwarn.list
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "a.svg")]) == 0
+    assert "run 実験" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
 def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", [{"step": 5, TRAIN: 1.0}], "--configs doorkey")
     write_run(tmp_path / "b", [])
