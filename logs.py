@@ -168,10 +168,14 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
 
 
 def _runs_in(place: Path) -> Iterator[Path]:
-    for folder, below, files in os.walk(place):
+    seen = set()
+    for folder, below, files in os.walk(place, followlinks=True):  # runs may be gathered by links
+        real = os.path.realpath(folder)
         if METRICS in files:
-            below.clear()  # what a run holds are episodes, not runs
             yield Path(folder)
+        if METRICS in files or real in seen:  # what a run holds are episodes, not runs
+            below.clear()
+        seen.add(real)  # a link may lead to a folder above it
 
 
 # Runs that differ only in their seed

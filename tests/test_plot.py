@@ -99,6 +99,17 @@ def test_runs_are_found_in_folders(tmp_path):
         logs.find_runs([first, tmp_path / "empty"])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_links_to_runs_are_followed_and_circles_are_not(tmp_path):
+    first = write_run(tmp_path / "runs" / "a", some_lines())
+    gathered = tmp_path / "gathered"
+    gathered.mkdir()
+    (gathered / "chosen").symlink_to(first)
+    for name in ("up_1", "up_2", "up_3"):  # without a guard this takes 3^40 steps
+        (gathered / name).symlink_to(tmp_path)
+    assert [run.resolve() for run in logs.find_runs([gathered])] == [first]
+
+
 # Groups
 
 
