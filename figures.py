@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,6 +27,7 @@ WIDTH, HEIGHT = 4.2, 3.1  # of a panel in inches
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
 DASHES = ("-", "--", ":", "-.")  # when the colours begin anew
 MARKERS = ("o", "s", "D")  # of published rates
+JAPANESE = ("Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic", "Meiryo", "IPAexGothic")  # fonts
 GREY = "#808080"
 RC = {
     "font.size": 9,
@@ -90,7 +92,12 @@ def pyplot() -> ModuleType:
 
 def look() -> AbstractContextManager:
     """In this context figures look as they should."""
-    return pyplot().rc_context(RC)
+    context = pyplot().rc_context
+    from matplotlib.font_manager import fontManager
+
+    known = {font.name for font in fontManager.ttflist}
+    fonts = ["DejaVu Sans", *(name for name in JAPANESE if name in known)]
+    return context(RC | {"font.family": fonts})
 
 
 def style(index: int) -> dict[str, str]:
@@ -337,7 +344,9 @@ def rendered(picture: Any, kind: str, **options: Any) -> bytes:
     """A figure as the content of a file, for example of `kind` png; closes it."""
     written = io.BytesIO()
     try:
-        picture.savefig(written, format=kind, **options)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the picture shows a box there
+            picture.savefig(written, format=kind, **options)
     finally:
         pyplot().close(picture)
     return written.getvalue()

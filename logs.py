@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,9 @@ def _numbers(line: bytes) -> dict[str, float] | None:
     """The numbers in a line of metrics.jsonl by name, None for a broken line."""
     try:
         values = json.loads(line.decode())
-        numbers = {name: float(value) for name, value in values.items() if type(value) in (int, float)}
+        # The same names stand in each line: one copy of them halves the memory.
+        known = ((sys.intern(name), value) for name, value in values.items())
+        numbers = {name: float(value) for name, value in known if type(value) in (int, float)}
         step = int(numbers["step"])
         return {**numbers, "step": step} if 0 <= step < MAX_STEP else None
     except (ValueError, KeyError, AttributeError, OverflowError, RecursionError):
@@ -165,10 +168,14 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
 
 
 def _runs_in(place: Path) -> Iterator[Path]:
-    for folder, below, files in os.walk(place):
+    seen = set()
+    for folder, below, files in os.walk(place, followlinks=True):  # runs may be gathered by links
+        real = os.path.realpath(folder)
         if METRICS in files:
-            below.clear()  # what a run holds are episodes, not runs
             yield Path(folder)
+        if METRICS in files or real in seen:  # what a run holds are episodes, not runs
+            below.clear()
+        seen.add(real)  # a link may lead to a folder above it
 
 
 # Runs that differ only in their seed

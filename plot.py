@@ -15,7 +15,7 @@ from pathlib import Path
 import figures
 import page
 from basics import UserError
-from logs import Group, group_runs, read_runs
+from logs import Group, group_runs, printable, read_runs
 
 
 def check_metrics(names: Sequence[str], groups: Sequence[Group]) -> None:
@@ -24,8 +24,9 @@ def check_metrics(names: Sequence[str], groups: Sequence[Group]) -> None:
     known.discard("step")
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), 1, cutoff=0)[0]
-            raise UserError(f"--metrics {name}: no run has logged it; the nearest is {near}")
+            near = difflib.get_close_matches(name, sorted(known), 1, cutoff=0)
+            nearest = f"the nearest is {printable(near[0])}" if near else "none has logged anything yet"
+            raise UserError(f"--metrics {name}: no run has logged it; {nearest}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.videos < 0:
             raise UserError(f"--videos {args.videos} must be at least 0")
+        if not args.max_mb >= 0:  # nan neither
+            raise UserError(f"--max_mb {args.max_mb:g} must be at least 0")
         figures.pyplot()  # that it is missing is to be said first
         runs, notes = read_runs(args.logdirs)
         for note in notes:

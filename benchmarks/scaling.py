@@ -24,7 +24,7 @@ class Constant(NamedTuple):
 PRESET = "computed: the preset `crafter` with `size12m`"
 SIZES = "measured: `benchmarks/sizes.py --size size12m`"
 ALLREDUCE = "measured: `benchmarks/allreduce.py --processes 2`"
-COST_TABLE = "measured: `benchmarks/cost_table.py`, [performance.md](performance.md)"
+POLICY = "measured: one env and four at `size12m`, [performance.md](performance.md)"
 LLM = "measured: [llm.md](llm.md)"
 EXAMPLE = "assumed: the example of [llm.md](llm.md); put in your provider's"
 
@@ -52,8 +52,8 @@ CONSTANTS = {
     "fixed_share": Constant(
         0.34, "", "computed: batches of 4 and 16 at `size1m` in the table of cost_table.py; unknown for a GPU"
     ),
-    "policy_fixed_s": Constant(0.0013, "s", COST_TABLE),
-    "policy_env_s": Constant(0.0001, "s per env", COST_TABLE),
+    "policy_fixed_s": Constant(0.0025, "s", POLICY),
+    "policy_env_s": Constant(0.0007, "s per env", POLICY),
     "gloo_message_s": Constant(0.00017, "s", ALLREDUCE + ", best of 40: eight numbers on one machine"),
     "network_gbit": Constant(10, "Gbit/s", "assumed: between machines, at its full rate"),
     "replay_bytes": Constant(16_427, "bytes per step", SIZES),

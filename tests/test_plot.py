@@ -66,6 +66,12 @@ def test_broken_lines_are_left_out(broken, tmp_path):
     assert logs.read_metrics(logdir) == [{"step": 10, "a": 1.0}]
 
 
+def test_the_names_of_metrics_are_kept_once(tmp_path):
+    """They are most of what a long run's metrics.jsonl holds."""
+    first, second = logs.read_metrics(write_run(tmp_path / "run", some_lines(steps=(1, 2)), None))
+    assert {id(name) for name in first} == {id(name) for name in second}
+
+
 def test_a_resumed_run_replaces_what_it_had_said(tmp_path):
     told = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 20.0), (250, 25.0), (250, 26.0)]
     logdir = write_run(tmp_path / "run", [{"step": step, "a": value} for step, value in told])
@@ -91,6 +97,17 @@ def test_runs_are_found_in_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"No metrics\.jsonl in .*empty"):
         logs.find_runs([first, tmp_path / "empty"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_links_to_runs_are_followed_and_circles_are_not(tmp_path):
+    first = write_run(tmp_path / "runs" / "a", some_lines())
+    gathered = tmp_path / "gathered"
+    gathered.mkdir()
+    (gathered / "chosen").symlink_to(first)
+    for name in ("up_1", "up_2", "up_3"):  # without a guard this takes 3^40 steps
+        (gathered / name).symlink_to(tmp_path)
+    assert [run.resolve() for run in logs.find_runs([gathered])] == [first]
 
 
 # Groups
@@ -277,6 +294,21 @@ def test_an_svg_holds_names_as_they_are(tmp_path):
     assert "run $x_1$ <b>&amp; (1 run, 400 steps)" in texts and "a<b>$" in texts
 
 
+def test_japanese_names_are_drawn_without_a_word(tmp_path, monkeypatch, recwarn):
+    """By a font that has them, where there is one; a box stands for what no font has."""
+    from matplotlib import font_manager
+
+    monkeypatch.setattr(figures, "JAPANESE", ("No Such Font", "DejaVu Serif"))
+    with figures.look():
+        assert figures.pyplot().rcParams["font.family"] == ["DejaVu Sans", "DejaVu Serif"]
+    assert "DejaVu Serif" in {font.name for font in font_manager.fontManager.ttflist}
+    write_run(tmp_path / "実験", some_lines(), None)
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
+    assert not recwarn.list
+    assert plot.main([str(tmp_path), "--out", str(tmp_path / "a.svg")]) == 0
+    assert "run 実験" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
 def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", [{"step": 5, TRAIN: 1.0}], "--configs doorkey")
     write_run(tmp_path / "b", [])
@@ -288,13 +320,18 @@ def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatc
 
 def test_mistakes_are_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", some_lines(), "--configs doorkey")
+    bare = write_run(tmp_path / "bare", [{"step": 5}], "--configs doorkey")
+    odd = write_run(tmp_path / "odd", [{"step": 5, "a\nb": 1.0}], "--configs doorkey")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "metrics.jsonl").write_text("")
     for words, message in (
         ([tmp_path / "nowhere"], "No metrics.jsonl in"),
         ([tmp_path / "new"], "holds no line of metrics yet"),
         ([run, "--metrics", TRAIN, "env/fp"], "the nearest is env/fps"),
+        ([bare, "--metrics", "env/fps"], "--metrics env/fps: no run has logged it; none has logged anything"),
+        ([odd, "--metrics", "b"], "the nearest is a\ufffdb"),
         ([run, "--videos", "-1"], "--videos -1 must be at least 0"),
+        ([run, "--max_mb", "nan"], "--max_mb nan must be at least 0"),
         ([run, "--out", tmp_path / "a.xyz"], "end --out in .png or .svg"),
         ([run, "--out", tmp_path / "a"], "end --out in .png or .svg"),
         ([run, "--out", run / "metrics.jsonl" / "a.png"], "Cannot write"),

@@ -94,6 +94,8 @@ def test_constants_of_the_preset_are_the_presets():
         ("parameters", "performance", "10,498,259"),
         ("update_s", "performance", "| `size12m` | 10,498,259 | 16 x 64 | bfloat16 | 2.34 |"),
         ("peak_bytes", "performance", "| 2.34 | 0.0032 | 0.0008 | 2.71 |"),
+        ("policy_fixed_s", "performance", "| `size12m` | 10,498,259 | 16 x 64 | bfloat16 | 2.34 | 0.0032 |"),
+        ("policy_env_s", "performance", "of four envs at `size12m` takes 0.0053 s"),
         ("env_s", "performance", "one env does 2182 of `crafter_reward`"),
         ("worker_steps_s", "performance", "| `crafter_reward` | 2 | 2464 |"),
         ("worker_bytes", "performance", "two of `crafter_reward` after 0.50 s with 91 MB each"),
@@ -108,6 +110,7 @@ def test_measured_constants_stand_where_they_were_measured(name, page, text):
     stated = {"env_s": 1 / 2182, "worker_steps_s": 2464 / 2, "worker_bytes": 91e6, "peak_bytes": 2.71 * 2**30}
     stated |= {"parameters": 10_498_259, "update_s": 2.34, "questions": 0.10, "hit_rate": 0.27}
     stated |= {"tokens_first": 1700, "tokens_out": 250}
+    stated |= {"policy_env_s": (0.0053 - 0.0032) / 3, "policy_fixed_s": 0.0032 - (0.0053 - 0.0032) / 3}
     assert DEFAULTS[name] == pytest.approx(stated[name])
 
 
@@ -162,6 +165,23 @@ def test_questions_share_calls_and_cost_what_tokens_cost():
     cost = 36_500 * (1700 * 0.10 + 250 * 0.40) / 1e6
     assert float(one["cost"]) == pytest.approx(cost, rel=0.01)
     assert cells("Questions to a language model", price_input=0, price_output=0)[0]["cost"] == "0"
+
+
+def test_the_numbers_between_the_tables_follow_from_the_constants():
+    c = DEFAULTS
+    long = c["eval_episodes"] * 10_000 * scaling.env_seconds(c, 1)  # an evaluation of long episodes, s
+    largest = c | {"parameters": 372_920_979}
+    for text in (
+        f"{c['worker_bytes'] / 2**20:.0f} MiB a worker",
+        f"some {long / 60:.0f} minutes, {100 * long / 3600:.0f} hours in 100 evaluations",
+        f"send {scaling.ring_bytes(largest, 8) / 1e9:.1f} GB each, {scaling.ring_seconds(largest, 8):.1f} s",
+        f"`size400m`: {largest['parameters'] / c['parameters']:.0f} times as much",
+        f"all-gather of {c['batch_size'] * c['batch_length'] * 15 * 4 / 1e3:.0f} KB",
+        f"{10_000 * 5_000 * c['open_bytes'] / 2**30:.0f} GiB on average",
+        f"after some {1e4 / c['questions'] / (1 - c['hit_rate']) / 1e3:.0f},000 steps",
+        f"{scaling.number(256 * c['per_call'] * c['calls_at_once'] / c['latency_s'])} answers a second",
+    ):
+        assert text in PAGE, text
 
 
 @pytest.mark.parametrize(
