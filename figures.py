@@ -115,9 +115,8 @@ def draw_band(axis: Any, curves: Sequence[tuple[Sequence, Sequence]], **style: A
     axis.plot(steps, iqm, lw=1.8, **marker, **style)
     if len(curves) > 1:
         axis.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
-        end = steps[-1] if len(steps) else -np.inf
         for own_steps, values in curves:
-            last = max(0, np.searchsorted(own_steps, end, side="right") - 1)
+            last = np.abs(np.asarray(own_steps) - steps[-1]).argmin() if len(steps) else 0
             axis.plot(own_steps[last:], values[last:], lw=0.7, alpha=0.7, color=style["color"])
 
 

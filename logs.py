@@ -345,10 +345,11 @@ def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.
     """Interquartile mean of curves and its interval: steps, iqm, low, high, each [points].
 
     From where all curves have begun to where one of them ends, at the steps of the first: seeds are logged a
-    few steps apart, so in between is interpolated.
+    few steps apart, so in between is interpolated, and half a gap between two points counts as nothing.
     """
+    slack = np.median(np.diff(curves[0][0])) / 2 if len(curves[0][0]) > 1 else 0.0
     begin, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
-    steps = np.array([step for step in curves[0][0] if begin <= step <= end])
+    steps = np.array([step for step in curves[0][0] if begin - slack <= step <= end + slack])
     if len(steps) > MAX_POINTS:
         steps = steps[np.linspace(0, len(steps) - 1, MAX_POINTS).round().astype(int)]
     if not len(steps):

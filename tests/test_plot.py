@@ -191,6 +191,8 @@ def test_labels_are_one_line_that_can_be_shown(tmp_path):
 
 
 def test_a_band_is_the_interquartile_mean_and_its_interval():
+    jittered = [([100, 203, 300], [0, 1, 2]), ([104, 200, 297], [1, 2, 3])]
+    assert logs.band(jittered)[0].tolist() == [100, 203, 300]  # a few steps apart: no point is lost
     steps, iqm, low, high = logs.band([([0, 100, 200], [0, 1, 2]), ([0, 50, 200], [0, 1, 4])])
     assert steps.tolist() == [0, 100, 200]
     assert iqm == pytest.approx([0, 1.5, 3]) and low == pytest.approx([0, 1, 2])
