@@ -196,6 +196,12 @@ class Dreamer:
         action = torch.zeros(envs, self.actions.size, device=self.device)
         return {**self.rssm.initial(envs), "action": action, **self.guide.initial(self.obs_space, envs)}
 
+    def acting_state(self, saved: Mapping[str, Tensor], envs: int) -> dict[str, Tensor]:
+        """The state in which `act` left off, from a checkpoint. Raises ValueError for another agent's."""
+        if _shapes(saved) != _shapes(self.initial_state(envs)):
+            raise ValueError("the state in which it acted is of another agent")
+        return {k: v.to(self.device) for k, v in saved.items()}
+
     @torch.no_grad()
     def act(
         self,
@@ -951,7 +957,7 @@ class Run:
                 self.coach.load_state_dict(own["coach"], self.step, loaded.exact)
         if loaded.exact and self._restore_envs(own):
             self.stats.load_state_dict(own["stats"])
-            self.state = {k: v.to(self.device) for k, v in own["acting"].items()}
+            self.state = self.agent.acting_state(own["acting"], len(self.envs))
         else:
             self._note("The open episodes end here, as they cannot be gone on with; the envs start new ones.")
             self._reset_envs(saved["next_episode"])

@@ -25,7 +25,8 @@ Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype o
 Rows = dict[str, np.ndarray]  # key -> [L, ...] the steps of one episode
 Limits = dict[str, tuple[np.ndarray, np.ndarray]]  # key -> the lowest and the highest index that it may hold
 
-FILE_NAME = re.compile(r"(\d{8}T\d{6}-[0-9A-Za-z]+)-(\d+)\.npz")  # {time}-{id}-{length}.npz
+NAME = re.compile(r"\d{8}T\d{6}-[0-9A-Za-z]+")  # {time}-{id}
+FILE_NAME = re.compile(rf"({NAME.pattern})-(\d+)\.npz")  # {time}-{id}-{length}.npz
 STAMP = "%Y%m%dT%H%M%S"  # the time in it, in UTC
 MAX_PENDING = 4  # episodes that wait for the disk before the loop has to wait too
 LARGE = 2**30  # bytes of a file's arrays above which it is asked whether there is so much memory

@@ -478,7 +478,10 @@ class Replay:
         self.rng.bit_generator.state = state["rng"]
         if self.online and state["window"] == self.window:
             self.fresh[:] = state["fresh"]
-            self.queue.extend((env, start) for env, start in state["queue"])
+            for env, start in state["queue"]:
+                if not 0 <= env < self.n_envs or start + self.window > self.heads[env]:
+                    raise ValueError(f"there is no window at {start} of environment {env}")
+                self.queue.append((env, start))
         self.sampler.load(self._beside(place / "sampler.npz", self.sampler.arrays(), lines))
         if (place / "latents.npz").exists():  # which only a clean stop writes
             saved = self._beside(place / "latents.npz", self._latents(), lines)
@@ -499,6 +502,7 @@ class Replay:
         self, state: dict, folder: str | os.PathLike, tidy: bool
     ) -> tuple[dict[int, Rows], list[str]]:
         """The open episodes by environment, and lines that the user should know."""
+        self._check_names(state)
         lines = self._set_aside_newer(state) if tidy else []
         self.writer.tick = max(self.writer.tick, state["tick"])
         opened: dict[int, Rows] = {}
@@ -510,6 +514,14 @@ class Replay:
             except (BrokenEpisode, UserError) as error:
                 lines.append(f"{path}: the open episode of environment {env} is lost: {error}")
         return opened, lines
+
+    def _check_names(self, state: dict) -> None:
+        """Raise ValueError for names that no save has given: files would be read, or made, elsewhere."""
+        names = [*state["open"].values(), *(name for stream in state["streams"] for name, *_ in stream)]
+        if wrong := [name for name in names if not episodes.NAME.fullmatch(name)]:
+            raise ValueError(f"{wrong[0]!r} is not the name of an episode")
+        if not MOMENT.fullmatch(state["moment"]):
+            raise ValueError(f"{state['moment']!r} is not the name of a moment")
 
     def _finish_open(self, state: dict, opened: dict[int, Rows]) -> None:
         for env, rows in opened.items():

@@ -203,6 +203,11 @@ def refusal(capfd, *argv) -> str:
     return errors
 
 
+def renamed(payload: dict, name: str) -> None:
+    """With this name for the open episode of environment 0, for which a file is made in the end."""
+    payload["replay"]["open"][0] = payload["replay"]["streams"][0][-1][0] = name
+
+
 CHECKPOINTS = {
     "a pickle": lambda payload: {"config": Evil()},
     "a pickle in it": lambda payload: payload.update(agent=Evil()),
@@ -232,6 +237,12 @@ CHECKPOINTS = {
     "no replay": lambda payload: payload.pop("replay") and None,
     "a count that is text": lambda payload: payload.update(transitions="many"),
     "no random states": lambda payload: payload["rng"].update(python=None),
+    "an episode that lies elsewhere": lambda payload: renamed(payload, "../../../evil/20200101T000000-0"),
+    "an episode of an absolute path": lambda payload: renamed(payload, "/evil-of-a-checkpoint"),
+    "a moment that lies elsewhere": lambda payload: payload["replay"].update(moment="../step"),
+    "a window of no environment": lambda payload: payload["replay"].update(queue=[[7, 0]]),
+    "a window that is not there": lambda payload: payload["replay"].update(queue=[[0, 5000]]),
+    "a state of another agent": lambda payload: payload["acting"].update(deter=torch.zeros(5, 5)),
 }
 
 
@@ -241,6 +252,7 @@ FAST = (
     "a config that blows up",
     "weights that are not finite",
     "no clocks",
+    "an episode that lies elsewhere",
 )
 
 
@@ -251,6 +263,7 @@ def test_hostile_checkpoint_is_refused_by_a_line_that_names_it(run, capfd, case)
     path = changed(run, CHECKPOINTS[case])
     errors = refusal(capfd, "--from_checkpoint", path, "--steps", 80)
     assert path.name in errors or "The checkpoint does not fit this agent: world_model." in errors
+    assert not list(run.parent.rglob("evil*"))
 
 
 def test_checkpoint_that_grows_when_it_is_unpacked_is_refused(run, capfd, little_memory):
