@@ -64,11 +64,12 @@ def steps_of(logdir: Path) -> list[dict[str, np.ndarray]]:
     "signum, reason",
     [
         (signal.SIGKILL, r"worker process of environment 1 died (killed by SIGKILL)"),
-        pytest.param(signal.SIGSTOP, "1 gave no answer for 8 seconds; it hangs", marks=pytest.mark.slow),
+        # Its new worker has as long for its start, which takes some seconds on a busy machine.
+        pytest.param(signal.SIGSTOP, "1 gave no answer for 30 seconds; it hangs", marks=pytest.mark.slow),
     ],
 )
 def test_killing_a_worker_in_a_real_run_loses_no_finished_step(tmp_path, signum, reason):
-    code, errors = run_and_signal(tmp_path, signum, "--envs.timeout", "8")
+    code, errors = run_and_signal(tmp_path, signum, "--envs.timeout", "30")
     assert (code, errors) == (0, "")
     text = log(tmp_path)
     assert text.count("restarted") == 1 and reason in text
