@@ -1,6 +1,7 @@
 """sweep.py: the grid, the summary and the scripts. Ray has a stand-in here; test_sweep_ray.py has it."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -465,6 +466,16 @@ def test_a_try_waits_for_the_process_of_an_earlier_one(do, tmp_path):
     (run,), _ = do("save(100)", "seed=0")
     assert run.status == FINISHED and run.log.read_text() == "saved\nthreads 3\n"
     assert earlier.wait() == 0
+
+
+@posix
+def test_a_disk_without_locks_stops_no_try(tmp_path, monkeypatch):
+    def cannot(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(sweep.fcntl, "flock", cannot)
+    with open(tmp_path / "log", "ab") as file:
+        assert sweep._locked(file)
 
 
 @pytest.mark.parametrize(
