@@ -66,6 +66,13 @@ def test_both_readmes_hold_the_same_commands():
     assert commands("README.md") == commands("README.ja.md")
 
 
+@pytest.mark.parametrize(
+    "page", ["README.ja.md", "CONTRIBUTING.ja.md", "docs/llm.ja.md", "docs/custom_env.ja.md"]
+)
+def test_the_japanese_pages_have_one_word_for_the_adviser(page):
+    assert "助言者" in text_of(page) and "アドバイザー" not in text_of(page)
+
+
 def test_they_open_with_the_two_commands():
     assert commands("README.md")[:2] == ["make crafter", "make test"]
 
