@@ -157,6 +157,8 @@ def _curves(groups: Sequence[Group], wanted: Sequence[Curves]) -> list[Panel]:
             if (curves := group.curves(name, width))
         ]
         if lines:
+            if width > 1:
+                title = f"{title} (means of {width} log lines)"
             panels.append(Panel(title, functools.partial(_draw_curves, lines=lines, label=label)))
     return panels
 

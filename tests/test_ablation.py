@@ -107,7 +107,7 @@ def test_the_commands_of_the_page_are_understood():
         if script == "dreamer.py":
             config.load(options)
         else:
-            assert script == "benchmarks/ablation.py"
+            assert script == "benchmarks/ablation.py" and not study.parse(options)[1]
             assert not study.parse(options)[1]
 
 

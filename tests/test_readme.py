@@ -66,6 +66,13 @@ def test_both_readmes_hold_the_same_commands():
     assert commands("README.md") == commands("README.ja.md")
 
 
+@pytest.mark.parametrize(
+    "page", ["README.ja.md", "CONTRIBUTING.ja.md", "docs/llm.ja.md", "docs/custom_env.ja.md"]
+)
+def test_the_japanese_pages_have_one_word_for_the_adviser(page):
+    assert "助言者" in text_of(page) and "アドバイザー" not in text_of(page)
+
+
 def test_they_open_with_the_two_commands():
     assert commands("README.md")[:2] == ["make crafter", "make test"]
 
@@ -205,6 +212,53 @@ def test_tensorboard_shows_the_runs(workdir):
     program = [sys.executable, "-m", "tensorboard.main", *shlex.split(command)[1:], "--inspect"]
     done = subprocess.run(program, cwd=workdir, capture_output=True, text=True)
     assert done.returncode == 0 and "loss/image" in done.stdout and "train_openl" in done.stdout
+
+
+def test_the_grid_of_the_readme_is_printed(capsys):
+    (command,) = of_script("sweep.py", "--dry_run")
+    assert sweep.main(shlex.split(command)[2:]) == 0
+    printed = [line for line in capsys.readouterr().out.splitlines() if " dreamer.py " in line]
+    assert len(printed) == 9
+    for line in printed:
+        understand_script(shlex.split(line)[1:])
+
+
+# What checks the commands of each page: a new page needs a line here, and a test.
+CHECKED = {
+    "README.md": "test_readme.py",
+    "CONTRIBUTING.md": "test_contributing.py",
+    "INSTALL_WINDOWS.md": "test_windows.py",
+    "docs/ablation.md": "test_ablation.py",
+    "docs/audio.md": "test_audio.py",
+    "docs/custom_env.md": "test_custom_env.py",
+    "docs/exploration.md": "test_exploration_study.py",
+    "docs/learners.md": "test_distributed.py",
+    "docs/llm.md": "test_llm_docs.py",
+    "docs/performance.md": "test_benchmarks.py",
+    "docs/results.md": "test_results.py",
+    "docs/scaling.md": "test_scaling.py",
+    "docs/transfer.md": "test_transfer_study.py",
+    "docs/workers.md": "test_benchmarks.py",
+}
+COMMAND = r"^ *(?:python3?|pip|make|torchrun|tensorboard) .+$"
+
+
+def test_each_page_with_commands_has_a_test_that_reads_it():
+    """The Japanese pages hold the same commands, which each of these tests checks for its page."""
+    pages = [path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"))]
+    found = {page for page in pages if re.search(COMMAND, text_of(page), re.MULTILINE)}
+    assert {page.replace(".ja.md", ".md") for page in found} == CHECKED.keys()
+    for page, test in CHECKED.items():
+        assert Path(page).name in (ROOT / "tests" / test).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", CHECKED)
+def test_the_requirements_that_a_page_installs_exist(page):
+    for line in re.findall(r"^ *(?:python -m )?pip install (.+)$", text_of(page), re.MULTILINE):
+        words = line.split()
+        assert words[::2] == ["-r"] * (len(words) // 2) and all(
+            (ROOT / name).is_file() for name in words[1::2]
+        )
 
 
 # Tables
