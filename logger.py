@@ -36,6 +36,7 @@ from basics import UserError, atomic_write, write_error
 log = logging.getLogger("lore")
 
 REFRESH_SECONDS = 0.25  # of the live line
+LONGEST_SECONDS = 86_399_999_999_999  # that a timedelta can tell; a run may have no end in sight
 EVENTS = "events.out.tfevents."  # a number follows
 HEAT_SHARE = 16  # the heat strip under a video is so many times lower than the frame
 MAX_NOTES = 20  # of a learner beside the first, between two logs
@@ -152,7 +153,7 @@ class Logger:
     def _line(self, step: int) -> str:
         parts = [f"step {step:,}/{self._total_steps:,} ({step / max(self._total_steps, 1):.1%})"]
         if self._rate:
-            left = max(self._total_steps - step, 0) / self._rate
+            left = min(max(self._total_steps - step, 0) / self._rate, LONGEST_SECONDS)
             parts += [f"{self._rate:.4g} steps/s", f"ETA {datetime.timedelta(seconds=round(left))}"]
         shown = [(label, self._shown[name]) for name, label in CONSOLE_METRICS.items() if name in self._shown]
         return " | ".join(parts + [f"{label} {value:.4g}" for label, value in shown])

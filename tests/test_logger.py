@@ -253,6 +253,12 @@ def _write_something(logger):
     logger.write(500)
 
 
+def test_a_run_without_an_end_in_sight_is_told(make, tmp_path):
+    """Such as --steps 1e25: the time left is more than a timedelta holds."""
+    _write_something(make(total_steps=10**25))
+    assert "ETA 999999999 days" in (tmp_path / "run/train.log").read_text()
+
+
 def test_without_a_terminal_each_write_is_one_plain_line(make, tmp_path):
     out = io.StringIO()
     logger = make(console=Console(file=out, width=20))
