@@ -138,6 +138,10 @@ def test_learners_have_the_skills_of_the_first_and_equal_weights(learners):
     assert seen["names"] == ["back", "on", None] and asked == ([True], [False])
     changed = (seen["actor"]["out.weight"] != blank).any(1)
     assert changed.tolist() == [True, True, False]
+    first.advisor.ask = SilentAdvisor().ask
+    learners.step(11)  # the second still proposes one that nobody asked it for
+    assert differences(learners.same(), seen) == []
+    assert second.agent.rngs["options"].get_state().equal(torch.Generator().manual_seed(1).get_state())
 
 
 def test_executions_of_all_learners_decide(learners):
