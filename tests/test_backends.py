@@ -445,13 +445,13 @@ def test_the_identity_names_what_an_answer_depends_on(connect, monkeypatch):
 @pytest.mark.parametrize("backend", SERVERS)
 def test_the_key_is_nowhere_but_in_its_header(connect, server, backend, monkeypatch, caplog, capfd):
     caplog.set_level(logging.DEBUG)
-    adviser = connect(backend, timeout_s=0.6)
+    adviser = connect(backend, timeout_s=2)
     if backend == "gemini":
         monkeypatch.setenv("GOOGLE_API_KEY", KEY + "2")
     echo = json.dumps({"error": {"message": f"bad key {KEY}", "status": KEY, "details": [KEY]}}).encode()
     scripts = [
         Say(),
-        Say(delay=1),
+        Say(delay=4),
         Say(text=f"your key is {KEY}"),
         Say(die="middle"),
         Say(body=KEY.encode()),

@@ -391,6 +391,8 @@ def test_notes_of_other_learners_reach_the_log_once():
         run._note = lambda line: dreamer.Run._note(run, line)
         dreamer.Run._print_notes(run)
         dreamer.Run._gather_notes(run)
+        if rank:
+            logger.close()  # it listens to the log of the whole process
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(gather, range(2)))
