@@ -34,7 +34,7 @@ RUN = (
 WORKERS = ("train 0", "train 1", "eval 0")
 PARTS = 10  # of the time after the warm-up
 POLL = 0.5  # seconds between looks at whether the run has begun or ended
-COUNTS = {"handles": min, "threads": min, "children": max}  # what must not grow, and what of a part counts
+COUNTS = {"handles": min, "threads": min, "children": max}  # must not grow; what of a part counts
 
 Sample = dict[str, float]
 
