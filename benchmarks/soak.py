@@ -8,8 +8,8 @@ looked at. What comes after the warm-up is cut into ten parts. The run passes if
 memory of all parts lie within `--tolerance`, if the last part has no more handles and threads than the
 first (the fewest in each, for a restart takes some more for a moment) and no more child processes than any
 before (the most in each, for a killed worker of the evaluation is missing until the next one, which may take
-longer than a part), if each kill led to one restart, and if the run ended as it should. The exit code is 1 otherwise. Options behind `--` go to
-dreamer.py. Linux only.
+longer than a part), if each kill led to one restart, and if the run ended as it should. The exit code is 1
+otherwise. Options behind `--` go to dreamer.py. Linux only.
 """
 
 import argparse

@@ -92,7 +92,7 @@ def samples(**changes) -> list[dict]:
         ({"handles": lambda s: 20 + s // 80}, False),
         ({"threads": lambda s: 3 + s // 90}, False),
         ({"children": lambda s: 2 if s < 50 and s % 10 == 3 else 4}, True),  # one is missing for a while
-        ({"children": lambda s: 3 + s // 15}, False),  # ended, but nobody waited for them
+        ({"children": lambda s: 3 + s // 8}, False),  # ended, but nobody waited for them
     ],
 )
 def test_growth_is_found(soak, changes, flat):
