@@ -72,7 +72,7 @@ STUDIES = {
         "DMC cartpole swingup",
         "--configs dmc_proprio cpu_vector --task dmc_cartpole_swingup --steps 40000 --prefill 2000 "
         "--actor.entropy 1e-3 --eval_every 4000 --eval_episodes 4 --envs.eval_amount 4",
-        range(1),
+        range(3),
         20,
         "dmc_cartpole_swingup",
     ),
