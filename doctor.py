@@ -282,7 +282,8 @@ def cuda_line(torch: Any, cards: Sequence[str]) -> Line:
 def check_device(config: Any) -> Iterator[Line]:
     """Where the run would compute, in which precision, and what it compiles with."""
     import distributed
-    from dreamer import check_shares, choose_device, compiles, count_gpus, device_name, precision
+    from agent import choose_device, compiles, count_gpus, precision
+    from dreamer import check_shares, device_name
 
     check_shares(config, distributed.Ranks(config.parallel))
     device = choose_device(distributed.place(config.device, config.parallel, count_gpus()))

@@ -24,21 +24,12 @@ import torch
 import audio
 import tools
 import weights
+from agent import Dreamer, choose_device
 from basics import UserError, numpy_rng
 from config import Config
-from dreamer import (
-    AdvisedAgent,
-    Arrays,
-    Dreamer,
-    EvalEpisode,
-    choose_device,
-    memory_explained,
-    newest,
-    play_episodes,
-    run_folder,
-    write_video,
-)
+from dreamer import memory_explained, run_folder
 from envs import make_env
+from evaluation import AdvisedAgent, Arrays, EvalEpisode, newest, play_episodes, write_video
 from exploration import Random
 from logger import write_mp4
 from lore_llm.captions import Captioner, make_captioner

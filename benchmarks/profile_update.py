@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from update_speed import make_agent, make_batch, make_parser
 
-import dreamer
+from agent import Dreamer
 
 WARMUP = 2  # updates before the profile
 ROWS = 25  # operations in the table
@@ -37,7 +37,7 @@ def label(owner: object, name: str, text: str) -> None:
     setattr(owner, name, labelled)
 
 
-def label_parts(agent: dreamer.Dreamer) -> list[str]:
+def label_parts(agent: Dreamer) -> list[str]:
     """Label the parts of an update; returns their names."""
     world_model, behavior = agent.world_model, agent.behavior
     parts: list[tuple[object, str, str]] = [

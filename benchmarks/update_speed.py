@@ -34,6 +34,7 @@ import config as configs
 import cuda_graph
 import dreamer
 import tools
+from agent import Dreamer, choose_device, compiles, keeps_memory, precision
 from replay import Replay
 
 ACTIONS = 17
@@ -76,16 +77,16 @@ def peak_memory(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else resident_peak()
 
 
-def make_agent(args: argparse.Namespace) -> tuple[dreamer.Dreamer, configs.Config, torch.device]:
+def make_agent(args: argparse.Namespace) -> tuple[Dreamer, configs.Config, torch.device]:
     """An agent for Crafter's shapes, as the command line asks for."""
     argv = ["--configs", "crafter", args.size, "--device", args.device, "--precision", args.precision]
     config = configs.load(argv + args.override)
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = dreamer.choose_device(args.device)
-    if dreamer.keeps_memory(config, device):
+    device = choose_device(args.device)
+    if keeps_memory(config, device):
         tools.keep_freed_memory()
-    return dreamer.Dreamer(OBS_SPACE, ACT_SPACE, config, device), config, device
+    return Dreamer(OBS_SPACE, ACT_SPACE, config, device), config, device
 
 
 def make_replay(config: configs.Config) -> Replay:
@@ -127,8 +128,8 @@ def measure(args: argparse.Namespace) -> dict:
     return {
         "size": args.size,
         "device": dreamer.device_name(device),
-        "precision": dreamer.precision(config, device),
-        "compile": dreamer.compiles(config, device),
+        "precision": precision(config, device),
+        "compile": compiles(config, device),
         "batch": [config.batch_size, config.batch_length],
         "parameters": agent.parameters(),
         "first_update_s": round(first_update, 4),
@@ -165,19 +166,19 @@ def compare(args: argparse.Namespace) -> dict:
     """Updates of LoRe and of r2dreamer in turns; {program: figures} and the ratios of the better ones."""
     folder = Path(__file__).resolve().parent
     precisions = ["float32", "bfloat16"] if args.precision == "auto" else [args.precision]
-    cuda = dreamer.choose_device(args.device).type == "cuda"
+    cuda = choose_device(args.device).type == "cuda"
     same = ["--size", args.size, "--device", "cuda" if cuda else "cpu", "--threads", str(args.threads)]
     figures = {}
-    for precision in precisions:
-        options = [*same, "--precision", precision]
+    for dtype in precisions:
+        options = [*same, "--precision", dtype]
         peer = [args.python, str(folder / "r2dreamer.py"), *options, "--repo", args.compare]
         lore = [sys.executable, str(folder / "update_speed.py"), *options, "--serve"]
         programs = {
-            f"LoRe {precision}": Program(lore),
-            f"r2dreamer {precision}": Program([*peer, *["--compile"] * cuda]),
+            f"LoRe {dtype}": Program(lore),
+            f"r2dreamer {dtype}": Program([*peer, *["--compile"] * cuda]),
         }
         if not cuda:
-            programs[f"r2dreamer, memory kept, {precision}"] = Program(peer, KEEP_MEMORY)
+            programs[f"r2dreamer, memory kept, {dtype}"] = Program(peer, KEEP_MEMORY)
         take_turns(programs, WARMUP, args.repeats)
         for name, program in programs.items():
             low, _, high = statistics.quantiles(program.seconds, n=4)

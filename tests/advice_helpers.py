@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import config as configs
-import dreamer
+from agent import Dreamer
 from config import Config
 from envs.dummy import COLORS
 from lore_llm import LLMAdapter
@@ -37,12 +37,12 @@ def advised_config(paths: Sequence[str] = PATHS, *options: str) -> Config:
     return configs.load([*argv, "--options.max_options", "3", "--options.option_max_length", "4", *options])
 
 
-def make_agent(paths: Sequence[str] = PATHS, *options: str) -> dreamer.Dreamer:
+def make_agent(paths: Sequence[str] = PATHS, *options: str) -> Dreamer:
     act_space = {"action": gymnasium.spaces.Discrete(ACTIONS)}
-    return dreamer.Dreamer(OBS, act_space, advised_config(paths, *options), torch.device("cpu"))
+    return Dreamer(OBS, act_space, advised_config(paths, *options), torch.device("cpu"))
 
 
-def make_batch(agent: dreamer.Dreamer, seed: int = 0) -> dict[str, np.ndarray]:
+def make_batch(agent: Dreamer, seed: int = 0) -> dict[str, np.ndarray]:
     """Random steps with advice; those of options are made by `executed`."""
     rng, config = np.random.default_rng(seed), agent.config
     shape, rssm = (BATCH, LENGTH + config.replay_context), config.rssm
@@ -68,7 +68,7 @@ def make_batch(agent: dreamer.Dreamer, seed: int = 0) -> dict[str, np.ndarray]:
     return batch
 
 
-def make_items(agent: dreamer.Dreamer, amount: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def make_items(agent: Dreamer, amount: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Synthetic items with plans of 3 actions, as they come with a batch."""
     rng, rssm = np.random.default_rng(seed), agent.config.rssm
     items = {
@@ -82,7 +82,7 @@ def make_items(agent: dreamer.Dreamer, amount: int, seed: int = 0) -> dict[str, 
     return {key: torch.from_numpy(value) for key, value in items.items()}
 
 
-def give_skills(agent: dreamer.Dreamer, skills: Mapping[int, tuple[int, Sequence[int], int]]) -> None:
+def give_skills(agent: Dreamer, skills: Mapping[int, tuple[int, Sequence[int], int]]) -> None:
     """Put skills into slots: slot -> (uid, actions, timeout)."""
     slots, longest = agent.guide.options.script.shape
     table = {"uids": np.zeros(slots, np.int64), "timeouts": np.zeros(slots, np.int64)}
@@ -93,7 +93,7 @@ def give_skills(agent: dreamer.Dreamer, skills: Mapping[int, tuple[int, Sequence
     agent.guide.options.set_table(table)
 
 
-def unsettle(agent: dreamer.Dreamer) -> None:
+def unsettle(agent: Dreamer) -> None:
     """Give output layers that start at zero some weights, or no gradient would pass through them."""
     torch.manual_seed(1)
     parts = [agent.world_model.reward_head, agent.behavior.critic, agent.behavior.slow_critic]
@@ -104,7 +104,7 @@ def unsettle(agent: dreamer.Dreamer) -> None:
         torch.nn.init.normal_(part.out.weight, std=0.1)
 
 
-def some_feat(agent: dreamer.Dreamer, *batch: int, seed: int = 0) -> torch.Tensor:
+def some_feat(agent: Dreamer, *batch: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     rssm, config = agent.rssm, agent.config.rssm
     deter = torch.randn(*batch, config.deter, generator=generator)

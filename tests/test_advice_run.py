@@ -18,9 +18,9 @@ from run_helpers import (
     train,
 )
 
-import dreamer
 import episodes
 import tools
+from agent import Dreamer
 from distributed import Ranks
 from episodes import EpisodeWriter
 from logger import Timer
@@ -148,9 +148,9 @@ def test_run_from_a_recorded_cache_needs_nobody_and_is_the_same(tmp_path, monkey
 
 
 def test_run_goes_on_with_other_envs_and_forgets_what_names_places_in_the_old_replay(tmp_path, monkeypatch):
-    judge = dreamer.Dreamer.judge
+    judge = Dreamer.judge
     monkeypatch.setattr(  # any plan is good enough
-        dreamer.Dreamer, "judge", lambda *args: (found := judge(*args)) | {"plan": found["plan"] + 9}
+        Dreamer, "judge", lambda *args: (found := judge(*args)) | {"plan": found["plan"] + 9}
     )
     options = (*DOORKEY, *FULL, "--llm.until", "1000")
     with signal_at(115):

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import audio
 import config as configs
-import dreamer
 import envs
 import evaluate
 import networks
+from agent import Dreamer
 from basics import UserError
 from envs import sound_search
 
@@ -39,15 +39,15 @@ def box(shape: tuple, dtype=np.float32) -> gymnasium.spaces.Box:
     return gymnasium.spaces.Box(low, high, shape, dtype)
 
 
-def make_agent(*options: str, **spaces: gymnasium.Space) -> dreamer.Dreamer:
+def make_agent(*options: str, **spaces: gymnasium.Space) -> Dreamer:
     """An agent for the given observations, beside a vector, reward and flags."""
     argv = ["--configs", "debug", "--batch_size", str(BATCH), "--batch_length", str(LENGTH), *options]
     obs_space = {"vector": box((3,)), "reward": box(()), **spaces}
     obs_space |= {key: gymnasium.spaces.Box(0, 1, (), np.bool_) for key in FLAGS}
-    return dreamer.Dreamer(obs_space, ACTION, configs.load(argv), torch.device("cpu"))
+    return Dreamer(obs_space, ACTION, configs.load(argv), torch.device("cpu"))
 
 
-def make_batch(agent: dreamer.Dreamer, **spaces: gymnasium.Space) -> dict[str, np.ndarray]:
+def make_batch(agent: Dreamer, **spaces: gymnasium.Space) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shape, rssm = (BATCH, LENGTH + 1), agent.config.rssm
     batch = {"deter": np.zeros((*shape, rssm.deter), np.float16)}

@@ -12,7 +12,7 @@ from test_models import DISCRETE, OBS, make_agent, make_batch
 from torch.overrides import TorchFunctionMode
 
 import cuda_graph
-import dreamer
+from agent import Dreamer, cuda_works
 from lore_llm import synthetic
 
 
@@ -84,10 +84,10 @@ def test_a_step_that_cannot_be_recorded_goes_on_without(fake_cuda, monkeypatch, 
     assert caplog.text.count("cannot be recorded") == 1
 
 
-@pytest.mark.skipif(not dreamer.cuda_works(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(not cuda_works(), reason="needs a CUDA GPU")
 def test_a_recorded_update_gives_the_plain_numbers_on_a_gpu():
     config = make_agent("--compile", "False", "--precision", "float32").config
-    agents = [dreamer.Dreamer(OBS, DISCRETE, config, torch.device("cuda")) for _ in range(2)]
+    agents = [Dreamer(OBS, DISCRETE, config, torch.device("cuda")) for _ in range(2)]
     agents[1].update = cuda_graph.GraphedUpdate(agents[1]._update, agents[1].rngs["train"])
     for seed in range(cuda_graph.WARMUP + 4):
         for agent in agents:

@@ -18,9 +18,11 @@ import config as configs
 import dreamer
 import envs
 import evaluate
+from agent import Dreamer
 from envs import check as checks
 from envs.dummy import Dummy
 from episodes import list_episodes
+from evaluation import newest
 
 ROOT = Path(__file__).parent.parent
 GUIDES = ("docs/custom_env.md", "docs/custom_env.ja.md")
@@ -219,7 +221,7 @@ def test_pictures_are_stacked_gray_and_shown(tmp_path):
         assert episode["image"].shape[1:] == (16, 16, 4)
     assert list((tmp_path / "videos").glob("*.mp4"))
     frames = np.arange(12)[None]
-    assert dreamer.newest(frames, 4).tolist() == [[9, 10, 11]] and dreamer.newest(frames, 1) is not None
+    assert newest(frames, 4).tolist() == [[9, 10, 11]] and newest(frames, 1) is not None
 
 
 WRAPPED = "--grayscale True --frame_stack 2 --audio_dim 3 --audio_noise_std 1 --clip_reward True".split()
@@ -242,7 +244,7 @@ def test_reward_scale_is_for_learning_only(tmp_path):
         config = configs.load(["--configs", "debug", "--task", "dummy_vector"])
         config = config.replace({"reward_scale": scale, "opt.warmup": 0, "opt.lr": 1e-2})
         env = envs.make_env(config, "train", 0)
-        agent = dreamer.Dreamer(env.obs_space, env.act_space, config, torch.device("cpu"))
+        agent = Dreamer(env.obs_space, env.act_space, config, torch.device("cpu"))
         batch = {key: np.zeros((2, 3, *space.shape), space.dtype) for key, space in env.obs_space.items()}
         batch |= {"deter": np.zeros((2, 3, 32), np.float32), "stoch": np.zeros((2, 3, 4), np.uint8)}
         batch |= {"action": np.zeros((2, 3), np.int32), "reward": np.full((2, 3), reward, np.float32)}

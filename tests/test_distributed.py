@@ -28,6 +28,7 @@ import distributed
 import dreamer
 import replay as replays
 import tools
+from agent import Dreamer
 from basics import UserError
 from distributed import JoinedRanks, Ranks
 from episodes import EpisodeWriter
@@ -120,7 +121,7 @@ def test_one_learner_alone_is_all_there_is():
 # ---- Gradients
 
 
-def make_agent(batch_size: int, ranks: Ranks | None = None) -> dreamer.Dreamer:
+def make_agent(batch_size: int, ranks: Ranks | None = None) -> Dreamer:
     argv = [
         "--configs",
         "debug",
@@ -141,14 +142,14 @@ def make_agent(batch_size: int, ranks: Ranks | None = None) -> dreamer.Dreamer:
         "1e-2",
     ]
     space = {"action": gymnasium.spaces.Discrete(ACTIONS)}
-    agent = dreamer.Dreamer(OBS, space, configs.load(argv), torch.device("cpu"), ranks)
+    agent = Dreamer(OBS, space, configs.load(argv), torch.device("cpu"), ranks)
     torch.manual_seed(1)
     for head in (agent.world_model.reward_head, agent.behavior.critic, agent.behavior.slow_critic):
         torch.nn.init.normal_(head.out.weight, std=0.1)  # or no gradient would pass
     return agent
 
 
-def joint_batch(agent: dreamer.Dreamer) -> dict[str, np.ndarray]:
+def joint_batch(agent: Dreamer) -> dict[str, np.ndarray]:
     rng, shape = np.random.default_rng(0), (BATCH, LENGTH + 1)
     rssm = agent.config.rssm
     batch = {
@@ -166,7 +167,7 @@ def joint_batch(agent: dreamer.Dreamer) -> dict[str, np.ndarray]:
     return batch
 
 
-def share_noise(agent: dreamer.Dreamer, rank: int, size: int) -> None:
+def share_noise(agent: Dreamer, rank: int, size: int) -> None:
     """Let the agent draw its part of what one agent would draw for the batches of all ranks."""
     for owner in (agent.rssm, agent.behavior.actor):
         whole = owner.noise
@@ -181,7 +182,7 @@ def share_noise(agent: dreamer.Dreamer, rank: int, size: int) -> None:
         owner.noise = part
 
 
-def gradients(agent: dreamer.Dreamer, batch: dict, rank: int = 0, size: int = 1, updates: int = 3) -> dict:
+def gradients(agent: Dreamer, batch: dict, rank: int = 0, size: int = 1, updates: int = 3) -> dict:
     """The gradients that the optimiser saw, and what became of weights and return percentiles."""
     share_noise(agent, rank, size)
     names = {

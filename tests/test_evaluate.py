@@ -15,8 +15,11 @@ import config
 import dreamer
 import envs
 import evaluate
+import models
 import tools
+from agent import Dreamer
 from envs.dummy import COLORS, CUE_LENGTH
+from evaluation import EvalEpisode, play_episodes
 
 STEPS = 120
 
@@ -32,12 +35,12 @@ def logdir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def played(monkeypatch) -> list[dreamer.EvalEpisode]:
+def played(monkeypatch) -> list[EvalEpisode]:
     """The episodes that are played in the test."""
     episodes = []
 
     def play(*args, **kwargs):
-        for episode in dreamer.play_episodes(*args, **kwargs):
+        for episode in play_episodes(*args, **kwargs):
             episodes.append(episode)
             yield episode
 
@@ -92,20 +95,20 @@ def test_an_agent_that_is_always_right_gets_the_best_return(logdir, monkeypatch,
         distance = np.abs(obs["image"][:, None, 32, 32].astype(int) - COLORS).sum(-1)
         return {"action": distance.argmin(-1).astype(np.int32)}, state, {}
 
-    monkeypatch.setattr(dreamer.Dreamer, "act", act)
+    monkeypatch.setattr(Dreamer, "act", act)
     assert run(capsys, "--logdir", logdir, "--episodes", 2)["returns"] == [CUE_LENGTH] * 2
 
 
 def test_the_agent_acts_with_the_weights_of_the_checkpoint(logdir, monkeypatch, capsys):
     saved, _, _ = tools.load_checkpoint(logdir)
     agents = []
-    act = dreamer.Dreamer.act
+    act = Dreamer.act
 
     def remember(agent, *args):
         agents.append(agent)
         return act(agent, *args)
 
-    monkeypatch.setattr(dreamer.Dreamer, "act", remember)
+    monkeypatch.setattr(Dreamer, "act", remember)
     run(capsys, "--logdir", logdir, "--episodes", 1)
     for module, weights in agents[0].weights().items():
         for name, value in weights.items():
@@ -125,7 +128,7 @@ def test_achievements_become_success_rates_and_a_score():
 
 def test_an_achievement_counts_wherever_in_the_episode_it_was_unlocked():
     steps = {"reward": np.zeros(4, np.float32), "log_achievement_wood": np.array([0, 1, 0, 0], np.float32)}
-    outcome = evaluate.outcome(dreamer.EvalEpisode(steps), action_repeat=2)
+    outcome = evaluate.outcome(EvalEpisode(steps), action_repeat=2)
     assert outcome == {"return": 0.0, "length": 6, "log_achievement_wood": 1.0}
 
 
@@ -161,7 +164,7 @@ def test_worlds_are_those_of_no_training_or_evaluation_during_it(logdir, played,
 
 def test_random_plays_the_same_worlds_without_the_agent(logdir, played, monkeypatch, capsys):
     agent = run(capsys, "--logdir", logdir, "--episodes", 2)
-    monkeypatch.setattr(dreamer.Dreamer, "act", None)  # whoever calls it fails
+    monkeypatch.setattr(Dreamer, "act", None)  # whoever calls it fails
     random = run(capsys, "--logdir", logdir, "--episodes", 2, "--random")
     assert random["policy"] == "random" and random.keys() == agent.keys()
     for one, other in zip(played[:2], played[2:], strict=True):
@@ -273,7 +276,7 @@ def test_full_memory_is_told_in_one_line(logdir, monkeypatch, capsys, full, told
     def no_room(*_, **__):
         raise full
 
-    monkeypatch.setattr(dreamer.models.WorldModel, "to", no_room)
+    monkeypatch.setattr(models.WorldModel, "to", no_room)
     line = error(capsys, "--logdir", logdir, "--episodes", 1)
     assert told in line and ("--device cpu" in line) == ("GPU" in told) and "--batch_size" not in line
 
@@ -342,9 +345,9 @@ def test_explain_shows_each_decision_beside_its_frame(advised_logdir, played, mo
 
 def test_advised_plays_through_the_prior_as_training_does(advised_logdir, monkeypatch, capsys):
     drawn, advised = panels(monkeypatch), []
-    act = dreamer.Dreamer.act
+    act = Dreamer.act
     monkeypatch.setattr(
-        dreamer.Dreamer, "act", lambda *args, **options: advised.append(options) or act(*args, **options)
+        Dreamer, "act", lambda *args, **options: advised.append(options) or act(*args, **options)
     )
     bare = run(capsys, "--logdir", advised_logdir, "--episodes", 1)
     assert not any(advised)

@@ -14,7 +14,9 @@ import config as configs
 import dreamer
 import exploration
 import tools
+from agent import Dreamer
 from basics import UserError
+from evaluation import EvalEpisode, shown
 from exploration import (
     Ensemble,
     ErrorFifo,
@@ -29,13 +31,13 @@ from exploration import (
 CURIOUS = ("surprise", "plan2explore", "lpm")
 
 
-def explorer_agent(name: str, *options: str, **kwargs) -> dreamer.Dreamer:
+def explorer_agent(name: str, *options: str, **kwargs) -> Dreamer:
     agent = make_agent("--expl_behavior", name, *options, **kwargs)
     unsettle(agent)
     return agent
 
 
-def explore(agent: dreamer.Dreamer, batch: dict) -> tuple:
+def explore(agent: Dreamer, batch: dict) -> tuple:
     """(losses, metrics, data, the batch's own data) of the explorer on a batch."""
     post, data = agent.world_model.observe(agent.upload(batch), agent.rngs["train"])
     return *agent.explorer.loss(agent.world_model, post, data, agent.rngs["explore"]), data
@@ -294,7 +296,7 @@ def test_transitions_into_a_first_step_count_nowhere(name):
 # --- Who learns from what ------------------------------------------------------------------------------
 
 
-def trained(agent: dreamer.Dreamer, loss: torch.Tensor) -> set[str]:
+def trained(agent: Dreamer, loss: torch.Tensor) -> set[str]:
     """The modules of the agent and its explorer that a loss reaches."""
     agent.opt.zero_grad()
     if loss.requires_grad:
@@ -414,7 +416,7 @@ def test_error_predictor_has_its_own_rate_and_no_warmup():
         assert rates[id(param)] == (4e-5, 1000)
 
 
-def agent_parameters(agent: dreamer.Dreamer) -> int:
+def agent_parameters(agent: Dreamer) -> int:
     """How many tensors an agent has to train; slow critics follow by themselves."""
     modules = (agent.world_model, agent.behavior, agent.explorer)
     return sum(p.requires_grad for module in modules for p in module.parameters())
@@ -698,11 +700,11 @@ def test_curiosity_is_told_with_each_step_of_an_evaluation_and_shown_under_the_v
     agent.explore(False)
     assert agent.curiosity(state) is None and make_agent().curiosity(state) is None
     steps = {"image": np.zeros((3, 32, 16, 3), np.uint8), "reward": np.zeros(3, np.float32)}
-    frames = dreamer.shown(dreamer.EvalEpisode(steps, np.array([-1.0, 0.0, 1.0])), 1)
+    frames = shown(EvalEpisode(steps, np.array([-1.0, 0.0, 1.0])), 1)
     assert frames.shape == (3, 34, 16, 3) and not frames[:, :32].any()
     assert frames[2, 33, -3:].tolist() == [[0, 0, 0], [255, 127, 0], [255, 255, 255]]
     assert not frames[0, 32:].any() and frames[1, 32, -1].tolist() == [255, 127, 0]
-    assert dreamer.shown(dreamer.EvalEpisode(steps), 1).shape == (3, 32, 16, 3)
+    assert shown(EvalEpisode(steps), 1).shape == (3, 32, 16, 3)
 
 
 def test_every_explorer_acts_and_trains_from_continuous_actions(tmp_path):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 import config as configs
-import dreamer
 import networks
 import replay
+from agent import precision
 
 ROWS = {"vectors": (3, 7, 24), "one row": (1, 24), "more than a chunk": (50, 24)}
 
@@ -121,9 +121,9 @@ def test_only_a_small_scan_stays_in_float32_on_a_cpu(hidden, rounded):
 def test_precision_auto_is_bfloat16_where_a_cpu_multiplies_in_it(abilities, expected, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
     cpu = torch.device("cpu")
-    assert dreamer.precision(configs.load(["--configs", "debug"]), cpu) == expected
+    assert precision(configs.load(["--configs", "debug"]), cpu) == expected
     chosen = configs.load(["--configs", "debug", "--precision", "float32"])
-    assert dreamer.precision(chosen, cpu) == "float32"
+    assert precision(chosen, cpu) == "float32"
 
 
 def test_a_slow_sampler_changes_no_bit(tmp_path, monkeypatch):

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 import config as configs
 import distributions as dists
-import dreamer
 import models
 import networks
+from agent import Dreamer
 from basics import UserError
 
 DISCRETE = {"action": gymnasium.spaces.Discrete(5)}
@@ -27,12 +27,12 @@ OBS = {
 BATCH, LENGTH = 2, 5
 
 
-def make_agent(*options: str, act_space=DISCRETE) -> dreamer.Dreamer:
+def make_agent(*options: str, act_space=DISCRETE) -> Dreamer:
     argv = ["--configs", "debug", "--batch_size", str(BATCH), "--batch_length", str(LENGTH), *options]
-    return dreamer.Dreamer(OBS, act_space, configs.load(argv), torch.device("cpu"))
+    return Dreamer(OBS, act_space, configs.load(argv), torch.device("cpu"))
 
 
-def make_batch(agent: dreamer.Dreamer, seed: int = 0) -> dict[str, np.ndarray]:
+def make_batch(agent: Dreamer, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     steps = LENGTH + agent.config.replay_context
     shape, rssm = (BATCH, steps), agent.config.rssm
@@ -56,7 +56,7 @@ def make_batch(agent: dreamer.Dreamer, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def losses_of(agent: dreamer.Dreamer, batch: dict) -> dict[str, torch.Tensor]:
+def losses_of(agent: Dreamer, batch: dict) -> dict[str, torch.Tensor]:
     data = agent.upload(batch)
     post, data = agent.world_model.observe(data, agent.rngs["train"])
     losses, _ = agent.world_model.loss(post, data)
@@ -64,14 +64,14 @@ def losses_of(agent: dreamer.Dreamer, batch: dict) -> dict[str, torch.Tensor]:
     return losses | more
 
 
-def unsettle(agent: dreamer.Dreamer) -> None:
+def unsettle(agent: Dreamer) -> None:
     """Give output layers that start at zero some weights, or no gradient would pass through them."""
     torch.manual_seed(1)
     for head in (agent.world_model.reward_head, agent.behavior.critic, agent.behavior.slow_critic):
         torch.nn.init.normal_(head.out.weight, std=0.1)
 
 
-def trained_modules(agent: dreamer.Dreamer, loss: torch.Tensor) -> set[str]:
+def trained_modules(agent: Dreamer, loss: torch.Tensor) -> set[str]:
     """The parts of the agent of which at least one parameter gets a gradient from the loss."""
     agent.opt.zero_grad()
     loss.mean().backward(retain_graph=True)

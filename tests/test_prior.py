@@ -21,7 +21,7 @@ from advice_helpers import (
 from run_helpers import differences
 
 import distributions as dists
-import dreamer
+from agent import Dreamer
 from basics import UserError
 from lore_llm.prior import GAIN_FLOOR, Prior, Reliability, bounded
 
@@ -542,4 +542,4 @@ def test_spread_is_not_ruled_by_the_outermost_bins():
 def test_a_prior_needs_one_discrete_action():
     space = {"action": gymnasium.spaces.MultiDiscrete([3, 4])}
     with pytest.raises(UserError, match="needs one Discrete action"):
-        dreamer.Dreamer(OBS, space, advised_config(("prior",)), torch.device("cpu"))
+        Dreamer(OBS, space, advised_config(("prior",)), torch.device("cpu"))

@@ -28,6 +28,7 @@ import replay
 import tools
 from config import Config
 from envs.dummy import Dummy
+from evaluation import play_episodes
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signal to a process")
 
@@ -72,7 +73,7 @@ def test_finished_run_goes_on_when_steps_are_raised(tmp_path, whole):
 
 def test_stop_in_an_evaluation_ends_it_and_the_resumed_run_plays_it_anew(tmp_path, whole, monkeypatch):
     options = ("--eval_episodes", "3")
-    play = dreamer.play_episodes
+    play = play_episodes
     played = []
 
     def stopped_after_one(*args):

@@ -17,9 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import dreamer
 import envs
 import tools
+from agent import Dreamer
 from config import Config
 from envs.dummy import Dummy
 from episodes import list_episodes
+from evaluation import play_episodes
 from logger import Logger
 from stats import achievement_score
 
@@ -104,10 +106,8 @@ def test_only_real_steps_are_counted(tmp_path):
 
 def test_prefill_owes_no_updates_and_acts_at_random(tmp_path, monkeypatch):
     acted = []
-    act = dreamer.Dreamer.act
-    monkeypatch.setattr(
-        dreamer.Dreamer, "act", lambda *args, **kwargs: acted.append(1) or act(*args, **kwargs)
-    )
+    act = Dreamer.act
+    monkeypatch.setattr(Dreamer, "act", lambda *args, **kwargs: acted.append(1) or act(*args, **kwargs))
     assert train(tmp_path, "--prefill", "100", "--steps", "124", "--eval_every", "0") == 0
     assert len(acted) == 12
     assert tools.load_checkpoint(tmp_path)[0]["agent"]["updates"] == int(24 * 3 / 8)
@@ -203,7 +203,7 @@ def test_each_env_gives_the_same_number_of_evaluation_episodes(tmp_path, uneven)
 
 
 def test_no_world_is_seen_twice_in_training_and_evaluation(tmp_path, uneven, monkeypatch):
-    play, firsts = dreamer.play_episodes, []
+    play, firsts = play_episodes, []
     monkeypatch.setattr(dreamer, "play_episodes", lambda *args: firsts.append(args[4]) or play(*args))
     with signal_at(61):
         train(tmp_path, *uneven)

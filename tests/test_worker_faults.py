@@ -13,10 +13,10 @@ from run_helpers import ROOT, assert_same_run, log, signal_at, train
 from test_parallel import make_failing_once, make_vec
 
 import config
-import dreamer
 import tools
 from envs import make_env
 from episodes import list_episodes, read_episode, step_layout
+from evaluation import play_episodes
 
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 COMMAND = (
@@ -137,7 +137,7 @@ class Still:
 
 def test_an_evaluation_episode_that_a_fault_broke_off_does_not_count(tmp_path):
     vec = make_vec(partial(make_failing_once, tmp_path / "mark", "raises"), 2, "thread", max_restarts=1)
-    done = list(dreamer.play_episodes(Still(), vec, 2, None))
+    done = list(play_episodes(Still(), vec, 2, None))
     vec.close()
     assert len(done) == 4
     for episode in done:

@@ -6,7 +6,9 @@ import torch
 from run_helpers import log, metrics, signal_at, train
 
 import dreamer
+import models
 import tools
+from agent import Dreamer, cuda_works
 from basics import UserError
 
 GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.79 GiB of which ..."
@@ -48,7 +50,7 @@ def full_after(monkeypatch):
     """A function that lets memory end at an update of a run, by its number from 1."""
 
     def spoil(error: Exception, update: int):
-        whole, done = dreamer.Dreamer._update, []
+        whole, done = Dreamer._update, []
 
         def full(agent, data):
             done.append(None)
@@ -56,7 +58,7 @@ def full_after(monkeypatch):
                 raise error
             return whole(agent, data)
 
-        monkeypatch.setattr(dreamer.Dreamer, "_update", full)
+        monkeypatch.setattr(Dreamer, "_update", full)
 
     return spoil
 
@@ -112,7 +114,7 @@ def test_full_gpu_at_the_start_is_said_before_anything_is_written(tmp_path, capf
     def full(agent, *_):
         raise torch.OutOfMemoryError(GPU)
 
-    monkeypatch.setattr(dreamer.models.WorldModel, "to", full)
+    monkeypatch.setattr(models.WorldModel, "to", full)
     assert train(tmp_path / "run") == 2
     assert "The GPU is full" in message(capfd)
     assert list(tmp_path.iterdir()) == []
@@ -134,7 +136,7 @@ def test_gpu_that_another_program_fills_is_not_taken_for_one_that_does_not_work(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", full)
-    assert dreamer.cuda_works()
+    assert cuda_works()
     assert train(tmp_path / "run", "--device", "cuda") == 2
     assert "The GPU is full" in message(capfd)
 

@@ -1,0 +1,536 @@
+"""The agent: acts from observations, learns from replayed sequences, saves and loads itself."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import gymnasium
+import numpy as np
+import torch
+from torch import Tensor
+
+import cuda_graph
+import models
+import networks
+import tools
+import weights
+from basics import UserError
+from config import Config
+from distributed import Ranks
+from exploration import EXPLORERS, Greedy, param_group
+from lore_llm import synthetic
+from lore_llm.captions import make_captioner
+from lore_llm.coach import advice_spaces
+from lore_llm.guide import Guide
+
+OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
+OPEN_LOOP_ROWS = 6  # sequences shown in it
+EXPLAIN_ROLLOUTS = 8  # imagined for a predicted return
+
+Arrays = dict[str, np.ndarray]
+
+
+class Dreamer:
+    """The agent: acts from observations, learns from replayed sequences, saves and loads itself.
+
+    Its random draws come from generators of its own: acting, training and reports do not disturb each
+    other.
+    """
+
+    def __init__(
+        self,
+        obs_space: Mapping[str, gymnasium.Space],
+        act_space: Mapping[str, gymnasium.Space],
+        config: Config,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ):
+        """`ranks` are the learners with which it shares its gradients; without, it learns alone."""
+        self.config, self.device, self.ranks = config, device, ranks or Ranks()
+        check_actions(act_space, config.actor_dist)
+        advised = advice_spaces(config, act_space)[0]
+        obs_space = dict(obs_space) | {k: v for k, v in advised.items() if k == "llm_features"}
+        self.actions = networks.ActionVector(act_space)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(tools.derive_seed(config.seed, "weights"))
+            self.world_model = models.WorldModel(obs_space, self.actions, config).to(device)
+            self.behavior = models.ImagBehavior(self.rssm.feat_size, self.actions, config).to(device)
+            torch.manual_seed(tools.derive_seed(config.seed, "explorer"))
+            self.explorer = EXPLORERS[config.expl_behavior](self.world_model, config).to(device)
+        self.greedy = Greedy(self.world_model, config)  # who explores when nobody does any more
+        names = ("act", "train", "explore", "report", "synthetic", "options", "features")
+        own = self.ranks.names()
+        self.rngs = {name: tools.torch_rng(config.seed, name, *own, device=device) for name in names}
+        self.obs_space = dict(obs_space)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(tools.derive_seed(config.seed, "guide"))
+            spaces = self.obs_space, act_space
+            self.guide = make_guide(self.world_model, self.explorer, config, spaces, self.rngs).to(device)
+        self.exploring = True
+        self.unseen = networks.unrouted(obs_space, self.world_model.encoder.keys)
+        if not any(self.world_model.encoder.keys):
+            raise UserError(
+                f"The agent would see nothing: no pattern of --encoder.*_keys fits {', '.join(self.unseen)}."
+            )
+        self.opt = tools.LaProp(self._param_groups(), **config.opt)
+        self._join(self.world_model, self.behavior, self.explorer, self.guide)
+        seen = {key for key in obs_space if not key.startswith("log_")}
+        self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal", "symbolic", "llm_features"})
+        self.autocast = functools.partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=precision(config, device) == "bfloat16"
+        )
+        self.updates = 0
+        self.update = self._update
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
+            self.copies = torch.cuda.Stream(device)
+        if compiles(config, device):
+            self._compile()
+            self._record()
+
+    def _join(self, *parts: torch.nn.Module) -> None:
+        """Let all ranks begin with the same weights, and see what they have to share in an update."""
+        modules = [module for part in parts for module in part.modules()]
+        self.ranks.copy([value for part in parts for value in part.state_dict().values()])
+        self.trained = [p for group in self.opt.param_groups for p in group["params"]]
+        self.averages = [getattr(m, name) for m in modules for name in getattr(m, "averages", ())]
+        for module in modules:
+            if isinstance(module, models.ReturnNorm):
+                module.gather = self.ranks.gather
+
+    def _record(self) -> None:
+        """On CUDA, record the update anew as a graph; not what several learners do together."""
+        if compiles(self.config, self.device) and self.device.type == "cuda" and self.ranks.size == 1:
+            drawn = [rng for name, rng in self.rngs.items() if name not in ("act", "report")]
+            self.update = cuda_graph.GraphedUpdate(self._update, *drawn)
+
+    def explore(self, exploring: bool) -> None:
+        """Let the explorer act and learn, or not any more (`expl_until`)."""
+        if exploring != self.exploring:
+            self.exploring = exploring
+            self._record()  # a recorded update goes on as it was
+
+    @property
+    def rssm(self) -> networks.RSSM:
+        return self.world_model.rssm
+
+    def _param_groups(self) -> list[dict]:
+        """One optimiser over all, with learning rates of their own where the config gives them."""
+        c = self.config
+        return [
+            param_group(self.world_model, c.model_lr),
+            param_group(self.behavior.actor, c.actor_lr),
+            param_group(self.behavior.critic, c.critic_lr),
+            *self.explorer.param_groups(),
+            *self._guide_groups(),
+        ]
+
+    def _guide_groups(self) -> list[dict]:
+        return self.guide.param_groups(self.config.actor_lr, self.config.model_lr)
+
+    def _compile(self) -> None:
+        """Compile the functions that training calls, in place: so checkpoints keep their names."""
+        parts = (self.behavior, *self.explorer.children())
+        behaviors = [part for part in parts if isinstance(part, models.ImagBehavior)]
+        compiled = (
+            (self.world_model.encoder, "forward"),
+            (self.world_model.decoder, "forward"),
+            (self.rssm, "observe_step"),
+            (self.rssm, "imagine"),
+            *((part, "forward") for own in behaviors for part in (own.actor, own.critic)),
+        )
+        for module, name in compiled:
+            setattr(module, name, torch.compile(getattr(module, name)))
+
+    def parameters(self) -> int:
+        """How many parameters are trained."""
+        return sum(p.numel() for group in self.opt.param_groups for p in group["params"])
+
+    def initial_state(self, envs: int) -> dict[str, Tensor]:
+        """The state before the first observation: deter, stoch, previous action, each [envs, ...]."""
+        action = torch.zeros(envs, self.actions.size, device=self.device)
+        return {**self.rssm.initial(envs), "action": action, **self.guide.initial(self.obs_space, envs)}
+
+    def acting_state(self, saved: Mapping[str, Tensor], envs: int) -> dict[str, Tensor]:
+        """The state in which `act` left off, from a checkpoint. Raises ValueError for another agent's."""
+        if _shapes(saved) != _shapes(self.initial_state(envs)):
+            raise ValueError("the state in which it acted is of another agent")
+        return {k: v.to(self.device) for k, v in saved.items()}
+
+    @torch.no_grad()
+    def act(
+        self,
+        obs: Arrays,
+        state: dict[str, Tensor],
+        generator: torch.Generator,
+        explore: bool = False,
+        advised: bool = False,
+        plans: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    ) -> tuple[Arrays, dict[str, Tensor], Arrays]:
+        """Actions for observations [n, ...]: (action, next state, latents to store with the step).
+
+        They are those of the task's actor; with `explore` of who explores, as long as someone does, and then,
+        or if `advised`, the actor is seen through the prior. `plans` (env: actions) begin to be executed.
+        """
+        explorer = self.explorer if explore and self.exploring else self.greedy
+        actor = explorer.actor(self.behavior)
+        data = {k: torch.from_numpy(obs[k]).to(self.device) for k in self.obs_keys}
+        amount, rssm = len(data["is_first"]), self.rssm
+        data |= self._features(obs, amount)
+        # On a CPU, rounding all weights for so few rows would take longer than it saves.
+        with self.autocast() if self.device.type == "cuda" else contextlib.nullcontext():
+            data = self.world_model.hearing({k: v[:, None] for k, v in data.items()})
+            embed = self.world_model.encoder(data)
+            noise = rssm.noise(amount, 1, generator=generator)
+            post = rssm.observe(state, embed, state["action"][:, None], data["is_first"], noise)
+            post = {k: post[k][:, 0] for k in ("deter", "stoch")}
+            feat = rssm.feat(post)
+            guided = actor is self.behavior.actor
+            advised = advised or explore
+            policy = self.guide.act(self.behavior, feat, advised, explore) if guided else actor(feat)
+            choice = policy.sample(actor.noise(amount, generator=generator))
+            action, running, stored = self.guide.execute(
+                self.behavior, feat, choice, obs, state, plans, explore
+            )
+        deter, stoch = rssm.pack(post)
+        latents = {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy(), **stored}
+        return self.actions.decode(action), {**post, "action": action, **running}, latents
+
+    def _features(self, obs: Arrays, amount: int) -> dict[str, Tensor]:
+        """What the adviser says of the situation, as an observation; zeros where it says nothing."""
+        if "llm_features" not in self.obs_space:
+            return {}
+        blank = np.zeros((amount, *self.obs_space["llm_features"].shape), np.float32)
+        return {"llm_features": torch.from_numpy(obs.get("llm_features", blank)).to(self.device)}
+
+    @torch.no_grad()
+    def curiosity(self, state: dict[str, Tensor]) -> np.ndarray | None:
+        """The intrinsic reward [n] that is expected of a state and the action taken in it.
+
+        `state` is one that `act` returned. None where nobody is curious, or not any more.
+        """
+        if not (self.explorer.curious and self.exploring):
+            return None
+        reward = self.explorer.intrinsic(self.rssm.feat(state), state["action"])
+        return reward.float().cpu().numpy()
+
+    def train(self, batch: Mapping[str, np.ndarray | Tensor]) -> tuple[dict[str, Tensor], Arrays | None]:
+        """One update from sequences [B, context + T, ...], as arrays or as `upload` gives them.
+
+        Returns metrics, and per step [B, T, ...] what the replay keeps: refreshed latents `deter` and
+        `stoch`, and the world model's `loss`. A gradient that is not finite changes no weight: then the
+        metric `opt/skipped` is 1 and there is nothing to keep.
+        """
+        metrics, kept = self.update(self.upload(batch))
+        if metrics["opt/skipped"]:
+            return metrics, None
+        self.updates += 1
+        if self.updates % self.config.slow_target_update == 0:
+            self.behavior.update_slow_critic()
+            self.explorer.update_slow_critic()
+        return metrics, {k: v.cpu().numpy() for k, v in kept.items()}
+
+    def _update(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """An update without waiting for the GPU: its metrics, and what the replay keeps."""
+        scales, generator = self.config.loss_scales, self.rngs["train"]
+        data = {**data, "reward": data["reward"] * self.config.reward_scale}
+        self.guide.items = {k[5:]: data.pop(k) for k in list(data) if k.startswith("item_")}
+        if "llm_features" in data:
+            data["llm_features"] = self._drop_features(data)
+        with self.autocast():
+            post, data = self.world_model.observe(data, generator)
+            losses, metrics = self.world_model.loss(post, data)
+            model_loss = sum(scales[name] * loss.detach() for name, loss in losses.items())  # [B, T]
+            explorer = self.explorer if self.exploring else self.greedy
+            expl_losses, expl_metrics, data = explorer.loss(
+                self.world_model, post, data, self.rngs["explore"]
+            )
+            more, more_metrics = self.behavior.loss(
+                self.world_model, post, data, generator, explorer.task_reward, self.guide
+            )
+            guide_losses, guide_metrics = self.guide.learn(self.world_model, self.behavior, post, data)
+        losses |= more
+        # Those of explorer and guide come weighted.
+        total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
+        total = total + sum(expl_losses.values()) + sum(guide_losses.values())
+        losses |= expl_losses | guide_losses
+        self.opt.zero_grad()
+        total.backward()
+        for param in self.trained if self.ranks.size > 1 else ():
+            if param.grad is None:  # perhaps it has one on another rank
+                param.grad = torch.zeros_like(param)
+        self.ranks.average([param.grad for param in self.trained])
+        outcome = self.opt.step()
+        self.ranks.average(self.averages)
+        metrics |= more_metrics | expl_metrics | guide_metrics
+        metrics |= {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
+        metrics |= {"opt/loss": total.detach()} | {f"opt/{name}": value for name, value in outcome.items()}
+        deter, stoch = self.rssm.pack({k: post[k].detach() for k in ("deter", "stoch")})
+        return metrics, {"deter": deter, "stoch": stoch, "loss": model_loss}
+
+    def _drop_features(self, data: Mapping[str, Tensor]) -> Tensor:
+        """The adviser's features as training sees them: only where there are any, and not always."""
+        draws = torch.rand(data["is_first"].shape, device=self.device, generator=self.rngs["features"])
+        seen = data["llm_mask"] & (draws >= self.config.llm.features_dropout)
+        return data["llm_features"] * seen[..., None]
+
+    @torch.no_grad()
+    def judge(self, items: Arrays) -> dict[str, np.ndarray]:
+        """What the world model expects of plans: see `synthetic.judge`."""
+        rollouts, generator = self.config.synthetic.synthetic_rollouts, self.rngs["synthetic"]
+        with self.autocast():
+            judged = synthetic.judge(
+                self.guide, self.behavior, self.world_model, self.upload(items), rollouts, generator
+            )
+        return {name: value.float().cpu().numpy() for name, value in judged.items()}
+
+    @torch.no_grad()
+    def model_loss(self, batch: Arrays) -> float:
+        """The world model's loss on sequences [B, context + T, ...], without learning from them."""
+        data = self.upload(batch)
+        data["reward"] = data["reward"] * self.config.reward_scale
+        with self.autocast():
+            post, data = self.world_model.observe(data, self.rngs["report"])
+            losses, _ = self.world_model.loss(post, data)
+        return float(sum(self.config.loss_scales[name] * loss.mean() for name, loss in losses.items()))
+
+    @torch.no_grad()
+    def explain(self, state: dict[str, Tensor], advised: bool = True) -> list[dict]:
+        """Of each env, in a state that `act` returned, why the agent does what it does: see docs/llm.md.
+
+        What `Unguided.explain` tells, the index of the `action`, the `value`, and the `predicted_return` of
+        imagined steps from there.
+        """
+        feat, amount = self.rssm.feat(state), len(state["deter"])
+        with self.autocast():
+            views = self.guide.explain(self.behavior, feat, state, advised)
+            value = self.behavior.critic(feat).mean
+            start = {k: state[k].repeat_interleave(EXPLAIN_ROLLOUTS, 0) for k in ("deter", "stoch")}
+            dream = self.guide.imagine(self.behavior, self.rssm, start, self.rngs["report"], advised)
+            reward = self.world_model.reward_head(dream.feat).mean
+            cont = self.world_model.cont_head(dream.feat).prob
+            values = self.behavior.critic(dream.feat).mean
+            ret = models.lambda_return(torch.zeros_like(cont), 1 - cont, reward, values, 1.0, 1.0)
+        expected = ret[:, 0].unflatten(0, (amount, EXPLAIN_ROLLOUTS)).mean(1)
+        return [
+            {
+                **view,
+                "action": int(state["action"][env].argmax()),
+                "value": float(value[env]),
+                "predicted_return": float(expected[env]),
+            }
+            for env, view in enumerate(views)
+        ]
+
+    def report(self, batch: Arrays) -> dict[str, np.ndarray]:
+        """Open-loop videos, uint8 [T, rows * H, 3 * W, C], for each reconstructed image and audio key."""
+        data = self.upload({k: v[:OPEN_LOOP_ROWS] for k, v in batch.items()})
+        context = min(OPEN_LOOP_CONTEXT, self.config.batch_length - 1)
+        with self.autocast():
+            videos = self.world_model.open_loop(data, context, self.rngs["report"])
+        return {key: video.cpu().numpy() for key, video in videos.items()}
+
+    def upload(self, batch: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
+        """A batch on the device. Another thread may call it, so that the next batch is there in time."""
+        if self.device.type == "cpu":
+            return {k: torch.as_tensor(v) for k, v in batch.items()}
+        if all(isinstance(v, Tensor) for v in batch.values()):
+            return dict(batch)
+        with torch.cuda.stream(self.copies):  # beside the update that is running
+            pinned = {k: torch.from_numpy(v).pin_memory() for k, v in batch.items()}
+            data = {k: v.to(self.device, non_blocking=True) for k, v in pinned.items()}
+        self.copies.synchronize()
+        for value in data.values():
+            value.record_stream(torch.cuda.default_stream(self.device))  # which is where it is used
+        return data
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The learned parameters and the return normaliser, by module."""
+        parts = ("world_model", "behavior", "explorer", "guide")
+        return {name: getattr(self, name).state_dict() for name in parts}
+
+    def state_dict(self) -> dict:
+        return {
+            **self.weights(),
+            "optimizer": self.opt.state_dict(),
+            "updates": self.updates,
+            "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
+            "skills": self.guide.skills(),
+        }
+
+    def own_state_dict(self) -> dict:
+        """What another rank than 0 has of its own: random states, and what its explorer remembers."""
+        return {key: self.state_dict()[key] for key in ("rngs", "explorer")}
+
+    def load_own_state_dict(self, state: dict) -> None:
+        """Go on with the `own_state_dict` of this rank."""
+        self._set_rngs(state["rngs"])
+        _load_weights(self.explorer, state["explorer"], "explorer")
+
+    def _set_rngs(self, states: Mapping[str, Tensor]) -> None:
+        for name, rng in self.rngs.items():
+            # A run may go on with another kind of device, whose generators have other states.
+            if name in states and states[name].shape == rng.get_state().shape:
+                rng.set_state(states[name])
+
+    def load_state_dict(self, state: dict, *, resume: bool = True) -> list[str]:
+        """Take weights, optimiser and random states from a checkpoint; lines for the log about what was not.
+
+        Without `resume` random states stay as they are, and so does an explorer that is not the
+        checkpoint's, and the optimiser or the decoder if the file has none. Raises UserError where a shape
+        differs.
+        """
+        notes, groups = [], None
+        weights = {name: state.get(name, {}) for name in self.weights()}
+        weights["explorer"] = self.explorer.adopt(state["explorer"], resume)
+        if not resume and _shapes(self.guide.state_dict()) != _shapes(weights["guide"]):
+            if self.config.llm.enabled:
+                notes.append("The checkpoint's agent was advised otherwise; what advice teaches starts anew")
+            del weights["guide"]
+            groups = len(self.opt.param_groups) - len(self._guide_groups())
+        if not resume and _shapes(self.explorer.state_dict()) != _shapes(weights["explorer"]):
+            notes.append(
+                f"The checkpoint has another explorer than {self.config.expl_behavior}, which starts anew"
+            )
+            del weights["explorer"]
+            groups = len(self.opt.param_groups) - len(self._guide_groups())
+            groups -= len(self.explorer.param_groups())
+        decoder = {k: v for k, v in self.world_model.state_dict().items() if k.startswith("decoder.")}
+        if not resume and not decoder.keys() & weights["world_model"].keys():
+            notes.append("The checkpoint has no decoder, which starts anew")
+            weights["world_model"] = weights["world_model"] | decoder
+        if "guide" in weights:
+            self.guide.set_names(state.get("skills", []))
+        for name, value in weights.items():
+            _load_weights(getattr(self, name), value, name)
+        if resume or "optimizer" in state:
+            self.opt.load_state_dict(state["optimizer"], groups)
+            self.updates = state["updates"]
+        else:
+            notes.append("The checkpoint has weights alone, so the optimiser starts anew")
+        self._record()  # a recorded update writes the moments that were replaced
+        if resume and self.ranks.leads:  # the others have their own
+            self._set_rngs(state["rngs"])
+        return notes
+
+    def transfer(self, state: Mapping, parts: Sequence[str]) -> list[str]:
+        """Take the named parts of a checkpoint, of another task or size, where shapes fit; lines for the log.
+
+        Everything else is as in a new agent, the optimiser too: its moments are of other losses.
+        """
+        return weights.transfer({name: getattr(self, name) for name in self.weights()}, state, parts)
+
+
+def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:
+    """Raise UserError for an action that the actor cannot take, or that `actor_dist` does not fit."""
+    kinds = gymnasium.spaces
+    fits = {kinds.Discrete: "onehot", kinds.MultiDiscrete: "onehot", kinds.Box: "normal"}
+    for key, space in act_space.items():
+        dist = fits.get(type(space))
+        if dist is None:
+            raise UserError(
+                f"Action {key!r} is {space}; the actor knows Discrete, MultiDiscrete and Box, "
+                "and a Dict of these."
+            )
+        if actor_dist not in ("auto", dist):
+            raise UserError(
+                f"--actor_dist {actor_dist} does not fit action {key!r} ({space}): use {dist} or auto."
+            )
+
+
+def make_guide(
+    world_model: models.WorldModel,
+    explorer: Greedy,
+    config: Config,
+    spaces: tuple[Mapping[str, gymnasium.Space], Mapping[str, gymnasium.Space]],
+    rngs: Mapping[str, torch.Generator],
+) -> models.Unguided:
+    """Who stands between the actor and the envs: nobody, or the one that heeds the advice."""
+    if not config.llm.enabled:
+        return models.Unguided()
+    ensemble = getattr(explorer, "disagreement", None)
+    return Guide(world_model, make_captioner(config, *spaces), config, ensemble, rngs)
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
+
+
+def _load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], name: str) -> None:
+    own = module.state_dict()
+    for key in sorted(own.keys() | weights.keys()):
+        here = tuple(own[key].shape) if key in own else "nothing"
+        there = tuple(weights[key].shape) if key in weights else "nothing"
+        if here != there:
+            raise UserError(
+                f"The checkpoint does not fit this agent: {name}.{key} is {there} in the checkpoint and "
+                f"{here} here. Use the config and the task that it was trained with, or a new --logdir "
+                "without it."
+            )
+        if not weights[key].isfinite().all():
+            raise ValueError(f"{name}.{key} holds numbers that are not finite")
+    module.load_state_dict(weights)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where it works, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if cuda_works() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # new streams and CUDA graphs are of the current device
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--device {name} does not work here: {reason} --device auto finds one that does."
+        ) from error
+    return device
+
+
+def count_gpus() -> int:
+    """How many CUDA GPUs are here that work."""
+    return torch.cuda.device_count() if cuda_works() else 0
+
+
+def cuda_works() -> bool:
+    """Whether a CUDA GPU is here and computes: a driver too old for this torch is found out now."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.zeros(1, device="cuda") + 1
+    except torch.OutOfMemoryError:  # it computes, for somebody else
+        return True
+    except RuntimeError:
+        return False
+    return True
+
+
+def precision(config: Config, device: torch.device) -> str:
+    """What `precision: auto` means: bfloat16 where the hardware multiplies in it, else float32."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # torch before 2.12 does not tell.
+        abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = abilities.get("avx512_bf16", False) or abilities.get("amx_bf16", False)
+    return "bfloat16" if fast else "float32"
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """What `compile: auto` means: on CUDA under Linux, where Triton is."""
+    if config.compile != "auto":
+        return config.compile
+    return device.type == "cuda" and sys.platform == "linux"
+
+
+def keeps_memory(config: Config, device: torch.device) -> bool:
+    """What `keep_memory: auto` means: on the CPU, where updates take their memory from the system."""
+    return device.type == "cpu" if config.keep_memory == "auto" else config.keep_memory

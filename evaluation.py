@@ -1,0 +1,144 @@
+"""Full episodes of an agent: played, counted and filmed, for training and `evaluate.py` alike."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import audio
+from agent import Dreamer
+from config import Config
+from logger import add_heat_strip, write_mp4, write_wav
+from parallel import VecEnv
+from stats import ACHIEVEMENT
+
+Arrays = dict[str, np.ndarray]
+
+
+class AdvisedAgent:
+    """The agent behind `play_episodes`' interface, seen through the prior: its actor as it is in training."""
+
+    def __init__(self, agent: Dreamer):
+        self.initial_state = agent.initial_state
+        self.act = functools.partial(agent.act, advised=True)
+
+
+@dataclass
+class EvalEpisode:
+    """One finished episode as arrays [L, ...] by key, actions included, from the reset on.
+
+    `intrinsic` [L] is the reward that a curious agent expected at each step. `views` [L] say why it acted as
+    it did, where somebody asked.
+    """
+
+    steps: Arrays
+    intrinsic: np.ndarray | None = None
+    views: Sequence[dict] = ()
+
+    @property
+    def score(self) -> float:
+        """The return: the sum of rewards."""
+        return float(self.steps["reward"].astype(np.float64).sum())
+
+    @property
+    def length(self) -> int:
+        """Policy steps."""
+        return len(self.steps["reward"]) - 1
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """As `log_*_share`: the share of the steps at which a `log_*` scalar was above 0 (no achievement)."""
+        logged = {k: v for k, v in self.steps.items() if k.startswith("log_") and v.ndim == 1}
+        return {f"{k}_share": float((v[1:] > 0).mean()) for k, v in logged.items() if ACHIEVEMENT not in k}
+
+    @property
+    def frames(self) -> np.ndarray | None:
+        """What it looked like, uint8 [L, H, W, C]: the key `image`, else the first that is one."""
+        images = sorted(
+            (k != "image", k) for k, v in self.steps.items() if v.dtype == np.uint8 and v.ndim == 4
+        )
+        return self.steps[images[0][1]] if images else None
+
+
+def newest(frames: np.ndarray, stack: int) -> np.ndarray:
+    """The newest of `stack` images that lie along the channels: [..., C] -> [..., C / stack]."""
+    return frames[..., -(frames.shape[-1] // stack) :]
+
+
+def shown(episode: EvalEpisode, stack: int) -> np.ndarray:
+    """The newest of `stack` images of each step, over a strip of intrinsic rewards where there are any."""
+    frames = newest(episode.frames, stack)
+    if episode.intrinsic is not None:
+        frames = add_heat_strip(frames, episode.intrinsic)
+    return frames
+
+
+def write_video(path: Path, episode: EvalEpisode, config: Config, heard: Sequence[str]) -> list[Path]:
+    """Write what an episode looked like to `path`, an mp4, and what it sounded like to the .wav beside it.
+
+    `heard` are the keys of waveforms, of which the first is taken. The mp4 has the sound too, and then runs
+    at its pace: a step lasts as long as its waveform. What an episode lacks is not written. Returns the
+    files.
+    """
+    frames, fps, files = episode.frames, config.video_fps, []
+    sound, rate = None, config.audio.sample_rate
+    if heard:
+        sound = audio.track(episode.steps[heard[0]])
+        fps = rate * (episode.length + 1) / len(sound)
+        files.append(path.with_suffix(".wav"))
+        write_wav(files[-1], sound, rate)
+    if frames is not None:
+        files.append(path)
+        write_mp4(path, shown(episode, config.frame_stack), fps, sound, rate)
+    return files
+
+
+def play_episodes(
+    agent: Dreamer,
+    envs: VecEnv,
+    share: int,
+    generator: torch.Generator,
+    first: int = 0,
+    curiosity: Callable[[dict[str, Tensor]], np.ndarray | None] = lambda state: None,
+    explain: Callable[[Arrays, dict[str, Tensor]], Sequence[dict]] = lambda obs, state: (),
+) -> Iterator[EvalEpisode]:
+    """Play `share` full episodes in each env, from episode number `first` on; yields them as they finish.
+
+    Each env counts the same number, so that envs whose episodes are short do not weigh more. `agent` is
+    anything with the agent's `initial_state` and `act`. `curiosity` tells the intrinsic rewards [n] of the
+    state that `act` returns, and `explain` a view [n] of observations and that state.
+    """
+    amount = len(envs)
+    obs, state = envs.reset(first), agent.initial_state(amount)
+    running: list[list[Arrays]] = [[] for _ in range(amount)]
+    rewards: list[list[float]] = [[] for _ in range(amount)]  # intrinsic ones
+    views: list[list[dict]] = [[] for _ in range(amount)]
+    left = [share] * amount
+    while any(left):
+        action, state, _ = agent.act(obs, state, generator)
+        intrinsic, seen = curiosity(state), explain(obs, state)
+        for index, steps in enumerate(running):
+            if not left[index]:
+                continue
+            if obs["is_first"][index]:
+                steps.clear()  # the env's worker was restarted: the episode that it broke off does not count
+                rewards[index].clear()
+                views[index].clear()
+            steps.append({key: value[index] for key, value in {**obs, **action}.items()})
+            if intrinsic is not None:
+                rewards[index].append(intrinsic[index])
+            views[index] += seen[index : index + 1]
+            if obs["is_last"][index]:
+                left[index] -= 1
+                arrays = {k: np.stack([s[k] for s in steps]) for k in steps[0]}
+                expected = np.array(rewards[index]) if rewards[index] else None
+                yield EvalEpisode(arrays, expected, tuple(views[index]))
+                steps.clear()
+                rewards[index].clear()
+                views[index].clear()
+        if any(left):
+            obs = envs.step(action)
