@@ -44,8 +44,8 @@ from evaluation import AdvisedAgent, EvalEpisode, newest, play_episodes, shown, 
 from exploration import Random
 from lock import RunLock
 from logger import Collector, Logger, Timer, WandbRun, merged_logs
-from lore_llm.advisor import Advisor
-from lore_llm.coach import Coach, NoCoach, advice_spaces, is_count, make_advisor
+from lore_llm.coach import Coach, NoCoach, advice_spaces, is_count, make_service
+from lore_llm.service import AdviceService
 from parallel import VecEnv, make_vec
 from replay import Replay
 from stats import EpisodeStats, SuccessRates, merged_successes
@@ -169,8 +169,8 @@ class Run:
         plan = self._plan_replay(stored, capacity)
         if config.llm.enabled:
             captioner = self.agent.guide.captioner
-            advisor, more = make_advisor(config, captioner, len(self.envs), self.logdir, self.ranks.size)
-            self._parts.callback(advisor.close)
+            service, more = make_service(config, captioner, len(self.envs), self.logdir, self.ranks.size)
+            self._parts.callback(service.close)
             notes = [*notes, *more]
         self.prefill = Random(act_space, numpy_rng(config.seed, "prefill", *self.ranks.names()))
         self.stats = EpisodeStats(len(self.envs), config.action_repeat)
@@ -192,9 +192,9 @@ class Run:
             )
         self.replay = self._make_replay(stored, plan, defaults)
         if config.llm.enabled:
-            parts = advisor, self.agent, self.replay, config, self.logdir, self.timer, self.ranks
+            parts = service, self.agent, self.replay, config, self.logdir, self.timer, self.ranks
             self.coach = Coach(*parts)
-            self._parts.callback(self._end_advice, advisor)  # before the logger is closed
+            self._parts.callback(self._end_advice, service)  # before the logger is closed
         # Not earlier: the ring's memory is to be taken as it fills.
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
@@ -242,9 +242,9 @@ class Run:
         self._parts.callback(envs.close)
         return envs
 
-    def _end_advice(self, advisor: Advisor) -> None:
+    def _end_advice(self, service: AdviceService) -> None:
         """Some of what the adviser has to say comes at its end, as what is wrong with the cache's file."""
-        advisor.close()
+        service.close()
         self._print_notes()
 
     def _print_notes(self, envs: VecEnv | None = None) -> None:

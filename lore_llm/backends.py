@@ -1,7 +1,7 @@
 """Who advises: the base class of all advisers, and those that come with LoRe.
 
 `LLMAdapter` is what a user subclasses. `make_adviser` makes the one that `--llm.backend` names. One call of
-`ask` is one call of the model: retries, budget, breaker and cache are the Advisor's (advisor.py).
+`ask` is one call of the model: retries, budget, breaker and cache are the AdviceService's (service.py).
 """
 
 import asyncio
@@ -17,7 +17,15 @@ from basics import UserError
 from envs import call_with_known, load_class, unknown_name
 from lore_llm.advice import Advice, AdviceSpec, AdviserFault, Answer, Request, parse_reply
 
-BACKENDS = ("auto", "gemini", "gemini_cli", "openai", "rules", "none")
+# Name -> "module:Class", imported when it is chosen.
+REGISTRY = {
+    "gemini": "lore_llm.language_models:Gemini",
+    "gemini_cli": "lore_llm.language_models:GeminiCLI",
+    "openai": "lore_llm.language_models:OpenAI",
+    "rules": "lore_llm.rules:Rules",
+    "none": "lore_llm.backends:NoAdviser",
+}
+BACKENDS = ("auto", *REGISTRY)
 GEMINI_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")  # in the environment; the first that is set counts
 SLOW_START = 10.0  # seconds that the program gemini may need until it answers
 
@@ -210,20 +218,8 @@ def _choose(captioner: Any) -> tuple[str, str]:
 
 
 def _adviser_class(backend: str) -> Callable[..., LLMAdapter]:
-    if backend == "rules":
-        from lore_llm.rules import Rules
-
-        return Rules
-    if backend == "none":
-        return NoAdviser
-    if backend in ("gemini", "gemini_cli", "openai"):
-        from lore_llm import language_models
-
-        return {
-            "gemini": language_models.Gemini,
-            "gemini_cli": language_models.GeminiCLI,
-            "openai": language_models.OpenAI,
-        }[backend]
+    if backend in REGISTRY:
+        return load_class(REGISTRY[backend])
     if ":" not in backend:
         if "." in backend:
             raise UserError(f"--llm.backend {backend} names no class: write {backend}:MyAdviser.")

@@ -19,12 +19,12 @@ from basics import atomic_write, numpy_rng, write_error
 from distributed import Ranks
 from logger import Timer
 from lore_llm.advice import AdviceSpec
-from lore_llm.advisor import Advisor, Answered
 from lore_llm.backends import make_adviser
 from lore_llm.captions import Captioner
 from lore_llm.guide import PLAN, Guide, Outcome
 from lore_llm.options import SkillLibrary
 from lore_llm.prior import Reliability, bounded
+from lore_llm.service import AdviceService, Answered
 from lore_llm.synthetic import Item, SyntheticItems, tensors
 from replay import Replay
 
@@ -66,9 +66,9 @@ def advice_spaces(
     return found, defaults
 
 
-def make_advisor(
+def make_service(
     config: Mapping, captioner: Captioner, n_envs: int, logdir: Path, learners: int = 1
-) -> tuple[Advisor, list[str]]:
+) -> tuple[AdviceService, list[str]]:
     """Who asks for advice about `n_envs` envs, and lines for the log. Raises UserError.
 
     Each of several learners has an adviser of its own, and its share of the budget.
@@ -81,11 +81,11 @@ def make_advisor(
     )  # fmt: skip
     adviser, notes = make_adviser(llm, spec, captioner, config.seed)
     wants = {"prior": config.prior.enabled, "plan": config.synthetic.enabled, "features": llm.features}
-    advisor = Advisor(
+    service = AdviceService(
         adviser, captioner, llm, cache_path=logdir / CACHE, n_envs=n_envs,
         deterministic=config.deterministic, wants=frozenset(k for k, v in wants.items() if v),
     )  # fmt: skip
-    return advisor, notes
+    return service, notes
 
 
 class NoCoach:
@@ -136,7 +136,7 @@ class Coach(NoCoach):
 
     def __init__(
         self,
-        advisor: Advisor,
+        service: AdviceService,
         agent: Any,
         replay: Replay,
         config: Mapping,
@@ -144,7 +144,7 @@ class Coach(NoCoach):
         timer: Timer,
         ranks: Ranks,
     ):
-        self.advisor, self.agent, self.replay = advisor, agent, replay
+        self.service, self.agent, self.replay = service, agent, replay
         self.config, self.logdir, self.timer = config, logdir, timer
         self.guide: Guide = agent.guide
         self.captioner = self.guide.captioner
@@ -197,7 +197,7 @@ class Coach(NoCoach):
         if skills:
             self.next_skills = step + c.options.option_generation_interval
         places = self.replay.heads.tolist()
-        for answered in self.advisor.ask(obs, places, self.guide.doubt, step=step, skills=skills):
+        for answered in self.service.ask(obs, places, self.guide.doubt, step=step, skills=skills):
             values = self._values(answered)
             if answered.late:
                 self._count("late", 1.0)
@@ -393,7 +393,7 @@ class Coach(NoCoach):
     def _caption(self, obs: Arrays, env: int) -> str | None:
         try:
             return str(self.captioner.caption({key: value[env] for key, value in obs.items()}))
-        except Exception:  # of a user's captioner: the advisor tells of it
+        except Exception:  # of a user's captioner: the service tells of it
             return None
 
     def _count(self, name: str, value: float) -> None:
@@ -409,17 +409,17 @@ class Coach(NoCoach):
             found["synthetic/reliability"] = float(self.reliability.value)
         if self.keeps_library:
             found |= self.library.metrics()
-        return found | self.advisor.metrics()
+        return found | self.service.metrics()
 
     def notes(self) -> list[str]:
-        lines, self._notes = [*self._notes, *self.advisor.notes()], []
+        lines, self._notes = [*self._notes, *self.service.notes()], []
         return lines
 
     def state_dict(self) -> dict[str, Any]:
         if self.keeps_library:
             self.library.save()  # with the statistics of this moment
         return {
-            "advisor": self.advisor.state_dict(),
+            "service": self.service.state_dict(),
             "rng": self.rng.bit_generator.state,
             "synthetic": self.synthetic.state_dict(),
             "reliability": self.reliability.state_dict(),
@@ -432,7 +432,7 @@ class Coach(NoCoach):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int, exact: bool) -> None:
-        self.advisor.load_state_dict(state["advisor"])
+        self.service.load_state_dict(state["service"])
         self.rng.bit_generator.state = state["rng"]
         self.synthetic.load_state_dict(state["synthetic"])
         self.reliability.load_state_dict(state["reliability"])

@@ -112,8 +112,8 @@ def some_feat(agent: Dreamer, *batch: int, seed: int = 0) -> torch.Tensor:
     return rssm.feat({"deter": deter, "stoch": F.one_hot(index, config.classes).float()})
 
 
-class SilentAdvisor:
-    """Behind the interface of an Advisor, for tests that put answers into its mouth."""
+class SilentService:
+    """Behind the interface of an AdviceService, for tests that put answers into its mouth."""
 
     def ask(self, *args, **kwargs):
         return []

@@ -5,7 +5,7 @@ import json
 import gymnasium
 import numpy as np
 import pytest
-from advice_helpers import ACTIONS, OBS, Remote, SilentAdvisor, make_agent
+from advice_helpers import ACTIONS, OBS, Remote, SilentService, make_agent
 from run_helpers import (
     assert_same_run,
     differences,
@@ -25,8 +25,8 @@ from distributed import Ranks
 from episodes import EpisodeWriter
 from logger import Timer
 from lore_llm.advice import ActionPrior, Advice
-from lore_llm.advisor import Advisor, Answered
 from lore_llm.coach import Coach, advice_spaces
+from lore_llm.service import AdviceService, Answered
 from replay import Replay
 
 LLM = "--llm.enabled True --llm.min_gap_steps 1 --llm.max_gap_steps 5 --llm.log_decisions_every 10"
@@ -127,7 +127,7 @@ def without_adviser(logdir):
     """The run's metrics and state but for what counts calls."""
     lines = [{k: v for k, v in line.items() if k[:12] != "llm_adapter/"} for line in metrics(logdir)]
     state = moment(logdir)
-    del state["coach"]["advisor"]
+    del state["coach"]["service"]
     return lines, state
 
 
@@ -184,7 +184,7 @@ def test_lines_of_the_adviser_are_in_the_log_also_where_a_run_is_stopped(tmp_pat
 def test_weight_of_the_prior_falls_to_zero_until_nobody_is_asked_any_more(tmp_path, monkeypatch):
     shares: dict[int, float] = {}
     asked: list[int] = []
-    before, ask = Coach.before, Advisor.ask
+    before, ask = Coach.before, AdviceService.ask
 
     def noted(coach, obs, step):
         found = before(coach, obs, step)
@@ -193,7 +193,7 @@ def test_weight_of_the_prior_falls_to_zero_until_nobody_is_asked_any_more(tmp_pa
 
     monkeypatch.setattr(Coach, "before", noted)
     monkeypatch.setattr(
-        Advisor, "ask", lambda *args, step, **more: asked.append(step) or ask(*args, step=step, **more)
+        AdviceService, "ask", lambda *args, step, **more: asked.append(step) or ask(*args, step=step, **more)
     )
     words = f"{LLM} --llm.backend advice_helpers:CueOracle --prior.enabled True --llm.until 80"
     assert train(tmp_path, *words.split()) == 0
@@ -362,7 +362,7 @@ def test_files_of_a_run_without_advice_are_learned_from_with_defaults(tmp_path):
 def test_coach_brings_answers_to_the_steps_that_asked(tmp_path):
     agent = make_agent(("prior",), "--prior.logit_clip", "2", "--llm.until", "1000")
     replay = late_replay()
-    coach = Coach(SilentAdvisor(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
+    coach = Coach(SilentService(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
     add_steps(replay, 6)
     prior = ActionPrior(logits=(9.0, 0.0, 0.0, 0.0, -9.0))
     answers = [
@@ -370,7 +370,7 @@ def test_coach_brings_answers_to_the_steps_that_asked(tmp_path):
         Answered(1, 4, Advice(action_prior=prior), "", True),
         Answered(1, 6, Advice(), "", False),  # says nothing
     ]
-    coach.advisor.ask = lambda *args, **kwargs: answers
+    coach.service.ask = lambda *args, **kwargs: answers
     entries, plans = coach.before({}, 10)
     assert entries["llm_mask"].tolist() == [True, False] and plans == {}
     assert entries["llm_logits"].tolist() == [[2, 0, 0, 0, -2], [0] * 5]

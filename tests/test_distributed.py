@@ -630,5 +630,5 @@ def test_two_learners_take_advice(tmp_path):
     assert last["uncertainty_gate/advised_share"] > 0
     place = tmp_path / "replay_state" / f"step-{state['step']:012d}" / "rank-1"
     other = tools.load_tensors(place / state["moments"][1] / "own.pt")
-    asked = [own["coach"]["advisor"]["totals"]["questions"] for own in (state, other)]
+    asked = [own["coach"]["service"]["totals"]["questions"] for own in (state, other)]
     assert last["step"] == state["step"] and last["llm_adapter/questions"] == sum(asked) > max(asked)

@@ -98,7 +98,7 @@ def test_a_server_that_dies_costs_no_step_and_no_file_holds_the_key(tmp_path, mo
                 server.stop()
             if run.step == 80:
                 server.start()
-                run.coach.advisor.breaker.until = 0.0  # the pause is over
+                run.coach.service.breaker.until = 0.0  # the pause is over
             whole(run)
 
         monkeypatch.setattr(dreamer.Run, "interact", interact)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from advice_helpers import SilentAdvisor, make_agent
+from advice_helpers import SilentService, make_agent
 from run_helpers import TINY, assert_same_run, differences, log, metrics
 from test_advice_run import DOORKEY, FULL, late_replay
 from test_distributed import Threads, free_port, own_moment
@@ -25,9 +25,9 @@ import tools
 from logger import Timer
 from lore_llm import OptionSpec, options
 from lore_llm.advice import Advice
-from lore_llm.advisor import Answered
 from lore_llm.coach import Coach
 from lore_llm.guide import PLAN, Outcome
+from lore_llm.service import Answered
 
 OBS = {"is_first": np.zeros(2, bool), "is_last": np.zeros(2, bool)}
 CALM = {"macro": torch.zeros(2)}  # no skill acts
@@ -73,7 +73,7 @@ class Learners:
         for rank in range(2):
             agent = make_agent(("options",), *"--llm.until 1000 --options.option_min_tries 4".split())
             agent.rngs["options"].manual_seed(rank)
-            parts = SilentAdvisor(), agent, late_replay(), agent.config, logdir, Timer()
+            parts = SilentService(), agent, late_replay(), agent.config, logdir, Timer()
             self.coaches.append(Coach(*parts, Talking(rank, barrier, board)))
 
     def together(self, act) -> list:
@@ -110,7 +110,7 @@ def skill(name: str, *actions: int) -> OptionSpec:
 
 
 def answering(*specs: OptionSpec, asked: list | None = None):
-    """An `Advisor.ask` that proposes skills, asked or not."""
+    """An `AdviceService.ask` that proposes skills, asked or not."""
 
     def ask(*args, skills, **more):
         if asked is not None:
@@ -130,24 +130,24 @@ def learners(tmp_path, monkeypatch):
 def test_learners_have_the_skills_of_the_first_and_equal_weights(learners):
     first, second = learners.coaches
     asked = [], []
-    first.advisor.ask = answering(skill("back", 1, 2), skill("on", 3), asked=asked[0])
-    second.advisor.ask = answering(skill("unasked", 4), asked=asked[1])
+    first.service.ask = answering(skill("back", 1, 2), skill("on", 3), asked=asked[0])
+    second.service.ask = answering(skill("unasked", 4), asked=asked[1])
     blank = first.guide.options.out.weight.clone()
     learners.step(10)
     seen = learners.same()
     assert seen["names"] == ["back", "on", None] and asked == ([True], [False])
     changed = (seen["actor"]["out.weight"] != blank).any(1)
     assert changed.tolist() == [True, True, False]
-    first.advisor.ask = SilentAdvisor().ask
+    first.service.ask = SilentService().ask
     learners.step(11)  # the second still proposes one that nobody asked it for
     assert differences(learners.same(), seen) == []
     assert second.agent.rngs["options"].get_state().equal(torch.Generator().manual_seed(1).get_state())
 
 
 def test_executions_of_all_learners_decide(learners):
-    learners.coaches[0].advisor.ask = answering(skill("harmful", 1), skill("fine", 2))
+    learners.coaches[0].service.ask = answering(skill("harmful", 1), skill("fine", 2))
     learners.step(10)
-    learners.coaches[0].advisor.ask = SilentAdvisor().ask
+    learners.coaches[0].service.ask = SilentService().ask
 
     def executed(uid: int, *gains: float) -> list[Outcome]:
         return [Outcome(0, uid, gain, np.nan, gain > 0, 1) for gain in gains]
@@ -167,9 +167,9 @@ def test_executions_of_all_learners_decide(learners):
 
 
 def test_what_a_person_edits_reaches_all_learners(learners, tmp_path):
-    learners.coaches[0].advisor.ask = answering(skill("old", 1))
+    learners.coaches[0].service.ask = answering(skill("old", 1))
     learners.step(10)
-    learners.coaches[0].advisor.ask = SilentAdvisor().ask
+    learners.coaches[0].service.ask = SilentService().ask
     path = tmp_path / "skills.yaml"
     action = learners.coaches[0].captioner.actions[2]
     text = path.read_text().replace("name: old", "name: new").replace("# By this", MINE.format(action=action))
@@ -183,7 +183,7 @@ def test_what_a_person_edits_reaches_all_learners(learners, tmp_path):
 
 
 def test_resumed_learners_have_the_skills_whatever_their_number_was(learners, tmp_path):
-    learners.coaches[0].advisor.ask = answering(skill("old", 1))
+    learners.coaches[0].service.ask = answering(skill("old", 1))
     learners.step(10)
     states = [coach.state_dict() for coach in learners.coaches]
     assert states[1]["library"] == {}

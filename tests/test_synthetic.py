@@ -10,7 +10,7 @@ import torch
 from advice_helpers import (
     ACTIONS,
     OBS,
-    SilentAdvisor,
+    SilentService,
     advised_config,
     make_agent,
     make_batch,
@@ -24,9 +24,9 @@ from distributed import Ranks
 from logger import Timer
 from lore_llm import synthetic
 from lore_llm.advice import MAX_PLAN, Advice
-from lore_llm.advisor import Answered
 from lore_llm.coach import Coach, advice_spaces
 from lore_llm.guide import PLAN, Outcome
+from lore_llm.service import Answered
 from lore_llm.synthetic import Item, SyntheticItems
 from replay import Replay
 
@@ -352,7 +352,7 @@ def make_coach(tmp_path, *options, paths=("synthetic",)):
         OBS | act | found, 2, 60, 6, 1, 0, deter_size=rssm.deter, stoch_size=rssm.stoch,
         classes=rssm.classes, defaults=defaults,
     )  # fmt: skip
-    return agent, Coach(SilentAdvisor(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
+    return agent, Coach(SilentService(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
 
 
 def judge_as(agent, *, plan=2.0, policy=1.0, disagreement=0.0):
@@ -372,7 +372,7 @@ def answer(env=0, place=0, plan=("action_1", "action_2"), late=False, **advice):
 
 def ask_with(coach, *answers, step):
     """One look at the envs in which the adviser answers so."""
-    coach.advisor.ask = lambda *args, **kwargs: list(answers)
+    coach.service.ask = lambda *args, **kwargs: list(answers)
     obs = {key: np.zeros((2, *space.shape), space.dtype) for key, space in OBS.items()}
     return obs, *coach.before(obs, step)
 

@@ -1,7 +1,7 @@
 """The service that asks an adviser: when, about which envs, and what becomes of the answers.
 
-The loop calls `Advisor.ask` once per step and gets what is there. Calls run on an event loop in a thread of
-its own, several at a time, with timeouts, retries, a budget and a circuit breaker. Whatever an adviser does,
+The loop calls `AdviceService.ask` once per step and gets what is there. Calls run in a thread of the service,
+several at a time, with timeouts, retries, a budget and a circuit breaker. Whatever an adviser does,
 or does not, ends as a counted error.
 """
 
@@ -133,7 +133,7 @@ class _Daemons(ThreadPoolExecutor):
         return future
 
 
-class Advisor:
+class AdviceService:
     """Asks `adviser` about the envs of a run and remembers what it said.
 
     Args:

@@ -21,10 +21,10 @@ from llm_servers import FakeLLM, Say, retry_info
 
 import config
 from basics import UserError
-from lore_llm import advisor as advisors
+from lore_llm import service as services
 from lore_llm.advice import ActionPrior, Advice, AdviceSpec, AdviserFault, Answer, Request, parse_reply
-from lore_llm.advisor import Advisor, Answered, Breaker
 from lore_llm.backends import LLMAdapter, Reply, make_adviser
+from lore_llm.service import AdviceService, Answered, Breaker
 
 ROOT = Path(config.__file__).parent
 SPEC = AdviceSpec(("left", "right", "do"), ("drink",), features=0, max_chars=20_000, max_skills=3)
@@ -109,16 +109,16 @@ class Instant(LLMAdapter):
 @contextlib.contextmanager
 def made(
     path: Path, adviser: LLMAdapter, envs: int = 1, deterministic=False, captioner=None, **options
-) -> Iterator[Advisor]:
+) -> Iterator[AdviceService]:
     options = {**config.load([]).llm, "min_gap_steps": 1, "backoff_s": 0.01, **options}
-    advisor = Advisor(
+    service = AdviceService(
         adviser, captioner or Captioner(), options, cache_path=path / "cache.sqlite", n_envs=envs,
         deterministic=deterministic, wants=PRIOR,
     )  # fmt: skip
     try:
-        yield advisor
+        yield service
     finally:
-        advisor.close()
+        service.close()
 
 
 def see(*numbers: float, first: bool = False, last: bool = False) -> dict[str, np.ndarray]:
@@ -134,18 +134,18 @@ def see(*numbers: float, first: bool = False, last: bool = False) -> dict[str, n
 
 
 def ask(
-    advisor: Advisor, *numbers: float, place: int = 0, uncertainty=None, skills=False, **flags
+    service: AdviceService, *numbers: float, place: int = 0, uncertainty=None, skills=False, **flags
 ) -> list[Answered]:
     places = [place + env for env in range(len(numbers))]
-    return advisor.ask(see(*numbers, **flags), places, uncertainty, step=place, skills=skills)
+    return service.ask(see(*numbers, **flags), places, uncertainty, step=place, skills=skills)
 
 
-def hear(advisor: Advisor, count: int = 1, seconds: float = 5.0) -> list[Answered]:
+def hear(service: AdviceService, count: int = 1, seconds: float = 5.0) -> list[Answered]:
     """What comes in until there are so many answers; nothing new is asked meanwhile."""
     end, heard = time.monotonic() + seconds, []
     while len(heard) < count:
         assert time.monotonic() < end, f"only {len(heard)} of {count} answers"
-        heard += ask(advisor, *[0.0] * len(advisor.gaps), place=advisor.step, last=True)
+        heard += ask(service, *[0.0] * len(service.gaps), place=service.step, last=True)
         time.sleep(0.002)
     return heard
 
@@ -161,12 +161,12 @@ def number(answered: Answered) -> float:
     return answered.advice.action_prior.logits[0]
 
 
-def idle(advisor: Advisor) -> bool:
-    return not advisor._waiting
+def idle(service: AdviceService) -> bool:
+    return not service._waiting
 
 
-def metric(advisor: Advisor, name: str) -> float:
-    return advisor.metrics()[f"llm_adapter/{name}"]
+def metric(service: AdviceService, name: str) -> float:
+    return service.metrics()[f"llm_adapter/{name}"]
 
 
 class ByEye(LLMAdapter):
@@ -185,9 +185,9 @@ class Terse(Captioner):
 def test_who_looks_at_the_observation_is_not_cached_by_caption(tmp_path, size):
     adviser = ByEye(SPEC, config.load([]).llm)
     options = {"captioner": Terse(), "deterministic": True, "max_gap_steps": 1, "cache_size": size}
-    with made(tmp_path, adviser, envs=2, **options) as advisor:
+    with made(tmp_path, adviser, envs=2, **options) as service:
         for step in range(2):
-            heard = ask(advisor, 1 + step, 5, first=step == 0)
+            heard = ask(service, 1 + step, 5, first=step == 0)
             assert [number(answered) for answered in heard] == [1 + step, 5]
 
 
@@ -195,72 +195,72 @@ def test_who_looks_at_the_observation_is_not_cached_by_caption(tmp_path, size):
 
 
 def test_a_new_caption_is_asked_about_after_the_least_gap(tmp_path):
-    with made(tmp_path, Instant(), min_gap_steps=3, max_gap_steps=8) as advisor:
-        asked = [step for step in range(10) if ask(advisor, step, first=step == 0)]
+    with made(tmp_path, Instant(), min_gap_steps=3, max_gap_steps=8) as service:
+        asked = [step for step in range(10) if ask(service, step, first=step == 0)]
         assert asked == [0, 3, 6, 9]
-        assert advisor.captioner.made == len(asked)  # text is made when it may be asked about
+        assert service.captioner.made == len(asked)  # text is made when it may be asked about
 
 
 def test_an_old_caption_is_asked_about_after_the_longest_gap_or_in_doubt(tmp_path):
-    with made(tmp_path, Instant(), min_gap_steps=3, max_gap_steps=8, ask_uncertainty=0.7) as advisor:
+    with made(tmp_path, Instant(), min_gap_steps=3, max_gap_steps=8, ask_uncertainty=0.7) as service:
         doubt = {12: 0.71, 13: 0.9, 16: 0.7, 21: np.nan}  # 13 is too soon, 0.7 is not enough
         asked = []
         for step in range(24):
-            if ask(advisor, 5, uncertainty=np.array([doubt.get(step, 0.0)], np.float32)):
+            if ask(service, 5, uncertainty=np.array([doubt.get(step, 0.0)], np.float32)):
                 asked.append(step)
         assert asked == [0, 8, 12, 20]
 
 
 def test_the_first_step_of_an_episode_may_ask_and_the_last_does_not(tmp_path):
-    with made(tmp_path, Instant(), min_gap_steps=5, max_gap_steps=8) as advisor:
-        assert ask(advisor, 1)
-        assert not ask(advisor, 2)
-        assert ask(advisor, 1, first=True)  # also if it looks as the last question did
+    with made(tmp_path, Instant(), min_gap_steps=5, max_gap_steps=8) as service:
+        assert ask(service, 1)
+        assert not ask(service, 2)
+        assert ask(service, 1, first=True)  # also if it looks as the last question did
         for step in range(4):
-            assert not ask(advisor, 10 + step)
-        assert not ask(advisor, 20, last=True)
-        assert ask(advisor, 21)
+            assert not ask(service, 10 + step)
+        assert not ask(service, 20, last=True)
+        assert ask(service, 21)
 
 
 def test_each_env_has_gaps_and_places_of_its_own(tmp_path):
-    with made(tmp_path, Instant(), envs=3, min_gap_steps=4, max_gap_steps=100) as advisor:
-        answered = ask(advisor, 1, 2, 3, place=70)
+    with made(tmp_path, Instant(), envs=3, min_gap_steps=4, max_gap_steps=100) as service:
+        answered = ask(service, 1, 2, 3, place=70)
         assert [(a.env, a.place, number(a), a.caption, a.late) for a in answered] == [
             (0, 70, 1.0, "at 1", False), (1, 71, 2.0, "at 2", False), (2, 72, 3.0, "at 3", False)
         ]  # fmt: skip
         obs = see(4, 5, 6)
         obs["is_first"][1] = True
-        assert [a.env for a in advisor.ask(obs, [0, 1, 2], None, step=0)] == [1]
-        steps = [[a.env for a in ask(advisor, *[7 + i] * 3)] for i in range(4)]
+        assert [a.env for a in service.ask(obs, [0, 1, 2], None, step=0)] == [1]
+        steps = [[a.env for a in ask(service, *[7 + i] * 3)] for i in range(4)]
         assert steps == [[], [], [0, 2], [1]]
 
 
 def test_skills_are_asked_for_by_the_next_question(tmp_path):
     adviser = Instant()
-    with made(tmp_path, adviser, envs=2, min_gap_steps=2) as advisor:
-        ask(advisor, 1, 2)
-        ask(advisor, 3, 4, skills=True)  # too soon: the wish stays
-        ask(advisor, 5, 6)
-        ask(advisor, 7, 8)
-        ask(advisor, 9, 10)
+    with made(tmp_path, adviser, envs=2, min_gap_steps=2) as service:
+        ask(service, 1, 2)
+        ask(service, 3, 4, skills=True)  # too soon: the wish stays
+        ask(service, 5, 6)
+        ask(service, 7, 8)
+        ask(service, 9, 10)
     assert [r.wants - PRIOR for r in adviser.asked] == [set(), set(), {"skills"}, set(), set(), set()]
 
 
 def test_who_wants_skills_alone_asks_for_nothing_else(tmp_path):
     adviser = Instant()
-    with made(tmp_path, adviser, envs=2) as advisor:
-        advisor.wants = frozenset()
+    with made(tmp_path, adviser, envs=2) as service:
+        service.wants = frozenset()
         for step in range(6):
-            ask(advisor, step, 10 + step, skills=step == 3)
+            ask(service, step, 10 + step, skills=step == 3)
     assert [(r.caption, r.wants) for r in adviser.asked] == [("at 3", {"skills"})]
 
 
 def test_the_adviser_sees_one_env_as_it_was_and_no_logs(tmp_path):
     adviser, obs = Fake(delay=0.05), see(4)
-    with made(tmp_path, adviser) as advisor:
-        advisor.ask(obs, [0], None, step=0)
+    with made(tmp_path, adviser) as service:
+        service.ask(obs, [0], None, step=0)
         obs["vector"][:], obs["image"][:] = 9, 9  # the env writes its next step into the same memory
-        hear(advisor)
+        hear(service)
     seen = adviser.calls[0][0].obs
     assert seen.keys() == {"vector", "image", "is_first", "is_last"}
     assert seen["vector"] == [4] and seen["image"].shape == (8, 8, 3) and not seen["image"].any()
@@ -272,14 +272,14 @@ def test_the_adviser_sees_one_env_as_it_was_and_no_logs(tmp_path):
 def test_the_loop_does_not_wait_for_answers_that_take_a_second(tmp_path):
     adviser = Fake(delay=1.0)
     times, late = [], []
-    with made(tmp_path, adviser, envs=2) as advisor:
+    with made(tmp_path, adviser, envs=2) as service:
         for step in range(200):
             obs = see(step, 1000 + step, first=step == 0)
             started = time.perf_counter()
-            late += advisor.ask(obs, [2 * step, 2 * step + 1], None, step=step)
+            late += service.ask(obs, [2 * step, 2 * step + 1], None, step=step)
             times.append(time.perf_counter() - started)
             time.sleep(0.006)
-        late += hear(advisor, advisors.MAX_CALLS - len(late))
+        late += hear(service, services.MAX_CALLS - len(late))
     assert statistics.median(times) < AT_ONCE
     assert late and all(a.late for a in late)
     for a in late:  # an answer belongs to the step that asked
@@ -288,23 +288,23 @@ def test_the_loop_does_not_wait_for_answers_that_take_a_second(tmp_path):
 
 def test_an_answer_from_the_cache_is_there_at_once(tmp_path):
     adviser = Fake()
-    with made(tmp_path, adviser) as advisor:
-        assert ask(advisor, 3, place=5) == []
-        (late,) = hear(advisor)
+    with made(tmp_path, adviser) as service:
+        assert ask(service, 3, place=5) == []
+        (late,) = hear(service)
         assert (late.place, late.late) == (5, True)
-        (again,) = ask(advisor, 3, place=9, first=True)
+        (again,) = ask(service, 3, place=9, first=True)
         assert (again.place, again.late, again.advice) == (9, False, late.advice)
-    with made(tmp_path, adviser) as advisor:  # the next run
-        assert ask(advisor, 3, place=7)[0].advice == late.advice
+    with made(tmp_path, adviser) as service:  # the next run
+        assert ask(service, 3, place=7)[0].advice == late.advice
     assert len(adviser.calls) == 1
 
 
 def test_a_question_that_waits_for_its_answer_is_not_asked_twice(tmp_path):
     adviser = Fake(delay=0.1)
-    with made(tmp_path, adviser, envs=2) as advisor:
-        ask(advisor, 3, 3, place=10)
-        ask(advisor, 3, 4, place=20, first=True)
-        heard = hear(advisor, 4)
+    with made(tmp_path, adviser, envs=2) as service:
+        ask(service, 3, 3, place=10)
+        ask(service, 3, 4, place=20, first=True)
+        heard = hear(service, 4)
     assert sorted((a.env, a.place, number(a)) for a in heard) == [
         (0, 10, 3),
         (0, 20, 3),
@@ -317,32 +317,32 @@ def test_a_question_that_waits_for_its_answer_is_not_asked_twice(tmp_path):
 def test_questions_of_several_envs_go_into_one_call(tmp_path):
     for most, batches in ((3, [3, 3, 1]), (100, [4, 3])):
         adviser = Fake(per_call=most)
-        with made(tmp_path / str(most), adviser, envs=7, max_batch=4) as advisor:
-            ask(advisor, *range(7))
-            assert sorted(number(a) for a in hear(advisor, 7)) == list(range(7))
+        with made(tmp_path / str(most), adviser, envs=7, max_batch=4) as service:
+            ask(service, *range(7))
+            assert sorted(number(a) for a in hear(service, 7)) == list(range(7))
         assert [len(call) for call in adviser.calls] == batches
-    with made(tmp_path / "skills", adviser := Fake(per_call=4), envs=3) as advisor:
-        ask(advisor, 1, 2, 3, skills=True)  # other wants, another call
-        hear(advisor, 3)
+    with made(tmp_path / "skills", adviser := Fake(per_call=4), envs=3) as service:
+        ask(service, 1, 2, 3, skills=True)  # other wants, another call
+        hear(service, 3)
     assert adviser.captions == [["at 1"], ["at 2", "at 3"]]
 
 
 def test_few_calls_run_at_once_and_those_that_wait_are_sent_together(tmp_path):
     adviser = Fake(delay=0.05, per_call=2)
-    with made(tmp_path, adviser, envs=16) as advisor:
-        ask(advisor, *range(16))
-        assert len(hear(advisor, 16)) == 16
-    assert adviser.most == advisors.MAX_CALLS
+    with made(tmp_path, adviser, envs=16) as service:
+        ask(service, *range(16))
+        assert len(hear(service, 16)) == 16
+    assert adviser.most == services.MAX_CALLS
     assert [len(call) for call in adviser.calls] == [2] * 8
 
 
 def test_more_questions_than_may_wait_are_dropped(tmp_path):
     adviser = Fake(delay=0.05)
-    with made(tmp_path, adviser, envs=10, max_pending=3) as advisor:
-        ask(advisor, *range(10))
-        metrics = advisor.metrics()
+    with made(tmp_path, adviser, envs=10, max_pending=3) as service:
+        ask(service, *range(10))
+        metrics = service.metrics()
         assert (metrics["llm_adapter/pending"], metrics["llm_adapter/dropped"]) == (3, 7)
-        assert sorted(number(a) for a in hear(advisor, 3)) == [0, 1, 2]
+        assert sorted(number(a) for a in hear(service, 3)) == [0, 1, 2]
         assert len(adviser.calls) == 3
 
 
@@ -354,13 +354,13 @@ def test_deterministic_runs_wait_for_their_answers(tmp_path):
             raise fault
 
     adviser = Fake(say, delay=0.02, per_call=2)
-    with made(tmp_path, adviser, envs=3, deterministic=True) as advisor:
-        answered = ask(advisor, 1, 2, 1, place=5)
+    with made(tmp_path, adviser, envs=3, deterministic=True) as service:
+        answered = ask(service, 1, 2, 1, place=5)
         assert [(a.env, a.place, number(a), a.late) for a in answered] == [
             (0, 5, 1, False), (1, 6, 2, False), (2, 7, 1, False)
         ]  # fmt: skip
         assert adviser.captions == [["at 1", "at 2"]] * 3
-        assert idle(advisor)
+        assert idle(service)
 
 
 # --- When it is not answered --------------------------------------------------------------------------------
@@ -417,16 +417,16 @@ def test_whatever_an_adviser_does_is_a_counted_error(tmp_path, name, determinist
 
     adviser = Fake(now_and_then)
     options = dict(deterministic=deterministic, timeout_s=0.05, retries=0, breaker_failures=1000)
-    with made(tmp_path, adviser, **options) as advisor:
-        for step in range(advisors.MAX_CALLS + 1):
-            assert ask(advisor, step) == []
-            wait(lambda: idle(advisor))
-        metrics = advisor.metrics()
-        assert metrics[f"llm_adapter/errors/{kind}"] == advisors.MAX_CALLS + 1
+    with made(tmp_path, adviser, **options) as service:
+        for step in range(services.MAX_CALLS + 1):
+            assert ask(service, step) == []
+            wait(lambda: idle(service))
+        metrics = service.metrics()
+        assert metrics[f"llm_adapter/errors/{kind}"] == services.MAX_CALLS + 1
         bad = False
-        heard = ask(advisor, 77)  # and it goes on
-        assert [number(a) for a in heard or hear(advisor)] == [77]
-        lines = advisor.notes()
+        heard = ask(service, 77)  # and it goes on
+        assert [number(a) for a in heard or hear(service)] == [77]
+        lines = service.notes()
         assert len(lines) <= 1 and all(line.isprintable() and KEY not in line for line in lines)
         started = time.monotonic()
     assert time.monotonic() - started < SOON
@@ -443,16 +443,16 @@ def test_what_an_adviser_leaves_behind_is_not_logged(tmp_path, caplog):
         tasks.clear()
         gc.collect()  # asyncio would now log the error of a task that nobody asked
 
-    with made(tmp_path, Fake(say), deterministic=True) as advisor:
-        ask(advisor, 1)
-        assert metric(advisor, "errors/background") == 1
+    with made(tmp_path, Fake(say), deterministic=True) as service:
+        ask(service, 1)
+        assert metric(service, "errors/background") == 1
     assert caplog.records == []
 
 
 def test_what_advice_must_not_say_does_not_reach_the_agent(tmp_path):
     wrong = Advice(action_prior=ActionPrior(logits=(1.0,)), plan=("fly",), subgoal="drink")
-    with made(tmp_path, Fake(lambda requests: Reply([Answer(wrong)])), deterministic=True) as advisor:
-        (answered,) = ask(advisor, 1)
+    with made(tmp_path, Fake(lambda requests: Reply([Answer(wrong)])), deterministic=True) as service:
+        (answered,) = ask(service, 1)
         assert answered.advice == Advice(subgoal="drink")
 
 
@@ -460,25 +460,25 @@ def test_problems_of_replies_are_counted_by_their_reason(tmp_path):
     def say(requests):
         return Reply([Answer(None, Counter({"not_json": 2, "bad name!": 1}))], 3, 4)
 
-    with made(tmp_path, Fake(say), deterministic=True) as advisor:
+    with made(tmp_path, Fake(say), deterministic=True) as service:
         for step in range(8):
-            assert ask(advisor, step) == []
-        metrics = advisor.metrics()
+            assert ask(service, step) == []
+        metrics = service.metrics()
         assert metrics["llm_adapter/errors/not_json"] == 16
         assert metrics["llm_adapter/errors/other"] == 8
         assert metrics["llm_adapter/tokens"] == 56
         assert metrics["llm_adapter/breaker"] == 0  # the server is there, whatever it says
-        assert not advisor.cache._memory
+        assert not service.cache._memory
 
 
 def test_an_endless_number_of_reasons_is_not_remembered(tmp_path):
     reasons = iter(range(1000))
     say = lambda requests: Reply([Answer(None, Counter({f"r{next(reasons)}": 1}))])  # noqa: E731
-    with made(tmp_path, Fake(say), deterministic=True) as advisor:
+    with made(tmp_path, Fake(say), deterministic=True) as service:
         for step in range(200):
-            ask(advisor, step)
-        errors = {k: v for k, v in advisor.metrics().items() if "/errors/" in k}
-        assert len(errors) <= advisors.MAX_REASONS + 1
+            ask(service, step)
+        errors = {k: v for k, v in service.metrics().items() if "/errors/" in k}
+        assert len(errors) <= services.MAX_REASONS + 1
         assert sum(errors.values()) == 200
 
 
@@ -487,12 +487,12 @@ def test_an_instant_adviser_that_fails_is_counted_and_told_once(tmp_path):
         def advise(self, requests):
             raise ValueError(KEY)
 
-    with made(tmp_path, Failing()) as advisor:
-        assert [ask(advisor, step) for step in range(5)] == [[]] * 5
-        assert metric(advisor, "errors/adapter") == 5
-        (line,) = advisor.notes()
+    with made(tmp_path, Failing()) as service:
+        assert [ask(service, step) for step in range(5)] == [[]] * 5
+        assert metric(service, "errors/adapter") == 5
+        (line,) = service.notes()
         assert "ValueError" in line and KEY not in line
-        assert advisor.notes() == []
+        assert service.notes() == []
     assert list(tmp_path.iterdir()) == []  # its answers need no file
 
 
@@ -501,11 +501,11 @@ def test_a_captioner_that_fails_is_counted_and_told_once(tmp_path):
         def caption(self, obs):
             raise KeyError(KEY)
 
-    with made(tmp_path, Fake(), captioner=Failing(), min_gap_steps=2) as advisor:
-        assert [ask(advisor, step) for step in range(6)] == [[]] * 6
-        assert metric(advisor, "errors/caption") == 3
-        (line,) = advisor.notes()
-        assert line.startswith("Step 0: the captioner failed (KeyError in test_advisor.py, line ")
+    with made(tmp_path, Fake(), captioner=Failing(), min_gap_steps=2) as service:
+        assert [ask(service, step) for step in range(6)] == [[]] * 6
+        assert metric(service, "errors/caption") == 3
+        (line,) = service.notes()
+        assert line.startswith("Step 0: the captioner failed (KeyError in test_service.py, line ")
 
 
 def test_faults_that_may_pass_are_tried_again_and_others_not(tmp_path):
@@ -513,25 +513,25 @@ def test_faults_that_may_pass_are_tried_again_and_others_not(tmp_path):
         adviser = Fake(raises(AdviserFault("http_429", retry=retry)))
         with made(
             tmp_path / str(retry), adviser, retries=2, deterministic=True, breaker_failures=10
-        ) as advisor:
-            assert ask(advisor, 1) == []
+        ) as service:
+            assert ask(service, 1) == []
             assert len(adviser.calls) == calls
-            assert metric(advisor, "errors/http_429") == calls
-            assert metric(advisor, "calls") == calls
+            assert metric(service, "errors/http_429") == calls
+            assert metric(service, "calls") == calls
 
 
 def test_waits_grow_and_a_servers_hint_wins_within_bounds(tmp_path):
-    with made(tmp_path, Fake(), backoff_s=0.5) as advisor:
+    with made(tmp_path, Fake(), backoff_s=0.5) as service:
         for retry in range(3):
-            waits = [advisor._backoff(retry, None) for _ in range(50)]
+            waits = [service._backoff(retry, None) for _ in range(50)]
             assert 0.25 * 2**retry <= min(waits) < max(waits) <= 0.5 * 2**retry
-        assert advisor._backoff(40, None) == advisors.LONGEST_BACKOFF_S
-        assert [advisor._backoff(0, hint) for hint in (0.0, 3.5, -1.0)] == [0.0, 3.5, 0.0]
-        assert advisor._backoff(0, 1e9) == advisors.LONGEST_BACKOFF_S
+        assert service._backoff(40, None) == services.LONGEST_BACKOFF_S
+        assert [service._backoff(0, hint) for hint in (0.0, 3.5, -1.0)] == [0.0, 3.5, 0.0]
+        assert service._backoff(0, 1e9) == services.LONGEST_BACKOFF_S
     waits = []
     for name in "ab":
-        with made(tmp_path / name, Fake(), deterministic=True) as advisor:
-            waits.append([advisor._backoff(retry, None) for retry in range(3)])
+        with made(tmp_path / name, Fake(), deterministic=True) as service:
+            waits.append([service._backoff(retry, None) for retry in range(3)])
     assert waits[0] == waits[1]
 
 
@@ -564,7 +564,7 @@ def test_the_breaker_pauses_probes_and_closes():
         while not breaker.failed():
             breaker.start()
         now += breaker.pause
-    assert breaker.pause == advisors.LONGEST_PAUSE_S
+    assert breaker.pause == services.LONGEST_PAUSE_S
 
 
 def test_the_breaker_of_a_resumed_run_goes_on_with_its_pause():
@@ -586,88 +586,88 @@ def test_after_failures_in_a_row_there_is_a_pause_and_then_a_probe(tmp_path):
             raise AdviserFault("http_5xx", retry=True)
 
     adviser = Fake(say)
-    with made(tmp_path, adviser, breaker_failures=3, breaker_pause_s=60, retries=1, envs=8) as advisor:
-        advisor.breaker.clock = lambda: now
-        ask(advisor, *[1] * 8, place=100)  # one question
-        wait(lambda: idle(advisor))
-        ask(advisor, *range(10, 18), place=200)
-        wait(lambda: idle(advisor))
+    with made(tmp_path, adviser, breaker_failures=3, breaker_pause_s=60, retries=1, envs=8) as service:
+        service.breaker.clock = lambda: now
+        ask(service, *[1] * 8, place=100)  # one question
+        wait(lambda: idle(service))
+        ask(service, *range(10, 18), place=200)
+        wait(lambda: idle(service))
         calls = len(adviser.calls)
-        assert 3 <= calls <= 2 + advisors.MAX_CALLS
-        assert metric(advisor, "breaker") == 1.0
-        assert ask(advisor, *range(20, 28)) == []
-        assert metric(advisor, "dropped") >= 8 and len(adviser.calls) == calls
+        assert 3 <= calls <= 2 + services.MAX_CALLS
+        assert metric(service, "breaker") == 1.0
+        assert ask(service, *range(20, 28)) == []
+        assert metric(service, "dropped") >= 8 and len(adviser.calls) == calls
         now += 60
-        assert metric(advisor, "breaker") == 0.5
-        ask(advisor, *range(30, 38), place=300)
-        wait(lambda: idle(advisor))
+        assert metric(service, "breaker") == 0.5
+        ask(service, *range(30, 38), place=300)
+        wait(lambda: idle(service))
         assert len(adviser.calls) == calls + 1  # the probe, and not again at once
-        assert metric(advisor, "breaker") == 1.0
+        assert metric(service, "breaker") == 1.0
         now += 120
         down = False
-        ask(advisor, *range(40, 48), place=400)
-        hear(advisor)
-        assert metric(advisor, "breaker") == 0.0
-        assert advisor.notes() == [
+        ask(service, *range(40, 48), place=400)
+        hear(service)
+        assert metric(service, "breaker") == 0.0
+        assert service.notes() == [
             "Step 200: the adviser does not answer (http_5xx); pause of 60 s.",
             "Step 300: the adviser does not answer (http_5xx); pause of 120 s.",
             "Step 400: the adviser answers again.",
         ]
-        ask(advisor, *range(50, 58))
-        hear(advisor, 8)
+        ask(service, *range(50, 58))
+        hear(service, 8)
 
 
 def test_a_pause_costs_the_loop_nothing_and_the_cache_still_answers(tmp_path):
-    with made(tmp_path, Fake(), deterministic=True) as advisor:
-        assert ask(advisor, 3)
-    with made(tmp_path, Fake(raises(AdviserFault("network"))), breaker_failures=1) as advisor:
-        ask(advisor, 1)
-        wait(lambda: idle(advisor))
+    with made(tmp_path, Fake(), deterministic=True) as service:
+        assert ask(service, 3)
+    with made(tmp_path, Fake(raises(AdviserFault("network"))), breaker_failures=1) as service:
+        ask(service, 1)
+        wait(lambda: idle(service))
         times = []
         for step in range(10, 210):
             obs = see(step)
             started = time.perf_counter()
-            advisor.ask(obs, [0], None, step=0)
+            service.ask(obs, [0], None, step=0)
             times.append(time.perf_counter() - started)
         assert statistics.median(times) < AT_ONCE
-        assert [number(a) for a in ask(advisor, 3)] == [3]
-        assert len(advisor.adviser.calls) == 1
+        assert [number(a) for a in ask(service, 3)] == [3]
+        assert len(service.adviser.calls) == 1
 
 
 def test_the_budget_of_calls_counts_retries_and_is_kept_on_resume(tmp_path):
     adviser = Fake(raises(AdviserFault("http_5xx", retry=True)))
     options = dict(deterministic=True, retries=2, budget_calls=4, breaker_failures=100)
-    with made(tmp_path, adviser, **options) as advisor:
+    with made(tmp_path, adviser, **options) as service:
         for step in range(5):
-            ask(advisor, step, place=step)
+            ask(service, step, place=step)
         assert len(adviser.calls) == 4
-        (line,) = advisor.notes()
+        (line,) = service.notes()
         assert line.startswith("Step 1: the adviser's budget is used up (4 calls, 0 tokens)")
-        assert metric(advisor, "dropped") == 3
-        state = advisor.state_dict()
-    with made(tmp_path, adviser, **options) as advisor:
-        advisor.load_state_dict(state)
-        ask(advisor, 9)
+        assert metric(service, "dropped") == 3
+        state = service.state_dict()
+    with made(tmp_path, adviser, **options) as service:
+        service.load_state_dict(state)
+        ask(service, 9)
         assert len(adviser.calls) == 4
 
 
 def test_the_budget_of_tokens(tmp_path):
     adviser = Fake(tokens=(70, 40))
     options = dict(deterministic=True, budget_tokens=200, price_input=2.0, price_output=10.0)
-    with made(tmp_path, adviser, **options) as advisor:
-        heard = [bool(ask(advisor, step)) for step in range(5)]
+    with made(tmp_path, adviser, **options) as service:
+        heard = [bool(ask(service, step)) for step in range(5)]
         assert heard == [True, True, False, False, False]
-        assert len(advisor.notes()) == 1
-        assert ask(advisor, 0)  # the cache still answers
-        metrics = advisor.metrics()
+        assert len(service.notes()) == 1
+        assert ask(service, 0)  # the cache still answers
+        metrics = service.metrics()
         assert metrics["llm_adapter/tokens"] == 220
         assert metrics["llm_adapter/cost"] == pytest.approx((140 * 2 + 80 * 10) / 1e6)
 
 
 def test_no_budget_makes_no_call(tmp_path):
-    with made(tmp_path, Fake(), deterministic=True, budget_calls=0) as advisor:
-        assert ask(advisor, 1) == []
-        assert advisor.adviser.calls == []
+    with made(tmp_path, Fake(), deterministic=True, budget_calls=0) as service:
+        assert ask(service, 1) == []
+        assert service.adviser.calls == []
 
 
 # --- Metrics, state, the end --------------------------------------------------------------------------------
@@ -675,14 +675,14 @@ def test_no_budget_makes_no_call(tmp_path):
 
 def test_metrics_tell_what_happened(tmp_path):
     adviser = Fake(delay=0.02, tokens=(5, 2))
-    with made(tmp_path, adviser, envs=2, deterministic=True) as advisor:
-        assert advisor.metrics() == {
+    with made(tmp_path, adviser, envs=2, deterministic=True) as service:
+        assert service.metrics() == {
             f"llm_adapter/{name}": 0.0
             for name in ("questions", "answers", "dropped", "calls", "tokens", "cost", "pending", "breaker")
         }
-        ask(advisor, 1, 2)
-        ask(advisor, 1, 3)
-        metrics = advisor.metrics()
+        ask(service, 1, 2)
+        ask(service, 1, 3)
+        metrics = service.metrics()
         assert metrics.pop("llm_adapter/latency_ms") == pytest.approx(30, abs=10)
         expected = dict(
             questions=3,
@@ -696,19 +696,19 @@ def test_metrics_tell_what_happened(tmp_path):
             cache_hit_rate=0,
         )
         assert metrics == {f"llm_adapter/{name}": value for name, value in expected.items()}
-        ask(advisor, 2, 1)
-        metrics = advisor.metrics()
+        ask(service, 2, 1)
+        metrics = service.metrics()
         assert metrics["llm_adapter/cache_hit_rate"] == 1.0 and "llm_adapter/latency_ms" not in metrics
 
 
-def run(advisor: Advisor, steps: Sequence[int]) -> list[tuple]:
+def run(service: AdviceService, steps: Sequence[int]) -> list[tuple]:
     """What two envs that see something new every third step are told, and when."""
     told = []
     for step in steps:
         if step == 6:
-            advisor.metrics()
+            service.metrics()
         heard = ask(
-            advisor, step // 3, 500 + step // 3, place=2 * step, skills=step == 7, first=step % 11 == 0
+            service, step // 3, 500 + step // 3, place=2 * step, skills=step == 7, first=step % 11 == 0
         )
         told += [(step, a.env, a.place, number(a)) for a in heard]
     return told
@@ -716,21 +716,21 @@ def run(advisor: Advisor, steps: Sequence[int]) -> list[tuple]:
 
 def test_a_resumed_run_asks_at_the_same_moments(tmp_path):
     options = dict(envs=2, deterministic=True, min_gap_steps=4, max_gap_steps=9)
-    with made(tmp_path / "whole", whole := Fake(), **options) as advisor:
-        expected = run(advisor, range(40))
-        end = advisor.state_dict()
-        metrics = {k: v for k, v in advisor.metrics().items() if "latency" not in k}
+    with made(tmp_path / "whole", whole := Fake(), **options) as service:
+        expected = run(service, range(40))
+        end = service.state_dict()
+        metrics = {k: v for k, v in service.metrics().items() if "latency" not in k}
     for cut in (1, 8, 13, 26):
         path = tmp_path / str(cut)
-        with made(path, one := Fake(), **options) as advisor:
-            told = run(advisor, range(cut))
-            state = advisor.state_dict()
+        with made(path, one := Fake(), **options) as service:
+            told = run(service, range(cut))
+            state = service.state_dict()
         assert json.loads(json.dumps(state)) == state  # plain values
-        with made(path, other := Fake(), **options) as advisor:
-            advisor.load_state_dict(state)
-            told += run(advisor, range(cut, 40))
-            assert advisor.state_dict() == end
-            assert {k: v for k, v in advisor.metrics().items() if "latency" not in k} == metrics
+        with made(path, other := Fake(), **options) as service:
+            service.load_state_dict(state)
+            told += run(service, range(cut, 40))
+            assert service.state_dict() == end
+            assert {k: v for k, v in service.metrics().items() if "latency" not in k} == metrics
         assert told == expected
         assert one.calls + other.calls and one.captions + other.captions == whole.captions
         wants = [[r.wants for r in call] for call in one.calls + other.calls]
@@ -738,55 +738,55 @@ def test_a_resumed_run_asks_at_the_same_moments(tmp_path):
 
 
 def test_a_state_of_other_envs_lets_each_be_asked_about(tmp_path):
-    with made(tmp_path, Instant(), envs=2, min_gap_steps=5) as advisor:
-        ask(advisor, 1, 2)
-        state = advisor.state_dict()
-    with made(tmp_path, Instant(), envs=3, min_gap_steps=5) as advisor:
-        advisor.load_state_dict(state)
-        assert len(ask(advisor, 1, 2, 3)) == 3
+    with made(tmp_path, Instant(), envs=2, min_gap_steps=5) as service:
+        ask(service, 1, 2)
+        state = service.state_dict()
+    with made(tmp_path, Instant(), envs=3, min_gap_steps=5) as service:
+        service.load_state_dict(state)
+        assert len(ask(service, 1, 2, 3)) == 3
 
 
 def test_a_recorded_run_is_repeated_without_a_call(tmp_path):
     options = dict(envs=2, deterministic=True, min_gap_steps=4, max_gap_steps=9)
-    with made(tmp_path, Fake(), **options) as advisor:
-        expected = run(advisor, range(40))
-        advisor.state_dict()  # what a checkpoint does writes the cache
+    with made(tmp_path, Fake(), **options) as service:
+        expected = run(service, range(40))
+        service.state_dict()  # what a checkpoint does writes the cache
         copy = tmp_path / "copy.sqlite"
         copy.write_bytes((tmp_path / "cache.sqlite").read_bytes())
         journal = tmp_path / "cache.sqlite-wal"
         Path(f"{copy}-wal").write_bytes(journal.read_bytes())
     for cache in (None, str(copy)):
         adviser = Fake(raises(AssertionError("called")))
-        with made(tmp_path, adviser, replay=True, cache=cache, **options) as advisor:
-            assert run(advisor, range(40)) == expected
-            assert metric(advisor, "cache_hit_rate") == 1.0
-            assert ask(advisor, -1, -2, first=True) == []  # nobody knows, and nobody is asked
-            assert metric(advisor, "cache_hit_rate") == 0.0
-            assert metric(advisor, "dropped") == 2
-            assert advisor._thread is None
+        with made(tmp_path, adviser, replay=True, cache=cache, **options) as service:
+            assert run(service, range(40)) == expected
+            assert metric(service, "cache_hit_rate") == 1.0
+            assert ask(service, -1, -2, first=True) == []  # nobody knows, and nobody is asked
+            assert metric(service, "cache_hit_rate") == 0.0
+            assert metric(service, "dropped") == 2
+            assert service._thread is None
         assert adviser.calls == []
     with pytest.raises(UserError, match=r"llm\.replay"), made(tmp_path / "new", Fake(), replay=True):
         pass
 
 
 def test_a_cache_of_another_model_is_not_taken(tmp_path):
-    with made(tmp_path, Fake(), deterministic=True) as advisor:
-        ask(advisor, 1)
+    with made(tmp_path, Fake(), deterministic=True) as service:
+        ask(service, 1)
     other = Fake()
     other.identity = "another"
-    with made(tmp_path, other, deterministic=True) as advisor:
-        ask(advisor, 1)
+    with made(tmp_path, other, deterministic=True) as service:
+        ask(service, 1)
         assert len(other.calls) == 1
 
 
 def test_frames_are_part_of_the_question_only_where_they_are_sent(tmp_path):
     for send, calls in ((True, 2), (False, 1)):
         adviser = Fake()
-        with made(tmp_path / str(send), adviser, deterministic=True, send_image=send) as advisor:
+        with made(tmp_path / str(send), adviser, deterministic=True, send_image=send) as service:
             for shade in (0, 1, 0):
                 obs = see(1, first=True)
                 obs["image"][:] = shade
-                assert advisor.ask(obs, [0], None, step=0)
+                assert service.ask(obs, [0], None, step=0)
         assert len(adviser.calls) == calls
 
 
@@ -800,21 +800,21 @@ def test_close_ends_calls_that_hang_and_tells_the_adviser(tmp_path, deterministi
             time.sleep(30)
 
     for adviser in (Blocking(), Fake(swallow), Fake(lambda requests: asyncio.sleep(60)), Fake()):
-        with made(tmp_path, adviser, deterministic=deterministic, timeout_s=0.1, retries=0) as advisor:
-            ask(advisor, 1)
-            thread = advisor._thread
+        with made(tmp_path, adviser, deterministic=deterministic, timeout_s=0.1, retries=0) as service:
+            ask(service, 1)
+            thread = service._thread
             started = time.monotonic()
         assert time.monotonic() - started < SOON
         assert adviser.closed
         assert not thread.is_alive() or adviser.say is swallow
-        assert all(a.caption == "at 1" for a in ask(advisor, 5))  # and nothing breaks
-        advisor.close()
+        assert all(a.caption == "at 1" for a in ask(service, 5))  # and nothing breaks
+        service.close()
 
 
 HANGS = """
 import sys, time
 sys.path.insert(0, "tests")
-from test_advisor import *
+from test_service import *
 class Blocking(Fake):
     ask = LLMAdapter.ask
     config = {"timeout_s": 60}
@@ -823,8 +823,8 @@ class Blocking(Fake):
 class Offload(Fake):
     async def ask(self, requests):
         await asyncio.to_thread(time.sleep, 60)
-with made(Path(sys.argv[1]), {"advise": Blocking, "to_thread": Offload}[sys.argv[2]]()) as advisor:
-    ask(advisor, 1)
+with made(Path(sys.argv[1]), {"advise": Blocking, "to_thread": Offload}[sys.argv[2]]()) as service:
+    ask(service, 1)
     time.sleep(0.2)
 print("the end")
 """
@@ -842,11 +842,11 @@ def test_a_thread_that_hangs_does_not_keep_the_program_from_ending(tmp_path, how
 
 def test_no_thread_is_left_and_none_is_made_for_an_instant_adviser(tmp_path):
     before = threading.active_count()
-    with made(tmp_path, Instant()) as advisor:
-        ask(advisor, 1)
+    with made(tmp_path, Instant()) as service:
+        ask(service, 1)
         assert threading.active_count() == before
-    with made(tmp_path, Fake(), deterministic=True) as advisor:
-        ask(advisor, 1)
+    with made(tmp_path, Fake(), deterministic=True) as service:
+        ask(service, 1)
     assert threading.active_count() == before
 
 
@@ -854,26 +854,26 @@ def test_no_thread_is_left_and_none_is_made_for_an_instant_adviser(tmp_path):
 
 
 @contextlib.contextmanager
-def gemini(path: Path, server: FakeLLM, monkeypatch, **options) -> Iterator[Advisor]:
+def gemini(path: Path, server: FakeLLM, monkeypatch, **options) -> Iterator[AdviceService]:
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
     options = {"backend": "gemini", "model": "fake-model", "base_url": server.url, **options}
     adviser, _ = make_adviser({**config.load([]).llm, **options}, SPEC, Captioner(), 0)
-    with made(path, adviser, **options) as advisor:
-        yield advisor
+    with made(path, adviser, **options) as service:
+        yield service
 
 
 def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     options = dict(breaker_failures=3, breaker_pause_s=0.2, retries=1)
-    with FakeLLM() as server, gemini(tmp_path, server, monkeypatch, **options) as advisor:
-        ask(advisor, 1, place=1)
-        (answered,) = hear(advisor, seconds=20)
+    with FakeLLM() as server, gemini(tmp_path, server, monkeypatch, **options) as service:
+        ask(service, 1, place=1)
+        (answered,) = hear(service, seconds=20)
         assert answered.advice.action_prior.logits == (1.0, 0.0, 0.0)
         server.stop()
         step, times = 10, []
-        while metric(advisor, "breaker") == 0.0:
+        while metric(service, "breaker") == 0.0:
             started = time.perf_counter()
-            assert ask(advisor, step, place=step) == []
+            assert ask(service, step, place=step) == []
             times.append(time.perf_counter() - started)
             time.sleep(0.01)
             step += 1
@@ -881,18 +881,18 @@ def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, caplog):
         server.start()
         heard = []
         while not heard:
-            heard = ask(advisor, step, place=step)
+            heard = ask(service, step, place=step)
             time.sleep(0.01)
             step += 1
             assert step < 1000
         assert statistics.median(times) < AT_ONCE
         assert heard[0].caption == f"at {heard[0].place}" and heard[0].late
-        lines = advisor.notes()
+        lines = service.notes()
         assert "does not answer (network" in lines[0] and "pause of 0.2 s" in lines[0]
         assert lines[-1].endswith("the adviser answers again.")
-        errors = advisor.metrics()
+        errors = service.metrics()
         assert errors["llm_adapter/errors/network"] >= 3
-        state = advisor.state_dict()
+        state = service.state_dict()
     told = [
         json.dumps(state),
         *lines,
@@ -905,44 +905,44 @@ def test_a_server_that_dies_and_comes_back(tmp_path, monkeypatch, caplog):
 
 def test_a_server_with_hints_slow_answers_and_nonsense(tmp_path, monkeypatch):
     options = dict(timeout_s=0.3, retries=1, breaker_failures=100, deterministic=True)
-    with FakeLLM() as server, gemini(tmp_path, server, monkeypatch, **options) as advisor:
-        assert ask(advisor, 0) or ask(advisor, 0, first=True)  # the first call also makes the client
+    with FakeLLM() as server, gemini(tmp_path, server, monkeypatch, **options) as service:
+        assert ask(service, 0) or ask(service, 0, first=True)  # the first call also makes the client
         server.script(Say(status=429, body=retry_info("0.5s")))
         started = time.monotonic()
-        assert ask(advisor, 1)
+        assert ask(service, 1)
         assert time.monotonic() - started > 0.45
-        assert metric(advisor, "errors/http_429") == 1
+        assert metric(service, "errors/http_429") == 1
         server.script(Say(delay=1.0), Say(status=503))
-        assert ask(advisor, 2) == []
+        assert ask(service, 2) == []
         server.script(Say(text='{"answers": [{"number": 1, "plan": ["fly"], "confidence": 7}]}'))
-        assert ask(advisor, 3) == []
+        assert ask(service, 3) == []
         server.script(Say(text='{"answers": [{"num'), Say(die="middle"))
-        assert ask(advisor, 4) == []
-        assert ask(advisor, 5)
-        errors = {k[19:]: v for k, v in advisor.metrics().items() if "/errors/" in k}
+        assert ask(service, 4) == []
+        assert ask(service, 5)
+        errors = {k[19:]: v for k, v in service.metrics().items() if "/errors/" in k}
         assert errors["http_5xx"] == 1 and errors["timeout"] >= 1
         assert errors["plan_refused"] == 1 and errors["not_json"] == 1
 
 
 def test_several_envs_share_a_call_to_the_server(tmp_path, monkeypatch):
     options = dict(deterministic=True, envs=5, timeout_s=10.0)
-    with FakeLLM() as server, gemini(tmp_path, server, monkeypatch, **options) as advisor:
-        assert [a.env for a in ask(advisor, 1, 2, 3, 4, 1, skills=True)] == [0, 1, 2, 3, 4]
+    with FakeLLM() as server, gemini(tmp_path, server, monkeypatch, **options) as service:
+        assert [a.env for a in ask(service, 1, 2, 3, 4, 1, skills=True)] == [0, 1, 2, 3, 4]
         told = [[each["caption"] for each in asked.prompt["situations"]] for asked in server.asked]
         assert sorted(told) == [["at 1", "at 2", "at 3", "at 4"]] or len(told) == 2
-        assert metric(advisor, "tokens") == 125 * len(told)
+        assert metric(service, "tokens") == 125 * len(told)
 
 
 def test_a_session_is_replayed_without_its_server(tmp_path, monkeypatch):
     options = dict(envs=2, deterministic=True, min_gap_steps=4, max_gap_steps=9, timeout_s=10.0)
     with FakeLLM() as server:
-        with gemini(tmp_path, server, monkeypatch, **options) as advisor:
-            expected = run(advisor, range(40))
+        with gemini(tmp_path, server, monkeypatch, **options) as service:
+            expected = run(service, range(40))
         asked = len(server.asked)
         assert expected and asked
         server.stop()
-        with gemini(tmp_path, server, monkeypatch, replay=True, **options) as advisor:
-            assert run(advisor, range(40)) == expected
+        with gemini(tmp_path, server, monkeypatch, replay=True, **options) as service:
+            assert run(service, range(40)) == expected
         assert len(server.asked) == asked
 
 
