@@ -22,8 +22,8 @@ from distributed import Ranks
 from exploration import EXPLORERS, Greedy, param_group
 from lore_llm import synthetic
 from lore_llm.captions import make_captioner
-from lore_llm.coach import advice_spaces
-from lore_llm.guide import Guide
+from lore_llm.hooks import advice_spaces
+from lore_llm.policy import AdvisedPolicy
 
 OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
 OPEN_LOOP_ROWS = 6  # sequences shown in it
@@ -67,7 +67,7 @@ class Dreamer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(tools.derive_seed(config.seed, "guide"))
             spaces = self.obs_space, act_space
-            self.guide = make_guide(self.world_model, self.explorer, config, spaces, self.rngs).to(device)
+            self.policy = make_policy(self.world_model, self.explorer, config, spaces, self.rngs).to(device)
         self.exploring = True
         self.unseen = networks.unrouted(obs_space, self.world_model.encoder.keys)
         if not any(self.world_model.encoder.keys):
@@ -75,7 +75,7 @@ class Dreamer:
                 f"The agent would see nothing: no pattern of --encoder.*_keys fits {', '.join(self.unseen)}."
             )
         self.opt = tools.LaProp(self._param_groups(), **config.opt)
-        self._join(self.world_model, self.behavior, self.explorer, self.guide)
+        self._join(self.world_model, self.behavior, self.explorer, self.policy)
         seen = {key for key in obs_space if not key.startswith("log_")}
         self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal", "symbolic", "llm_features"})
         self.autocast = functools.partial(
@@ -124,11 +124,11 @@ class Dreamer:
             param_group(self.behavior.actor, c.actor_lr),
             param_group(self.behavior.critic, c.critic_lr),
             *self.explorer.param_groups(),
-            *self._guide_groups(),
+            *self._policy_groups(),
         ]
 
-    def _guide_groups(self) -> list[dict]:
-        return self.guide.param_groups(self.config.actor_lr, self.config.model_lr)
+    def _policy_groups(self) -> list[dict]:
+        return self.policy.param_groups(self.config.actor_lr, self.config.model_lr)
 
     def _compile(self) -> None:
         """Compile the functions that training calls, in place: so checkpoints keep their names."""
@@ -151,7 +151,7 @@ class Dreamer:
     def initial_state(self, envs: int) -> dict[str, Tensor]:
         """The state before the first observation: deter, stoch, previous action, each [envs, ...]."""
         action = torch.zeros(envs, self.actions.size, device=self.device)
-        return {**self.rssm.initial(envs), "action": action, **self.guide.initial(self.obs_space, envs)}
+        return {**self.rssm.initial(envs), "action": action, **self.policy.initial(self.obs_space, envs)}
 
     def acting_state(self, saved: Mapping[str, Tensor], envs: int) -> dict[str, Tensor]:
         """The state in which `act` left off, from a checkpoint. Raises ValueError for another agent's."""
@@ -189,9 +189,9 @@ class Dreamer:
             feat = rssm.feat(post)
             guided = actor is self.behavior.actor
             advised = advised or explore
-            policy = self.guide.act(self.behavior, feat, advised, explore) if guided else actor(feat)
+            policy = self.policy.act(self.behavior, feat, advised, explore) if guided else actor(feat)
             choice = policy.sample(actor.noise(amount, generator=generator))
-            action, running, stored = self.guide.execute(
+            action, running, stored = self.policy.execute(
                 self.behavior, feat, choice, obs, state, plans, explore
             )
         deter, stoch = rssm.pack(post)
@@ -236,7 +236,7 @@ class Dreamer:
         """An update without waiting for the GPU: its metrics, and what the replay keeps."""
         scales, generator = self.config.loss_scales, self.rngs["train"]
         data = {**data, "reward": data["reward"] * self.config.reward_scale}
-        self.guide.items = {k[5:]: data.pop(k) for k in list(data) if k.startswith("item_")}
+        self.policy.items = {k[5:]: data.pop(k) for k in list(data) if k.startswith("item_")}
         if "llm_features" in data:
             data["llm_features"] = self._drop_features(data)
         with self.autocast():
@@ -248,14 +248,14 @@ class Dreamer:
                 self.world_model, post, data, self.rngs["explore"]
             )
             more, more_metrics = self.behavior.loss(
-                self.world_model, post, data, generator, explorer.task_reward, self.guide
+                self.world_model, post, data, generator, explorer.task_reward, self.policy
             )
-            guide_losses, guide_metrics = self.guide.learn(self.world_model, self.behavior, post, data)
+            policy_losses, policy_metrics = self.policy.learn(self.world_model, self.behavior, post, data)
         losses |= more
         # Those of explorer and guide come weighted.
         total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
-        total = total + sum(expl_losses.values()) + sum(guide_losses.values())
-        losses |= expl_losses | guide_losses
+        total = total + sum(expl_losses.values()) + sum(policy_losses.values())
+        losses |= expl_losses | policy_losses
         self.opt.zero_grad()
         total.backward()
         for param in self.trained if self.ranks.size > 1 else ():
@@ -264,7 +264,7 @@ class Dreamer:
         self.ranks.average([param.grad for param in self.trained])
         outcome = self.opt.step()
         self.ranks.average(self.averages)
-        metrics |= more_metrics | expl_metrics | guide_metrics
+        metrics |= more_metrics | expl_metrics | policy_metrics
         metrics |= {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
         metrics |= {"opt/loss": total.detach()} | {f"opt/{name}": value for name, value in outcome.items()}
         deter, stoch = self.rssm.pack({k: post[k].detach() for k in ("deter", "stoch")})
@@ -282,7 +282,7 @@ class Dreamer:
         rollouts, generator = self.config.synthetic.synthetic_rollouts, self.rngs["synthetic"]
         with self.autocast():
             judged = synthetic.judge(
-                self.guide, self.behavior, self.world_model, self.upload(items), rollouts, generator
+                self.policy, self.behavior, self.world_model, self.upload(items), rollouts, generator
             )
         return {name: value.float().cpu().numpy() for name, value in judged.items()}
 
@@ -300,15 +300,15 @@ class Dreamer:
     def explain(self, state: dict[str, Tensor], advised: bool = True) -> list[dict]:
         """Of each env, in a state that `act` returned, why the agent does what it does: see docs/llm.md.
 
-        What `Unguided.explain` tells, the index of the `action`, the `value`, and the `predicted_return` of
+        `PlainPolicy.explain`, the index of the `action`, the `value`, and the `predicted_return` of
         imagined steps from there.
         """
         feat, amount = self.rssm.feat(state), len(state["deter"])
         with self.autocast():
-            views = self.guide.explain(self.behavior, feat, state, advised)
+            views = self.policy.explain(self.behavior, feat, state, advised)
             value = self.behavior.critic(feat).mean
             start = {k: state[k].repeat_interleave(EXPLAIN_ROLLOUTS, 0) for k in ("deter", "stoch")}
-            dream = self.guide.imagine(self.behavior, self.rssm, start, self.rngs["report"], advised)
+            dream = self.policy.imagine(self.behavior, self.rssm, start, self.rngs["report"], advised)
             reward = self.world_model.reward_head(dream.feat).mean
             cont = self.world_model.cont_head(dream.feat).prob
             values = self.behavior.critic(dream.feat).mean
@@ -348,7 +348,7 @@ class Dreamer:
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The learned parameters and the return normaliser, by module."""
-        parts = ("world_model", "behavior", "explorer", "guide")
+        parts = ("world_model", "behavior", "explorer", "policy")
         return {name: getattr(self, name).state_dict() for name in parts}
 
     def state_dict(self) -> dict:
@@ -357,7 +357,7 @@ class Dreamer:
             "optimizer": self.opt.state_dict(),
             "updates": self.updates,
             "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
-            "skills": self.guide.skills(),
+            "skills": self.policy.skills(),
         }
 
     def own_state_dict(self) -> dict:
@@ -385,24 +385,24 @@ class Dreamer:
         notes, groups = [], None
         weights = {name: state.get(name, {}) for name in self.weights()}
         weights["explorer"] = self.explorer.adopt(state["explorer"], resume)
-        if not resume and _shapes(self.guide.state_dict()) != _shapes(weights["guide"]):
+        if not resume and _shapes(self.policy.state_dict()) != _shapes(weights["policy"]):
             if self.config.llm.enabled:
                 notes.append("The checkpoint's agent was advised otherwise; what advice teaches starts anew")
-            del weights["guide"]
-            groups = len(self.opt.param_groups) - len(self._guide_groups())
+            del weights["policy"]
+            groups = len(self.opt.param_groups) - len(self._policy_groups())
         if not resume and _shapes(self.explorer.state_dict()) != _shapes(weights["explorer"]):
             notes.append(
                 f"The checkpoint has another explorer than {self.config.expl_behavior}, which starts anew"
             )
             del weights["explorer"]
-            groups = len(self.opt.param_groups) - len(self._guide_groups())
+            groups = len(self.opt.param_groups) - len(self._policy_groups())
             groups -= len(self.explorer.param_groups())
         decoder = {k: v for k, v in self.world_model.state_dict().items() if k.startswith("decoder.")}
         if not resume and not decoder.keys() & weights["world_model"].keys():
             notes.append("The checkpoint has no decoder, which starts anew")
             weights["world_model"] = weights["world_model"] | decoder
-        if "guide" in weights:
-            self.guide.set_names(state.get("skills", []))
+        if "policy" in weights:
+            self.policy.set_names(state.get("skills", []))
         for name, value in weights.items():
             _load_weights(getattr(self, name), value, name)
         if resume or "optimizer" in state:
@@ -440,18 +440,18 @@ def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> 
             )
 
 
-def make_guide(
+def make_policy(
     world_model: models.WorldModel,
     explorer: Greedy,
     config: Config,
     spaces: tuple[Mapping[str, gymnasium.Space], Mapping[str, gymnasium.Space]],
     rngs: Mapping[str, torch.Generator],
-) -> models.Unguided:
+) -> models.PlainPolicy:
     """Who stands between the actor and the envs: nobody, or the one that heeds the advice."""
     if not config.llm.enabled:
-        return models.Unguided()
+        return models.PlainPolicy()
     ensemble = getattr(explorer, "disagreement", None)
-    return Guide(world_model, make_captioner(config, *spaces), config, ensemble, rngs)
+    return AdvisedPolicy(world_model, make_captioner(config, *spaces), config, ensemble, rngs)
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:

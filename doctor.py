@@ -348,7 +348,7 @@ def check_adviser(config: Any, spaces: dict) -> Iterator[Line]:
 def check_room(asked: Asked, spaces: dict) -> Iterator[Line]:
     """Free memory against the replay, and free disk against what the run would write."""
     import replay
-    from lore_llm.coach import advice_spaces
+    from lore_llm.hooks import advice_spaces
 
     config, folder = asked.config, asked.logdir
     stored = spaces["obs"] | spaces["act"] | advice_spaces(config, spaces["act"])[0]

@@ -44,7 +44,7 @@ from evaluation import AdvisedAgent, EvalEpisode, newest, play_episodes, shown, 
 from exploration import Random
 from lock import RunLock
 from logger import Collector, Logger, Timer, WandbRun, merged_logs
-from lore_llm.coach import Coach, NoCoach, advice_spaces, is_count, make_service
+from lore_llm.hooks import AdviceHooks, NoAdvice, advice_spaces, is_count, make_service
 from lore_llm.service import AdviceService
 from parallel import VecEnv, make_vec
 from replay import Replay
@@ -168,14 +168,14 @@ class Run:
         stored = obs_space | act_space | advised
         plan = self._plan_replay(stored, capacity)
         if config.llm.enabled:
-            captioner = self.agent.guide.captioner
+            captioner = self.agent.policy.captioner
             service, more = make_service(config, captioner, len(self.envs), self.logdir, self.ranks.size)
             self._parts.callback(service.close)
             notes = [*notes, *more]
         self.prefill = Random(act_space, numpy_rng(config.seed, "prefill", *self.ranks.names()))
         self.stats = EpisodeStats(len(self.envs), config.action_repeat)
         self.success = SuccessRates(config.task.partition("_")[0])
-        self.coach = NoCoach()
+        self.hooks = NoAdvice()
         every = {"log": config.log_every, "eval": config.eval_every, "save": config.save_every}
         self.every = {name: tools.Every(steps) for name, steps in every.items()}
         self.ratio = tools.Ratio(config.train_ratio / (config.batch_size * config.batch_length))
@@ -193,7 +193,7 @@ class Run:
         self.replay = self._make_replay(stored, plan, defaults)
         if config.llm.enabled:
             parts = service, self.agent, self.replay, config, self.logdir, self.timer, self.ranks
-            self.coach = Coach(*parts)
+            self.hooks = AdviceHooks(*parts)
             self._parts.callback(self._end_advice, service)  # before the logger is closed
         # Not earlier: the ring's memory is to be taken as it fills.
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
@@ -248,8 +248,8 @@ class Run:
         self._print_notes()
 
     def _print_notes(self, envs: VecEnv | None = None) -> None:
-        """Tell what the coach and the envs have to say of themselves, each line once."""
-        for line in [*(envs.notes() if envs else []), *self.coach.notes()]:
+        """Tell what the hooks and the envs have to say of themselves, each line once."""
+        for line in [*(envs.notes() if envs else []), *self.hooks.notes()]:
             self._note(line)
 
     def _note(self, line: str) -> None:
@@ -344,7 +344,7 @@ class Run:
         """
         if self.next_batch:
             wait([self.next_batch])  # of a step that failed: it reads the replay
-        self._print_notes()  # the coach's are in no checkpoint; the envs may be closed
+        self._print_notes()  # the hooks' are in no checkpoint; the envs may be closed
         self._gather_notes()
         place = self._replay_state(self.step)
         replay = self.replay.save(self._own(place), latents=clean)
@@ -384,7 +384,7 @@ class Run:
             "prefill": self.prefill.rng.bit_generator.state,
             "replay": replay,
             "stats": self.stats.state_dict(),
-            "coach": self.coach.state_dict(),
+            "hooks": self.hooks.state_dict(),
             "rng": tools.rng_state(),
         }
 
@@ -444,8 +444,8 @@ class Run:
             self._note(line)
         if own:
             self.prefill.rng.bit_generator.state = own["prefill"]
-            if own.get("coach"):
-                self.coach.load_state_dict(own["coach"], self.step, loaded.exact)
+            if own.get("hooks"):
+                self.hooks.load_state_dict(own["hooks"], self.step, loaded.exact)
         if loaded.exact and self._restore_envs(own):
             self.stats.load_state_dict(own["stats"])
             self.state = self.agent.acting_state(own["acting"], len(self.envs))
@@ -522,7 +522,7 @@ class Run:
         """One step in each training env: act, store, count, and see what comes of it."""
         until = self.config.expl_until
         self.agent.explore(not until or self.step < until)
-        advice, plans = self.coach.before(self.obs, self.step)
+        advice, plans = self.hooks.before(self.obs, self.step)
         obs = {**self.obs, **advice}
         if self.step < self.config.prefill:
             action, latents = self.prefill.act(len(self.envs)), {}
@@ -532,7 +532,7 @@ class Run:
                 action, self.state, latents = self.agent.act(obs, self.state, rng, explore=True, plans=plans)
         with self.timer("replay"):
             self.replay.add({k: v for k, v in {**obs, **action, **latents}.items() if k[:4] != "log_"})
-        self.coach.after(obs, self.state, self.step)
+        self.hooks.after(obs, self.state, self.step)
         self._count(obs)
         self._plan_updates()
         with self.timer("env"), self._failing_together():
@@ -578,7 +578,7 @@ class Run:
     def _draw(self) -> None:
         """Let the next batch be drawn and brought to the device, beside whatever happens meanwhile."""
 
-        items = self.coach.items()
+        items = self.hooks.items()
 
         def draw() -> tuple[Arrays, Arrays, dict[str, Tensor]]:
             batch = self.replay.sample(self.batch_size)
@@ -651,7 +651,7 @@ class Run:
                 done = self._evaluate(stop)
         done = self.ranks.tell(done)
         self.evaluations += done
-        self.coach.copy_evaluation(self.ranks)
+        self.hooks.copy_evaluation(self.ranks)
         return done
 
     def _evaluate(self, stop: Sequence[int]) -> bool:
@@ -670,7 +670,7 @@ class Run:
                 if stop:
                     return False
                 done.append(episode)
-            if self.agent.guide.weighs():  # the same worlds once more, through the prior
+            if self.agent.policy.weighs():  # the same worlds once more, through the prior
                 rng = tools.torch_rng(config.seed, "eval_advised", self.evaluations, device=self.device)
                 follower = AdvisedAgent(self.agent)
                 for episode in play_episodes(follower, self.eval_envs, share, rng, first):
@@ -680,7 +680,7 @@ class Run:
             self._write_eval_episodes(done)
             if config.eval_videos:
                 self._write_eval_videos(done)
-            self.coach.evaluated([episode.steps for episode in done])
+            self.hooks.evaluated([episode.steps for episode in done])
         for episode in advised:
             length = episode.length * config.action_repeat
             self.logger.add({"eval_advised/episode_return": episode.score})
@@ -716,7 +716,7 @@ class Run:
         """Write what was collected since the last time, by all learners."""
         size = self.ranks.total(self.replay.size)[0]
         self.logger.add({"replay/size": size, "opt/updates": self.agent.updates})
-        advice = self.coach.metrics()
+        advice = self.hooks.metrics()
         counted = {name: advice.pop(name) for name in list(advice) if is_count(name)}
         self.logger.add(advice | self.timer.shares())
         told = self.ranks.collect((self.logger.state_dict(), self.success.state_dict(), counted))

@@ -329,19 +329,19 @@ class Imagined(NamedTuple):
     decides_next: float | Tensor = 1.0  # [N, H] the same of the next state
 
 
-class Unguided(nn.Module):
+class PlainPolicy(nn.Module):
     """Nobody advises: the actor decides at every step, from replayed states only. The base of guides.
 
     A guide stands between the actor and whoever asks it. lore_llm/guide.py has the one that heeds advice.
     """
 
-    def policy(self, behavior: "ImagBehavior", feat: Tensor, advised: bool = True) -> Policy:
+    def distribution(self, behavior: "ImagBehavior", feat: Tensor, advised: bool = True) -> Policy:
         """The distribution over the actor's choices in feat [..., F], seen through the prior if `advised`."""
         return behavior.actor(feat)
 
     def act(self, behavior: "ImagBehavior", feat: Tensor, advised: bool, training: bool) -> Policy:
         """The policy [n] that acts in the envs, of training or not, seen through the prior if `advised`."""
-        return self.policy(behavior, feat)
+        return self.distribution(behavior, feat)
 
     def starts(
         self, behavior: "ImagBehavior", world_model: WorldModel, start: State
@@ -364,7 +364,7 @@ class Unguided(nn.Module):
         state, feats, actions = start, [rssm.feat(start)], []
         weights = rssm.split_weights()
         for t in range(horizon):
-            policy = self.policy(behavior, feats[-1].detach(), advised)
+            policy = self.distribution(behavior, feats[-1].detach(), advised)
             action = policy.sample([n[t] for n in policy_noise])
             state = rssm.imagine(state, action, noise[t], weights)
             feats.append(rssm.feat(state))
@@ -396,7 +396,7 @@ class Unguided(nn.Module):
         The actor's and the adviser's (or None) probabilities of the primitive actions [A], those of the mix
         that was drawn from, the prior's weight `beta`, and the `option` that runs, or None.
         """
-        probs = self.policy(behavior, feat).parts[0].probs.tolist()
+        probs = self.distribution(behavior, feat).parts[0].probs.tolist()
         return [{"actor": p, "adviser": None, "mix": p, "beta": 0.0, "option": None} for p in probs]
 
     def weighs(self) -> bool:
@@ -432,7 +432,7 @@ class Unguided(nn.Module):
         return choice, {}, {}
 
 
-UNGUIDED = Unguided()
+PLAIN_POLICY = PlainPolicy()
 
 
 class ImagBehavior(nn.Module):
@@ -459,7 +459,7 @@ class ImagBehavior(nn.Module):
         data: Data,
         generator: torch.Generator | None,
         reward_sum: RewardSum = task_reward,
-        guide: Unguided = UNGUIDED,
+        guide: PlainPolicy = PLAIN_POLICY,
     ) -> tuple[Losses, Metrics]:
         """Policy and value losses [N, H], the replay value loss [B, K-1], and metrics.
 
@@ -486,7 +486,7 @@ class ImagBehavior(nn.Module):
             target = slow_value.mean
         elif not dynamics:
             target = value.mean.detach()
-        policy, weight = guide.policy(self, feat[:, :-1]), weight * dream.decided
+        policy, weight = guide.distribution(self, feat[:, :-1]), weight * dream.decided
         losses, ret, advantage = imagination_losses(
             policy, dream.choice, reward, cont, target, value, slow_value, self.retnorm,
             lam=self.trace_decay(dream.decides_next), entropy_scale=c.actor.entropy, slow_reg=c.slow_reg,

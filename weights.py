@@ -34,7 +34,7 @@ PARTS = {
     "actor": ("behavior", ("actor.",)),
     "critic": ("behavior", ("critic.", "slow_critic.", "retnorm.")),
 }
-MODULES = ("world_model", "behavior", "explorer", "guide")
+MODULES = ("world_model", "behavior", "explorer", "policy")
 # Options that say where something is on the machine that trained, or in its network.
 PLACES = ("logdir", "from_checkpoint", "traindir", "evaldir", "llm.base_url", "llm.cache", "envs.ray_address")
 

@@ -44,7 +44,7 @@ def label_parts(agent: Dreamer) -> list[str]:
         (world_model.encoder, "forward", "encoder"),
         (world_model.rssm, "observe", "posterior scan"),
         (world_model.decoder, "forward", "decoder"),
-        (agent.guide, "imagine", "imagination"),
+        (agent.policy, "imagine", "imagination"),
         (world_model, "loss", "world model losses (decoder within)"),
         (behavior, "loss", "behavior losses (imagination within)"),
         (agent.opt, "step", "optimizer"),

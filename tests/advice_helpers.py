@@ -84,22 +84,22 @@ def make_items(agent: Dreamer, amount: int, seed: int = 0) -> dict[str, torch.Te
 
 def give_skills(agent: Dreamer, skills: Mapping[int, tuple[int, Sequence[int], int]]) -> None:
     """Put skills into slots: slot -> (uid, actions, timeout)."""
-    slots, longest = agent.guide.options.script.shape
+    slots, longest = agent.policy.options.script.shape
     table = {"uids": np.zeros(slots, np.int64), "timeouts": np.zeros(slots, np.int64)}
     table["actions"] = np.zeros((slots, longest), np.int64)
     for slot, (uid, actions, timeout) in skills.items():
         table["uids"][slot], table["timeouts"][slot] = uid, timeout
         table["actions"][slot, :timeout] = [actions[i % len(actions)] for i in range(timeout)]
-    agent.guide.options.set_table(table)
+    agent.policy.options.set_table(table)
 
 
 def unsettle(agent: Dreamer) -> None:
     """Give output layers that start at zero some weights, or no gradient would pass through them."""
     torch.manual_seed(1)
     parts = [agent.world_model.reward_head, agent.behavior.critic, agent.behavior.slow_critic]
-    if agent.guide.prior:
-        parts.append(agent.guide.prior)
-        agent.guide.prior.heard.fill_(1.0)  # advice has been there for long
+    if agent.policy.prior:
+        parts.append(agent.policy.prior)
+        agent.policy.prior.heard.fill_(1.0)  # advice has been there for long
     for part in parts:
         torch.nn.init.normal_(part.out.weight, std=0.1)
 

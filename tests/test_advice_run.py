@@ -25,7 +25,7 @@ from distributed import Ranks
 from episodes import EpisodeWriter
 from logger import Timer
 from lore_llm.advice import ActionPrior, Advice
-from lore_llm.coach import Coach, advice_spaces
+from lore_llm.hooks import AdviceHooks, advice_spaces
 from lore_llm.service import AdviceService, Answered
 from replay import Replay
 
@@ -127,7 +127,7 @@ def without_adviser(logdir):
     """The run's metrics and state but for what counts calls."""
     lines = [{k: v for k, v in line.items() if k[:12] != "llm_adapter/"} for line in metrics(logdir)]
     state = moment(logdir)
-    del state["coach"]["service"]
+    del state["hooks"]["service"]
     return lines, state
 
 
@@ -155,17 +155,18 @@ def test_run_goes_on_with_other_envs_and_forgets_what_names_places_in_the_old_re
     options = (*DOORKEY, *FULL, "--llm.until", "1000")
     with signal_at(115):
         assert train(tmp_path, *options) == 143
-    before = tools.load_checkpoint(tmp_path)[0]["coach"]
+    before = tools.load_checkpoint(tmp_path)[0]["hooks"]
     assert before["synthetic"]["items"] and len(before["doubt"]) == 2
     kept = {}
-    load = Coach.load_state_dict
+    load = AdviceHooks.load_state_dict
 
-    def noted(coach, *args):
-        load(coach, *args)
-        kept.update(items=len(coach.synthetic.items), proposals=len(coach.proposals), doubt=coach.guide.doubt)
+    def noted(hooks, *args):
+        load(hooks, *args)
+        kept.update(items=len(hooks.synthetic.items), proposals=len(hooks.proposals))
+        kept.update(doubt=hooks.policy.doubt)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Coach, "load_state_dict", noted)
+        patch.setattr(AdviceHooks, "load_state_dict", noted)
         assert train(tmp_path, *options, "--envs.amount", "1") == 0
     assert kept == {"items": 0, "proposals": 0, "doubt": None}
     assert "filled anew" in log(tmp_path)
@@ -184,14 +185,14 @@ def test_lines_of_the_adviser_are_in_the_log_also_where_a_run_is_stopped(tmp_pat
 def test_weight_of_the_prior_falls_to_zero_until_nobody_is_asked_any_more(tmp_path, monkeypatch):
     shares: dict[int, float] = {}
     asked: list[int] = []
-    before, ask = Coach.before, AdviceService.ask
+    before, ask = AdviceHooks.before, AdviceService.ask
 
-    def noted(coach, obs, step):
-        found = before(coach, obs, step)
-        shares[step] = float(coach.guide.prior.share)
+    def noted(hooks, obs, step):
+        found = before(hooks, obs, step)
+        shares[step] = float(hooks.policy.prior.share)
         return found
 
-    monkeypatch.setattr(Coach, "before", noted)
+    monkeypatch.setattr(AdviceHooks, "before", noted)
     monkeypatch.setattr(
         AdviceService, "ask", lambda *args, step, **more: asked.append(step) or ask(*args, step=step, **more)
     )
@@ -362,7 +363,7 @@ def test_files_of_a_run_without_advice_are_learned_from_with_defaults(tmp_path):
 def test_coach_brings_answers_to_the_steps_that_asked(tmp_path):
     agent = make_agent(("prior",), "--prior.logit_clip", "2", "--llm.until", "1000")
     replay = late_replay()
-    coach = Coach(SilentService(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
+    hooks = AdviceHooks(SilentService(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
     add_steps(replay, 6)
     prior = ActionPrior(logits=(9.0, 0.0, 0.0, 0.0, -9.0))
     answers = [
@@ -370,8 +371,8 @@ def test_coach_brings_answers_to_the_steps_that_asked(tmp_path):
         Answered(1, 4, Advice(action_prior=prior), "", True),
         Answered(1, 6, Advice(), "", False),  # says nothing
     ]
-    coach.service.ask = lambda *args, **kwargs: answers
-    entries, plans = coach.before({}, 10)
+    hooks.service.ask = lambda *args, **kwargs: answers
+    entries, plans = hooks.before({}, 10)
     assert entries["llm_mask"].tolist() == [True, False] and plans == {}
     assert entries["llm_logits"].tolist() == [[2, 0, 0, 0, -2], [0] * 5]
     assert advised(replay, 1) == [4] and advised(replay, 0) == []

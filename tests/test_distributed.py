@@ -33,7 +33,7 @@ from basics import UserError
 from distributed import JoinedRanks, Ranks
 from episodes import EpisodeWriter
 from logger import Collector, merged_logs
-from lore_llm.coach import is_count
+from lore_llm.hooks import is_count
 from models import ReturnNorm
 from replay import Replay
 from stats import SuccessRates, merged_successes
@@ -388,7 +388,7 @@ def test_notes_of_other_learners_reach_the_log_once():
         logger = Collector() if rank else SimpleNamespace(note=printed.append, take_notes=list)
         tell = logger.print if rank else printed.append
         run = SimpleNamespace(ranks=ranks, logger=logger, print=tell, _noted=set(), envs=None)
-        run.coach = SimpleNamespace(notes=lambda: said[rank])
+        run.hooks = SimpleNamespace(notes=lambda: said[rank])
         run._note = lambda line: dreamer.Run._note(run, line)
         dreamer.Run._print_notes(run)
         dreamer.Run._gather_notes(run)
@@ -630,5 +630,5 @@ def test_two_learners_take_advice(tmp_path):
     assert last["uncertainty_gate/advised_share"] > 0
     place = tmp_path / "replay_state" / f"step-{state['step']:012d}" / "rank-1"
     other = tools.load_tensors(place / state["moments"][1] / "own.pt")
-    asked = [own["coach"]["service"]["totals"]["questions"] for own in (state, other)]
+    asked = [own["hooks"]["service"]["totals"]["questions"] for own in (state, other)]
     assert last["step"] == state["step"] and last["llm_adapter/questions"] == sum(asked) > max(asked)

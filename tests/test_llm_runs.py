@@ -60,11 +60,11 @@ def test_a_captioner_that_fails_does_not_end_the_run(tmp_path):
 
 def test_a_captioner_that_cannot_tell_an_end_is_named():
     agent = make_agent(("options",))
-    agent.guide.captioner = Stumbling(agent.guide.captioner.actions, OBS)
-    own = agent.guide.initial(OBS, 1) | {"macro": torch.tensor([1]), "position": torch.tensor([1])}
+    agent.policy.captioner = Stumbling(agent.policy.captioner.actions, OBS)
+    own = agent.policy.initial(OBS, 1) | {"macro": torch.tensor([1]), "position": torch.tensor([1])}
     obs = {"symbolic": np.zeros((1, 2), np.int32)}
     with pytest.raises(UserError, match="Stumbling.*--llm.captioner.*KeyError: 'nothing'"):
-        agent.guide._ended(0, own, obs)
+        agent.policy._ended(0, own, obs)
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_server_that_dies_costs_no_step_and_no_file_holds_the_key(tmp_path, mo
                 server.stop()
             if run.step == 80:
                 server.start()
-                run.coach.service.breaker.until = 0.0  # the pause is over
+                run.hooks.service.breaker.until = 0.0  # the pause is over
             whole(run)
 
         monkeypatch.setattr(dreamer.Run, "interact", interact)

@@ -11,8 +11,8 @@ from advice_helpers import ACTIONS, OBS, give_skills, make_agent, make_batch, so
 
 import distributions as dists
 import models
-from lore_llm.guide import NOTHING, PLAN
 from lore_llm.option_actor import primitives
+from lore_llm.policy import NOTHING, PLAN
 
 SLOTS = 3
 SKILLS = {0: (10, [4], 1), 2: (11, [1, 2, 3], 4)}  # slot -> uid, actions, timeout; slot 1 is empty
@@ -87,7 +87,7 @@ def test_without_skills_the_actor_chooses_among_primitives_as_the_plain_one():
         torch.manual_seed(3)
         torch.nn.init.normal_(each.behavior.actor.outs[0].weight, std=0.5)
     feat = some_feat(agent, 40)
-    policy, expected = agent.guide.policy(agent.behavior, feat), plain.behavior.actor(feat)
+    policy, expected = agent.policy.distribution(agent.behavior, feat), plain.behavior.actor(feat)
     probs = policy.parts[0].probs
     assert torch.allclose(probs[:, SLOTS:], expected.parts[0].probs, atol=1e-6)
     assert (probs[:, :SLOTS] == 0).all()
@@ -98,7 +98,7 @@ def test_without_skills_the_actor_chooses_among_primitives_as_the_plain_one():
 
 def test_primitive_probabilities_leave_options_out():
     agent = options_agent()
-    policy = agent.guide.policy(agent.behavior, some_feat(agent, 5))
+    policy = agent.policy.distribution(agent.behavior, some_feat(agent, 5))
     probs = policy.parts[0].probs
     assert (probs[:, [0, 2]] > 0).all() and (probs[:, 1] == 0).all()
     alone = primitives(policy, ACTIONS)
@@ -108,11 +108,11 @@ def test_primitive_probabilities_leave_options_out():
 
 def test_a_new_skill_in_a_slot_begins_with_outputs_of_its_own():
     agent = options_agent()
-    out = agent.guide.options.out
+    out = agent.policy.options.out
     with torch.no_grad():
         out.weight.fill_(7.0)
         out.bias.fill_(7.0)
-    agent.guide.options.reset_slot(1, agent.rngs["options"])
+    agent.policy.options.reset_slot(1, agent.rngs["options"])
     assert (out.weight[[0, 2]] == 7).all() and (out.bias[[0, 2]] == 7).all()
     assert out.weight[1].abs().max() < 1 and out.weight[1].std() > 0 and out.bias[1] == 0
 
@@ -182,17 +182,17 @@ def test_losses_count_at_decisions_only(monkeypatch):
 def prefer(agent, choice: int) -> None:
     """Let the actor take a choice (slots first) nearly always."""
     with torch.no_grad():
-        for linear in (agent.guide.options.out, agent.behavior.actor.outs[0]):
+        for linear in (agent.policy.options.out, agent.behavior.actor.outs[0]):
             linear.weight.zero_()
             linear.bias.fill_(-20.0)
-        where = agent.guide.options.out if choice < SLOTS else agent.behavior.actor.outs[0]
+        where = agent.policy.options.out if choice < SLOTS else agent.behavior.actor.outs[0]
         where.bias[choice if choice < SLOTS else choice - SLOTS] = 20.0
 
 
 def end_always(agent, logit: float) -> None:
     with torch.no_grad():
-        agent.guide.options.end_out.weight.zero_()
-        agent.guide.options.end_out.bias.fill_(logit)
+        agent.policy.options.end_out.weight.zero_()
+        agent.policy.options.end_out.bias.fill_(logit)
 
 
 def dreamt(agent, rows=5):
@@ -202,7 +202,7 @@ def dreamt(agent, rows=5):
         "stoch": torch.zeros(rows, config.stoch, config.classes),
     }
     with torch.no_grad():
-        return agent.guide.imagine(agent.behavior, agent.rssm, start, agent.rngs["train"])
+        return agent.policy.imagine(agent.behavior, agent.rssm, start, agent.rngs["train"])
 
 
 def test_imagined_option_runs_to_its_timeout_and_then_the_actor_decides():
@@ -221,7 +221,7 @@ def test_imagined_option_goes_on_whatever_else_the_actor_would_choose():
     skills = {0: (10, [4], 3), 2: (11, [1, 2, 3], 3)}
     agent = options_agent("--imag_horizon", "6", "--actor.unimix", "0", skills=skills)
     prefer(agent, 2)
-    agent.guide.options.out.bias.data[0] = 20.0  # one as often as the other
+    agent.policy.options.out.bias.data[0] = 20.0  # one as often as the other
     end_always(agent, -50.0)
     actions = dreamt(agent, 200).action.argmax(-1).unflatten(1, (2, 3)).flatten(0, 1)  # of each option
     assert {tuple(each) for each in actions.tolist()} == {(4, 4, 4), (1, 2, 3)}
@@ -256,7 +256,7 @@ def test_ends_are_asked_for_in_the_state_that_the_option_led_to():
     agent = options_agent("--imag_horizon", "3", "--actor.unimix", "0")
     prefer(agent, 2)
     asked = []
-    agent.guide.options.ends = lambda feat, slot: asked.append((feat, slot)) or torch.full((5,), -50.0)
+    agent.policy.options.ends = lambda feat, slot: asked.append((feat, slot)) or torch.full((5,), -50.0)
     dream = dreamt(agent)
     assert len(asked) == 3
     for t, (feat, slot) in enumerate(asked):
@@ -286,8 +286,8 @@ def test_views_disturb_no_generator_of_training():
 def end_labels(agent, data):
     """Where the loss looks, [B, T-1], and what it wants there."""
     logits = torch.zeros(*data["option"].shape, requires_grad=True)
-    agent.guide.options.ends = lambda feat, slot: logits[:, 1:]
-    agent.guide.options.end_loss(some_feat(agent, *data["option"].shape), data).backward()
+    agent.policy.options.ends = lambda feat, slot: logits[:, 1:]
+    agent.policy.options.end_loss(some_feat(agent, *data["option"].shape), data).backward()
     grad = logits.grad[:, 1:]
     assert (logits.grad[:, 0] == 0).all()
     return grad != 0, grad < 0
@@ -332,10 +332,10 @@ def test_end_loss_by_hand_and_without_executions():
     agent = options_agent()
     end_always(agent, 1.0)
     data = steps([1, 0, 1, 0, 0, 1], [11, 11, 11, 11, 11, 0])
-    loss = agent.guide.options.end_loss(some_feat(agent, 1, 6), data).detach()
+    loss = agent.policy.options.end_loss(some_feat(agent, 1, 6), data).detach()
     p = 1 / (1 + np.exp(-1.0))
     assert float(loss) == pytest.approx(-(2 * np.log(p) + 3 * np.log(1 - p)) / 5, rel=1e-5)
-    assert float(agent.guide.options.end_loss(some_feat(agent, 1, 3), steps([1, 1, 1], [0, 0, 0]))) == 0
+    assert float(agent.policy.options.end_loss(some_feat(agent, 1, 3), steps([1, 1, 1], [0, 0, 0]))) == 0
 
 
 # ---- In the envs
@@ -359,7 +359,7 @@ class Scripted:
         self.agent = make_agent(paths, "--horizon", "2", "--reward_scale", "2")  # disc 0.5
         if "options" in paths:
             give_skills(self.agent, skills)
-        self.guide, self.training = self.agent.guide, training
+        self.policy, self.training = self.agent.policy, training
         self.state = self.agent.initial_state(2)
         self.slots = SLOTS if "options" in paths else 0
         self.value = torch.zeros(2)
@@ -375,7 +375,7 @@ class Scripted:
         obs["symbolic"] = np.array(symbolic or [(0, 0), (0, 0)], np.int32)
         choice = torch.nn.functional.one_hot(torch.tensor(choices), self.slots + ACTIONS).float()
         with torch.no_grad():
-            action, running, stored = self.guide.execute(
+            action, running, stored = self.policy.execute(
                 self.agent.behavior, torch.zeros(2, 1), choice, obs, self.state, plans or {}, self.training
             )
         self.state = {**self.state, **running}
@@ -390,7 +390,7 @@ def test_options_start_run_and_return_in_the_env():
     assert env.step([SLOTS + 4, 2]) == ([3, 1], [False, True], [11, 11])
     assert env.step([SLOTS, SLOTS]) == ([1, 2], [False, False], [11, 11])
     assert env.step([SLOTS + 4, SLOTS]) == ([4, 3], [True, False], [0, 11])  # the timeout of 4 steps
-    assert [(o.env, o.uid, o.length) for o in env.guide.outcomes] == [(1, 10, 1), (0, 11, 4)]
+    assert [(o.env, o.uid, o.length) for o in env.policy.outcomes] == [(1, 10, 1), (0, 11, 4)]
 
 
 def test_outcome_of_an_option_is_its_discounted_return_less_what_was_expected():
@@ -401,7 +401,7 @@ def test_outcome_of_an_option_is_its_discounted_return_less_what_was_expected():
     env.step([0, SLOTS], reward=(2, 0))
     env.step([0, SLOTS], reward=(4, 0))
     env.step([SLOTS, SLOTS], reward=(8, 0), value=(16, 0))
-    (outcome,) = env.guide.outcomes
+    (outcome,) = env.policy.outcomes
     ret = 2 * (1 + 2 / 2 + 4 / 4 + 8 / 8) + 16 / 16  # reward_scale 2, discount 1/2
     assert outcome.gain == pytest.approx((ret - 3) / 4)
     assert (outcome.uid, outcome.length, outcome.success) == (11, 4, True)
@@ -413,17 +413,17 @@ def test_option_ends_with_the_episode():
     env.step([2, 2], value=(1, 1), is_first=[0, 1])
     _, decision, option = env.step([2, 2], reward=(3, 3), value=(8, 8), is_last=[0, 1], is_terminal=[1])
     assert decision == [True, True] and option == [0, 0]  # nothing starts at the end
-    gains = [outcome.gain for outcome in env.guide.outcomes]
+    gains = [outcome.gain for outcome in env.policy.outcomes]
     assert gains == pytest.approx([2 * 3 + 0.5 * 8 - 1, 2 * 3 - 1])  # a truncated episode is bootstrapped
     assert env.step([SLOTS, 2], is_first=[0, 1]) == ([0, 1], [True, True], [0, 11])
-    assert len(env.guide.outcomes) == 2
+    assert len(env.policy.outcomes) == 2
 
 
 def test_option_does_not_go_on_after_the_worker_was_restarted():
     env = Scripted()
     env.step([2, SLOTS], is_first=[0, 1])
     assert env.step([SLOTS + 3, SLOTS], reward=(9, 0), is_first=[0]) == ([3, 0], [True, True], [0, 0])
-    assert env.guide.outcomes == []
+    assert env.policy.outcomes == []
     assert env.step([2, SLOTS]) == ([1, 0], [True, True], [11, 0])
 
 
@@ -441,22 +441,22 @@ class Watcher:
 
 def test_option_ends_at_its_subgoal_which_is_its_success():
     env = Scripted()
-    env.guide.captioner, env.guide.subgoals = Watcher(), ["grow", None, "grow"]
+    env.policy.captioner, env.policy.subgoals = Watcher(), ["grow", None, "grow"]
     env.step([2, 2], value=(9, 9), is_first=[0, 1], symbolic=[(5, 0), (5, 0)])
     assert env.step([0, 0], symbolic=[(5, 1), (4, 1)])[1] == [False, False]
     # Reached is measured from the start, not from the step before.
     assert env.step([SLOTS, SLOTS], symbolic=[(6, 2), (5, 2)])[1] == [True, False]
-    (outcome,) = env.guide.outcomes
+    (outcome,) = env.policy.outcomes
     assert outcome.success and outcome.gain < 0 and outcome.length == 2
-    assert env.guide.captioner.seen == ([4, 1], [5, 2], 2)
+    assert env.policy.captioner.seen == ([4, 1], [5, 2], 2)
 
 
 def test_option_ends_where_its_action_was_blocked():
     env = Scripted()
-    env.guide.captioner, env.guide.subgoals = Watcher(), ["grow", None, "grow"]
+    env.policy.captioner, env.policy.subgoals = Watcher(), ["grow", None, "grow"]
     env.step([2, 2], is_first=[0, 1], symbolic=[(5, 0), (5, 0)], value=(-1, 0))
     assert env.step([SLOTS, SLOTS], symbolic=[(5, 0), (5, 1)])[1] == [True, False]
-    (outcome,) = env.guide.outcomes
+    (outcome,) = env.policy.outcomes
     assert not outcome.success and outcome.gain > 0  # success is the subgoal's, where there is one
 
 
@@ -471,7 +471,7 @@ def test_plan_is_executed_and_every_step_of_it_is_a_decision():
     assert env.step([2, SLOTS], reward=(1, 0)) == ([3, 0], [True, True], [0, 0])
     assert env.step([2, SLOTS], reward=(1, 0)) == ([0, 0], [True, True], [0, 0])
     assert env.step([SLOTS + 1, SLOTS], reward=(1, 0), value=(4, 0)) == ([1, 0], [True, True], [0, 0])
-    (outcome,) = env.guide.outcomes
+    (outcome,) = env.policy.outcomes
     ret = 2 * (1 + 1 / 2 + 1 / 4) + 4 / 8
     assert (outcome.uid, outcome.length) == (PLAN, 3)
     assert outcome.gain == pytest.approx(ret - 3) and outcome.error == pytest.approx(10 - ret)
@@ -505,7 +505,7 @@ def test_evaluation_runs_options_but_keeps_no_account_of_them():
     env = Scripted(training=False)
     env.step([0, 2], is_first=[0, 1])
     assert env.step([SLOTS, SLOTS])[:2] == ([0, 2], [True, False])
-    assert env.guide.outcomes == []
+    assert env.policy.outcomes == []
 
 
 def test_removed_skill_runs_to_its_end_where_it_had_begun():
@@ -534,7 +534,7 @@ def test_agent_stores_what_the_env_did():
 
 
 def test_spaces_of_what_is_stored_fit_the_replay():
-    from lore_llm.coach import advice_spaces
+    from lore_llm.hooks import advice_spaces
 
     agent = options_agent()
     spaces, defaults = advice_spaces(agent.config, {"action": gymnasium.spaces.Discrete(ACTIONS)})
@@ -547,5 +547,5 @@ def test_metric_tells_how_many_of_the_imagined_choices_are_options():
     choice = F.one_hot(torch.tensor([[0, 4, 3, 5], [4, 0, 0, 6]]), 3 + ACTIONS).float()  # slot 0, or none
     decided = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]])  # what was drawn elsewhere is void
     dream = models.Imagined(torch.zeros(2, 5, 1), choice[..., 3:], choice, decided, decided)
-    _, metrics = agent.guide.loss(agent.behavior, dream, None, 1.0)
+    _, metrics = agent.policy.loss(agent.behavior, dream, None, 1.0)
     assert float(metrics["options/imagined_share"]) == 0.5

@@ -30,8 +30,8 @@ def make_prior(*options: str, **values: float) -> Prior:
     """A prior net that has just heard its first advice; `values` of its options."""
     words = [word for name, value in values.items() for word in (f"--prior.{name}", str(value))]
     agent = make_agent(("prior",), *options, *words)
-    agent.guide.prior.heard.fill_(1e-9)
-    return agent.guide.prior
+    agent.policy.prior.heard.fill_(1e-9)
+    return agent.policy.prior
 
 
 # ---- The weight
@@ -73,7 +73,7 @@ def test_there_is_no_weight_before_the_first_advice():
 def test_uncertainty_is_the_mean_of_its_parts():
     agent = make_agent(("prior",))
     unsettle(agent)
-    guide, behavior, feat = agent.guide, agent.behavior, some_feat(agent, 7)
+    guide, behavior, feat = agent.policy, agent.behavior, some_feat(agent, 7)
     behavior.retnorm.range[1] = 40.0
     torch.nn.init.normal_(behavior.actor.outs[0].weight, std=1.0)
     policy = behavior.actor(feat)
@@ -93,7 +93,7 @@ def test_uncertainty_is_the_mean_of_its_parts():
 
 def test_largest_disagreement_follows_the_95th_percentile():
     agent = make_agent(("prior",), "--expl_behavior", "plan2explore")
-    guide = agent.guide
+    guide = agent.policy
     values = torch.arange(agent.config.batch_size * agent.config.batch_length, dtype=torch.float32)
     shape = agent.config.batch_size, agent.config.batch_length  # real states; else imagined ones
 
@@ -117,17 +117,17 @@ def test_the_actor_is_seen_through_the_prior_and_then_mixed_with_the_uniform():
     unsettle(agent)
     torch.nn.init.normal_(agent.behavior.actor.outs[0].weight, std=0.5)
     feat = some_feat(agent, 7)
-    seen = agent.guide.seen(agent.behavior, feat)
+    seen = agent.policy.seen(agent.behavior, feat)
     logits = agent.behavior.actor.outs[0](agent.behavior.actor.mlp(feat))
-    prior = agent.guide.prior(feat)
+    prior = agent.policy.prior(feat)
     assert float(seen.beta.min()) > 0.03
     expected = 0.9 * F.softmax(logits + seen.beta[:, None] * prior, -1) + 0.1 / ACTIONS
     assert torch.allclose(seen.policy.parts[0].probs, expected, atol=1e-6)
     assert torch.equal(seen.plain.parts[0].probs, agent.behavior.actor(feat).parts[0].probs)
     assert float((expected - seen.plain.parts[0].probs).detach().abs().max()) > 0.01
-    bare = agent.guide.policy(agent.behavior, feat, advised=False)
+    bare = agent.policy.distribution(agent.behavior, feat, advised=False)
     assert torch.equal(bare.parts[0].probs, seen.plain.parts[0].probs)
-    without = agent.guide.seen(agent.behavior, feat, advised=False)
+    without = agent.policy.seen(agent.behavior, feat, advised=False)
     assert torch.equal(without.policy.parts[0].probs, seen.plain.parts[0].probs) and not without.beta.any()
 
 
@@ -167,7 +167,7 @@ def test_policy_without_any_advice_is_the_plain_one_to_the_last_bit():
     agent = make_agent(("prior",))
     torch.nn.init.normal_(agent.behavior.actor.outs[0].weight, std=0.5)
     feat = some_feat(agent, 50)
-    seen = agent.guide.seen(agent.behavior, feat)
+    seen = agent.policy.seen(agent.behavior, feat)
     assert not seen.beta.any() and seen.uncertainty.all()
     assert torch.equal(seen.policy.parts[0].probs, agent.behavior.actor(feat).parts[0].probs)
 
@@ -215,7 +215,7 @@ def advised_losses(agent, **changes):
     losses = {}
     step = agent.opt.step
     agent.opt.step = lambda: {"grad_norm": torch.zeros(()), "skipped": torch.tensor(False)}
-    world_loss, loss, learn = agent.world_model.loss, agent.behavior.loss, agent.guide.learn
+    world_loss, loss, learn = agent.world_model.loss, agent.behavior.loss, agent.policy.learn
 
     def noted(function):
         def call(*args, **kwargs):
@@ -225,7 +225,7 @@ def advised_losses(agent, **changes):
 
         return call
 
-    agent.world_model.loss, agent.behavior.loss, agent.guide.learn = map(noted, (world_loss, loss, learn))
+    agent.world_model.loss, agent.behavior.loss, agent.policy.learn = map(noted, (world_loss, loss, learn))
     backward = torch.Tensor.backward
     torch.Tensor.backward = lambda self, *args, **kwargs: None  # the graph is wanted afterwards
     try:
@@ -234,7 +234,7 @@ def advised_losses(agent, **changes):
         agent.train(batch | changes)
     finally:
         torch.Tensor.backward, agent.opt.step = backward, step
-    guide = agent.guide
+    guide = agent.policy
     parts = {name: getattr(agent.world_model, name) for name in MODEL}
     parts |= {"actor": agent.behavior.actor, "critic": agent.behavior.critic, "prior": guide.prior}
     ends = torch.nn.ModuleList([guide.options.end_mlp, guide.options.end_out])
@@ -270,7 +270,7 @@ def test_lambda_distill_weighs_what_the_latents_learn_from_the_advice():
         unsettle(agent)
         data = {key: torch.from_numpy(value) for key, value in make_batch(agent).items()}
         post, data = agent.world_model.observe(data, agent.rngs["train"])
-        losses, _ = agent.guide.learn(agent.world_model, agent.behavior, post, data)
+        losses, _ = agent.policy.learn(agent.world_model, agent.behavior, post, data)
         grads += torch.autograd.grad(losses["advice_distill"], agent.world_model.encoder.parameters())
     one, five = grads[: len(grads) // 2], grads[len(grads) // 2 :]
     assert all(torch.allclose(5 * a, b, atol=1e-6) for a, b in zip(one, five, strict=True))
@@ -279,10 +279,10 @@ def test_lambda_distill_weighs_what_the_latents_learn_from_the_advice():
 
 def test_policy_gradient_is_that_of_a_constant_added_to_the_actors_logits():
     agent = full_agent()
-    behavior, guide, feat = agent.behavior, agent.guide, some_feat(agent, 6)
+    behavior, guide, feat = agent.behavior, agent.policy, some_feat(agent, 6)
     value = F.one_hot(torch.arange(6) % ACTIONS, ACTIONS + 3).flip(-1).float()
     out = behavior.actor.outs[0].weight
-    (grad,) = torch.autograd.grad(guide.policy(behavior, feat).log_prob(value).sum(), out)
+    (grad,) = torch.autograd.grad(guide.distribution(behavior, feat).log_prob(value).sum(), out)
     seen, hidden = guide.seen(behavior, feat), behavior.actor.mlp(feat)
     constant = (seen.beta[:, None] * seen.prior).detach()
     assert float(constant.abs().max()) > 0.01
@@ -294,12 +294,12 @@ def test_policy_gradient_is_that_of_a_constant_added_to_the_actors_logits():
 def test_advice_kl_pulls_the_actor_towards_the_mix():
     agent = make_agent(("prior",), "--prior.lambda_kl", "5", "--actor.entropy", "0.1")
     unsettle(agent)
-    behavior, guide, feat = agent.behavior, agent.guide, some_feat(agent, 6)
-    policy = guide.policy(behavior, feat[:, None])
+    behavior, guide, feat = agent.behavior, agent.policy, some_feat(agent, 6)
+    policy = guide.distribution(behavior, feat[:, None])
     seen = guide.last_seen
     p, q = (each.parts[0].probs[:, 0] for each in (seen.policy, seen.plain))
     dream = guide.imagine(behavior, agent.rssm, start_of(agent, 6), None)._replace(feat=feat[:, None])
-    policy = guide.policy(behavior, feat[:, None])
+    policy = guide.distribution(behavior, feat[:, None])
     losses, metrics = guide.loss(behavior, dream, policy, 1.0)
     kl = (p * (p / q).log()).sum(-1)
     assert torch.allclose(losses["advice_kl"][:, 0], 0.5 * kl, atol=1e-7) and float(kl.min()) > 1e-6
@@ -327,7 +327,7 @@ def start_of(agent, rows):
 def test_dual_keeps_the_divergence_at_its_target_at_most(target):
     agent = make_agent(("prior",), "--prior.delta_target", str(target), "--prior.beta_max", "1")
     unsettle(agent)
-    guide, behavior = agent.guide, agent.behavior
+    guide, behavior = agent.policy, agent.behavior
     torch.nn.init.normal_(guide.prior.out.weight, std=2.0)  # as strong as advice may be
     guide.prior.reliability.moments.copy_(torch.tensor([1.0, 1.0, 1.0]))
     divergences = []
@@ -502,7 +502,7 @@ def test_only_rewards_later_in_the_episode_count(reward_at, told, monkeypatch):
 def test_reliability_counts_the_steps_at_which_the_actor_chose():
     agent = make_agent(("prior", "options"))
     noted = {}
-    agent.guide.prior.follow = lambda *args: noted.update(mask=args[-2])
+    agent.policy.prior.follow = lambda *args: noted.update(mask=args[-2])
     batch = make_batch(agent)
     batch["llm_mask"][:] = True
     batch["is_last"][1, 4] = True

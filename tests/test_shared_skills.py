@@ -20,13 +20,13 @@ from test_advice_run import DOORKEY, FULL, late_replay
 from test_distributed import Threads, free_port, own_moment
 
 import dreamer
-import lore_llm.coach as coaches
+import lore_llm.hooks as hooks_module
 import tools
 from logger import Timer
 from lore_llm import OptionSpec, options
 from lore_llm.advice import Advice
-from lore_llm.coach import Coach
-from lore_llm.guide import PLAN, Outcome
+from lore_llm.hooks import AdviceHooks
+from lore_llm.policy import PLAN, Outcome
 from lore_llm.service import Answered
 
 OBS = {"is_first": np.zeros(2, bool), "is_last": np.zeros(2, bool)}
@@ -65,38 +65,38 @@ class Talking(Threads):
 
 
 class Learners:
-    """Two learners' coaches, which do each step together."""
+    """Two learners' all_hooks, which do each step together."""
 
     def __init__(self, logdir: Path):
         barrier, board = threading.Barrier(2, timeout=60), [None, None]
-        self.coaches = []
+        self.all_hooks = []
         for rank in range(2):
             agent = make_agent(("options",), *"--llm.until 1000 --options.option_min_tries 4".split())
             agent.rngs["options"].manual_seed(rank)
             parts = SilentService(), agent, late_replay(), agent.config, logdir, Timer()
-            self.coaches.append(Coach(*parts, Talking(rank, barrier, board)))
+            self.all_hooks.append(AdviceHooks(*parts, Talking(rank, barrier, board)))
 
     def together(self, act) -> list:
         with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(act, self.coaches))
+            return list(pool.map(act, self.all_hooks))
 
     def step(self, step: int, outcomes=((), ())) -> None:
-        def act(coach: Coach) -> None:
-            coach.before(OBS, step)
-            coach.guide.outcomes = list(outcomes[coach.ranks.rank])
-            coach.after(OBS, CALM, step)
+        def act(hooks: AdviceHooks) -> None:
+            hooks.before(OBS, step)
+            hooks.policy.outcomes = list(outcomes[hooks.ranks.rank])
+            hooks.after(OBS, CALM, step)
 
         self.together(act)
 
     def same(self) -> dict:
         """What both have of the skills, which must be the same."""
         seen = []
-        for coach in self.coaches:
-            actor = coach.guide.options
-            table = {key: torch.from_numpy(value) for key, value in coach.library.table().items()}
+        for hooks in self.all_hooks:
+            actor = hooks.policy.options
+            table = {key: torch.from_numpy(value) for key, value in hooks.library.table().items()}
             assert (table["uids"] == actor.uids).all() and (table["actions"] == actor.script).all()
-            skills = [skill and options._pack(skill) for skill in coach.library.slots]
-            seen.append({"skills": skills, "names": coach.guide.names, "actor": actor.state_dict()})
+            skills = [skill and options._pack(skill) for skill in hooks.library.slots]
+            seen.append({"skills": skills, "names": hooks.policy.names, "actor": actor.state_dict()})
             seen[-1]["actor"] = {key: value.clone() for key, value in seen[-1]["actor"].items()}
         for one in seen:  # only the first counts
             for skill in filter(None, one["skills"]):
@@ -123,16 +123,16 @@ def answering(*specs: OptionSpec, asked: list | None = None):
 @pytest.fixture
 def learners(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "SETTLE_SECONDS", 0.0)
-    monkeypatch.setattr(coaches, "POLL_STEPS", 1)
+    monkeypatch.setattr(hooks_module, "POLL_STEPS", 1)
     return Learners(tmp_path)
 
 
 def test_learners_have_the_skills_of_the_first_and_equal_weights(learners):
-    first, second = learners.coaches
+    first, second = learners.all_hooks
     asked = [], []
     first.service.ask = answering(skill("back", 1, 2), skill("on", 3), asked=asked[0])
     second.service.ask = answering(skill("unasked", 4), asked=asked[1])
-    blank = first.guide.options.out.weight.clone()
+    blank = first.policy.options.out.weight.clone()
     learners.step(10)
     seen = learners.same()
     assert seen["names"] == ["back", "on", None] and asked == ([True], [False])
@@ -145,9 +145,9 @@ def test_learners_have_the_skills_of_the_first_and_equal_weights(learners):
 
 
 def test_executions_of_all_learners_decide(learners):
-    learners.coaches[0].service.ask = answering(skill("harmful", 1), skill("fine", 2))
+    learners.all_hooks[0].service.ask = answering(skill("harmful", 1), skill("fine", 2))
     learners.step(10)
-    learners.coaches[0].service.ask = SilentService().ask
+    learners.all_hooks[0].service.ask = SilentService().ask
 
     def executed(uid: int, *gains: float) -> list[Outcome]:
         return [Outcome(0, uid, gain, np.nan, gain > 0, 1) for gain in gains]
@@ -160,18 +160,18 @@ def test_executions_of_all_learners_decide(learners):
     seen = learners.same()
     assert seen["names"] == [None, "fine", None]
     assert (seen["actor"]["out.weight"] != before).any(1).tolist() == [True, False, False]
-    told = [coach.metrics() for coach in learners.coaches]
+    told = [hooks.metrics() for hooks in learners.all_hooks]
     assert told[0]["options/removed"] == 1 and told[0]["options/fine/tries"] == 1
     assert [name for name in told[1] if name[:8] == "options/"] == ["options/used_share"]
-    assert [len(coach.counts) for coach in learners.coaches] == [0, 0]
+    assert [len(hooks.counts) for hooks in learners.all_hooks] == [0, 0]
 
 
 def test_what_a_person_edits_reaches_all_learners(learners, tmp_path):
-    learners.coaches[0].service.ask = answering(skill("old", 1))
+    learners.all_hooks[0].service.ask = answering(skill("old", 1))
     learners.step(10)
-    learners.coaches[0].service.ask = SilentService().ask
+    learners.all_hooks[0].service.ask = SilentService().ask
     path = tmp_path / "skills.yaml"
-    action = learners.coaches[0].captioner.actions[2]
+    action = learners.all_hooks[0].captioner.actions[2]
     text = path.read_text().replace("name: old", "name: new").replace("# By this", MINE.format(action=action))
     path.write_text(text)
     learners.step(20)
@@ -183,18 +183,18 @@ def test_what_a_person_edits_reaches_all_learners(learners, tmp_path):
 
 
 def test_resumed_learners_have_the_skills_whatever_their_number_was(learners, tmp_path):
-    learners.coaches[0].service.ask = answering(skill("old", 1))
+    learners.all_hooks[0].service.ask = answering(skill("old", 1))
     learners.step(10)
-    states = [coach.state_dict() for coach in learners.coaches]
+    states = [hooks.state_dict() for hooks in learners.all_hooks]
     assert states[1]["library"] == {}
     (tmp_path / "skills.yaml").unlink()
     later = Learners(tmp_path)
-    later.coaches[0].load_state_dict(states[0], 10, True)  # the second is new
+    later.all_hooks[0].load_state_dict(states[0], 10, True)  # the second is new
     later.step(11)
     assert later.same()["names"] == ["old", None, None]
     later = Learners(tmp_path)
-    for coach, state in zip(later.coaches, states, strict=True):
-        coach.load_state_dict(state, 10, True)
+    for hooks, state in zip(later.all_hooks, states, strict=True):
+        hooks.load_state_dict(state, 10, True)
     later.step(11)
     assert later.same()["names"] == ["old", None, None]
 
@@ -217,9 +217,9 @@ def look(run: dreamer.Run) -> dict:
         "step": run.step,
         "updates": run.agent.updates,
         "weights": hashlib.sha256(data).hexdigest(),
-        "uids": run.agent.guide.options.uids.tolist(),
-        "names": run.agent.guide.names,
-        "library": [skill and skill.uid for skill in run.coach.library.slots],
+        "uids": run.agent.policy.options.uids.tolist(),
+        "names": run.agent.policy.names,
+        "library": [skill and skill.uid for skill in run.hooks.library.slots],
     }
 
 
@@ -228,10 +228,10 @@ def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
 
     A person adds a skill at step 50.
     """
-    options.SETTLE_SECONDS, coaches.POLL_STEPS = 0.0, 10
+    options.SETTLE_SECONDS, hooks_module.POLL_STEPS = 0.0, 10
     seen: list[dict] = []
     executed: Counter[int] = Counter()
-    learn, record = dreamer.Run.learn, Coach._record
+    learn, record = dreamer.Run.learn, AdviceHooks._record
 
     def learn_and_look(run: dreamer.Run) -> None:
         learn(run)
@@ -240,11 +240,11 @@ def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
             path = run.logdir / "skills.yaml"
             path.write_text(path.read_text().replace("# By this", MINE.format(action="forward")))
 
-    def harm(coach: Coach, outcomes: list[Outcome]) -> bool:
+    def harm(hooks: AdviceHooks, outcomes: list[Outcome]) -> bool:
         executed.update(outcome.uid for outcome in outcomes)
-        return record(coach, [each._replace(gain=-1.0 if each.uid % 2 else 1.0) for each in outcomes])
+        return record(hooks, [each._replace(gain=-1.0 if each.uid % 2 else 1.0) for each in outcomes])
 
-    dreamer.Run.learn, Coach._record = learn_and_look, harm
+    dreamer.Run.learn, AdviceHooks._record = learn_and_look, harm
     for port, (name, learners, steps) in zip(ports, RUNS, strict=True):
         barrier.wait()
         if rank == 0 and name == "other" and not (folder / name).exists():
@@ -274,7 +274,7 @@ def told_of(runs: Path, name: str) -> list[dict]:
 
 def skills_of(logdir: Path) -> dict[str, dict]:
     """The skills of the last checkpoint by their uids."""
-    slots = tools.load_checkpoint(logdir)[0]["coach"]["library"]["slots"]
+    slots = tools.load_checkpoint(logdir)[0]["hooks"]["library"]["slots"]
     return {str(skill["uid"]): skill for skill in slots if skill}
 
 
@@ -292,7 +292,7 @@ def test_learners_of_a_whole_run_have_the_same_skills_and_weights(runs):
     assert tries == {uid: ours[uid] + theirs[uid] for uid in tries} and max(tries.values()) > 1
     gone = (ours | theirs).keys() - tries.keys()
     assert any(ours[uid] < 2 for uid in gone)  # one learner alone would not have removed it yet
-    library = tools.load_checkpoint(runs / "whole")[0]["coach"]["library"]
+    library = tools.load_checkpoint(runs / "whole")[0]["hooks"]["library"]
     assert library["removals"] == len(gone) >= metrics(runs / "whole")[-1]["options/removed"] > 0
 
 

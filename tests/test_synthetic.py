@@ -24,8 +24,8 @@ from distributed import Ranks
 from logger import Timer
 from lore_llm import synthetic
 from lore_llm.advice import MAX_PLAN, Advice
-from lore_llm.coach import Coach, advice_spaces
-from lore_llm.guide import PLAN, Outcome
+from lore_llm.hooks import AdviceHooks, advice_spaces
+from lore_llm.policy import PLAN, Outcome
 from lore_llm.service import Answered
 from lore_llm.synthetic import Item, SyntheticItems
 from replay import Replay
@@ -91,11 +91,11 @@ def test_extra_starts_are_never_more_than_their_share(ratio, batch, length, last
 
 
 def test_batch_too_small_for_any_extra_start_trains_as_ever(tmp_path):
-    agent, coach = make_coach(tmp_path, "--synthetic.synthetic_ratio_max", "0.05")
+    agent, hooks = make_hooks(tmp_path, "--synthetic.synthetic_ratio_max", "0.05")
     assert synthetic.rows(agent.config) == 0
-    fill(coach.replay)
-    coach.synthetic.add(Item(0, 5, [1, 2], 1.0, 0))
-    assert coach.items()() == {}
+    fill(hooks.replay)
+    hooks.synthetic.add(Item(0, 5, [1, 2], 1.0, 0))
+    assert hooks.items()() == {}
     agent.train(make_batch(agent))
 
 
@@ -130,7 +130,7 @@ def test_rollout_by_hand():
 def test_cloning_is_the_log_probability_of_the_plan_by_its_advantage():
     agent = make_agent(("synthetic",), "--synthetic.lambda_bc", "0.3")
     unsettle(agent)
-    guide, behavior = agent.guide, agent.behavior
+    guide, behavior = agent.policy, agent.behavior
     guide.items = make_items(agent, 4)
     real = agent.rssm.unpack(guide.items["deter"], guide.items["stoch"])
     guide.starts(behavior, agent.world_model, real)
@@ -150,12 +150,12 @@ def test_cloning_is_the_log_probability_of_the_plan_by_its_advantage():
 
 
 def extra_starts(agent, items):
-    agent.guide.items = items
+    agent.policy.items = items
     real = {
         "deter": torch.zeros(12, agent.config.rssm.deter),
         "stoch": torch.zeros(12, agent.config.rssm.stoch, agent.config.rssm.classes),
     }
-    return agent.guide.starts(agent.behavior, agent.world_model, real)
+    return agent.policy.starts(agent.behavior, agent.world_model, real)
 
 
 def test_starts_are_the_real_ones_and_those_that_plans_lead_to():
@@ -163,7 +163,7 @@ def test_starts_are_the_real_ones_and_those_that_plans_lead_to():
     assert synthetic.rows(agent.config) == 4  # of 16
     items = make_items(agent, 1)
     starts, weight = extra_starts(agent, items)
-    rollout = agent.guide.rollout
+    rollout = agent.policy.rollout
     assert len(starts["deter"]) == len(starts["stoch"]) == 16 and weight.shape == (16, 1)
     assert torch.equal(starts["deter"][12:], rollout.states["deter"][0, :4])
     assert not starts["deter"][:12].any()
@@ -179,9 +179,9 @@ def test_without_items_of_any_weight_the_real_starts_count_alone():
     items["weight"][:] = 0
     _, weight = extra_starts(agent, items)
     assert (weight[:12] == 16 / 12).all() and (weight[12:] == 0).all()
-    agent.guide.items = {}
+    agent.policy.items = {}
     real = {"deter": torch.zeros(1)}
-    assert agent.guide.starts(agent.behavior, agent.world_model, real) == (real, 1.0)
+    assert agent.policy.starts(agent.behavior, agent.world_model, real) == (real, 1.0)
 
 
 def test_return_normaliser_sees_real_rows_only(monkeypatch):
@@ -340,10 +340,10 @@ def test_judged_disagreement_is_the_mean_over_the_plans_own_steps():
     assert judged["disagreement"].tolist() == [2.0, 4.0]
 
 
-# ---- The coach
+# ---- The run's side
 
 
-def make_coach(tmp_path, *options, paths=("synthetic",)):
+def make_hooks(tmp_path, *options, paths=("synthetic",)):
     agent = make_agent(paths, "--prefill", "10", *options)
     act = {"action": gymnasium.spaces.Discrete(ACTIONS)}
     found, defaults = advice_spaces(agent.config, act)
@@ -352,7 +352,7 @@ def make_coach(tmp_path, *options, paths=("synthetic",)):
         OBS | act | found, 2, 60, 6, 1, 0, deter_size=rssm.deter, stoch_size=rssm.stoch,
         classes=rssm.classes, defaults=defaults,
     )  # fmt: skip
-    return agent, Coach(SilentService(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
+    return agent, AdviceHooks(SilentService(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
 
 
 def judge_as(agent, *, plan=2.0, policy=1.0, disagreement=0.0):
@@ -370,11 +370,11 @@ def answer(env=0, place=0, plan=("action_1", "action_2"), late=False, **advice):
     return Answered(env, place, Advice(plan=plan, **advice), "", late)
 
 
-def ask_with(coach, *answers, step):
+def ask_with(hooks, *answers, step):
     """One look at the envs in which the adviser answers so."""
-    coach.service.ask = lambda *args, **kwargs: list(answers)
+    hooks.service.ask = lambda *args, **kwargs: list(answers)
     obs = {key: np.zeros((2, *space.shape), space.dtype) for key, space in OBS.items()}
-    return obs, *coach.before(obs, step)
+    return obs, *hooks.before(obs, step)
 
 
 @pytest.mark.parametrize(
@@ -384,16 +384,16 @@ def ask_with(coach, *answers, step):
 def test_plan_is_accepted_when_it_beats_the_policy_and_the_model_is_sure(
     tmp_path, plan, disagreement, accepted
 ):
-    agent, coach = make_coach(tmp_path, "--eval_every", "0", "--synthetic.synthetic_warmup", "0")
-    fill(coach.replay)
-    agent.guide.ensemble = lambda feat, action: torch.zeros(())
-    agent.guide.largest.fill_(0.5)
+    agent, hooks = make_hooks(tmp_path, "--eval_every", "0", "--synthetic.synthetic_warmup", "0")
+    fill(hooks.replay)
+    agent.policy.ensemble = lambda feat, action: torch.zeros(())
+    agent.policy.largest.fill_(0.5)
     judge_as(agent, plan=plan, policy=1.0, disagreement=disagreement)
-    obs, _, _ = ask_with(coach, answer(env=1, place=4, confidence=0.7), step=100)
-    coach.after(obs, agent.initial_state(2), 100)
+    obs, _, _ = ask_with(hooks, answer(env=1, place=4, confidence=0.7), step=100)
+    hooks.after(obs, agent.initial_state(2), 100)
     expected = [Item(1, 4, [1, 2], 0.7, agent.updates)] if accepted else []
-    assert list(coach.synthetic.items) == expected
-    metrics = coach.metrics()
+    assert list(hooks.synthetic.items) == expected
+    metrics = hooks.metrics()
     assert metrics["synthetic/accepted"] == accepted
     assert metrics["synthetic/return_gain"] == pytest.approx(plan - 1)
 
@@ -411,48 +411,48 @@ def test_plan_is_accepted_when_it_beats_the_policy_and_the_model_is_sure(
     ],
 )
 def test_plans_are_used_after_the_warm_up_when_the_model_has_settled(tmp_path, step, losses, ready):
-    agent, coach = make_coach(tmp_path, "--synthetic.synthetic_warmup", "50")
-    fill(coach.replay)
+    agent, hooks = make_hooks(tmp_path, "--synthetic.synthetic_warmup", "50")
+    fill(hooks.replay)
     judge_as(agent)
-    coach.model_losses = losses
-    obs, _, _ = ask_with(coach, answer(), step=step)
-    coach.after(obs, agent.initial_state(2), step)
-    assert bool(coach.synthetic.items) == ready
+    hooks.model_losses = losses
+    obs, _, _ = ask_with(hooks, answer(), step=step)
+    hooks.after(obs, agent.initial_state(2), step)
+    assert bool(hooks.synthetic.items) == ready
 
 
 def test_plans_of_the_prefill_are_not_judged(tmp_path):
-    agent, coach = make_coach(tmp_path, "--eval_every", "0", "--synthetic.synthetic_warmup", "0")
-    fill(coach.replay)
+    agent, hooks = make_hooks(tmp_path, "--eval_every", "0", "--synthetic.synthetic_warmup", "0")
+    fill(hooks.replay)
     judge_as(agent)
     for step, known in ((9, 0), (10, 1)):
-        obs, _, _ = ask_with(coach, answer(), step=step)
-        coach.after(obs, agent.initial_state(2), step)
-        assert len(coach.synthetic.items) == known
+        obs, _, _ = ask_with(hooks, answer(), step=step)
+        hooks.after(obs, agent.initial_state(2), step)
+        assert len(hooks.synthetic.items) == known
 
 
 def test_late_plans_about_steps_without_latents_are_not_judged(tmp_path):
-    agent, coach = make_coach(tmp_path, "--eval_every", "0", "--synthetic.synthetic_warmup", "0")
-    fill(coach.replay, latents=False)
+    agent, hooks = make_hooks(tmp_path, "--eval_every", "0", "--synthetic.synthetic_warmup", "0")
+    fill(hooks.replay, latents=False)
     judge_as(agent)
-    obs, _, _ = ask_with(coach, answer(), step=10)
-    coach.after(obs, agent.initial_state(2), 10)
-    assert not coach.synthetic.items and "synthetic/accepted" not in coach.metrics()
+    obs, _, _ = ask_with(hooks, answer(), step=10)
+    hooks.after(obs, agent.initial_state(2), 10)
+    assert not hooks.synthetic.items and "synthetic/accepted" not in hooks.metrics()
 
 
 def test_loss_of_the_model_is_known_of_the_last_two_evaluations(tmp_path):
-    agent, coach = make_coach(tmp_path)
+    agent, hooks = make_hooks(tmp_path)
     told = iter([5.0, 4.0, 3.5])
     agent.model_loss = lambda batch: next(told)
     length = 9
     episode = {key: np.zeros((length, *space.shape), space.dtype) for key, space in OBS.items()}
     episode |= {"action": np.zeros(length, np.int32)}
     for expected in ([5.0], [5.0, 4.0], [4.0, 3.5]):
-        coach.evaluated([episode])
-        assert coach.model_losses == expected
+        hooks.evaluated([episode])
+        assert hooks.model_losses == expected
 
 
 def test_loss_of_the_model_is_that_of_training_on_the_same_steps(tmp_path):
-    agent, coach = make_coach(tmp_path, "--reward_scale", "50", "--rssm.free_nats", "9")
+    agent, hooks = make_hooks(tmp_path, "--reward_scale", "50", "--rssm.free_nats", "9")
     unsettle(agent)
     rng = np.random.default_rng(0)
     steps = 100
@@ -460,7 +460,7 @@ def test_loss_of_the_model_is_that_of_training_on_the_same_steps(tmp_path):
     episode |= {"action": np.zeros(steps, np.int32)}
     episode["vector"] = rng.normal(size=(steps, 4)).astype(np.float32)
     episode["reward"] = rng.normal(size=steps).astype(np.float32)
-    batch = coach._sequences([episode])
+    batch = hooks._sequences([episode])
     assert batch["vector"].shape == (2, 7, 4)
     assert np.array_equal(batch["vector"][1], episode["vector"][93:])
     agent.rngs["report"].set_state(agent.rngs["train"].get_state())  # the same samples
@@ -473,9 +473,9 @@ def test_loss_of_the_model_is_that_of_training_on_the_same_steps(tmp_path):
 
 @pytest.mark.parametrize("value, share", [(0.0, 0.0), (0.25, 0.25), (0.5, 0.5), (1.0, 0.5)])
 def test_plans_are_executed_with_a_probability_that_falls_where_they_do_harm(tmp_path, value, share):
-    _, coach = make_coach(tmp_path, "--synthetic.synthetic_execution_prob", "0.5", "--llm.until", "9999")
-    coach.reliability = SimpleNamespace(value=torch.tensor(value))
-    started = [ask_with(coach, answer(env=1), step=step)[2] for step in range(600)]
+    _, hooks = make_hooks(tmp_path, "--synthetic.synthetic_execution_prob", "0.5", "--llm.until", "9999")
+    hooks.reliability = SimpleNamespace(value=torch.tensor(value))
+    started = [ask_with(hooks, answer(env=1), step=step)[2] for step in range(600)]
     assert sum(map(len, started)) / 600 == pytest.approx(share, abs=0.06)
     assert all(plans in ({}, {1: [1, 2]}) for plans in started)
 
@@ -489,38 +489,38 @@ def test_late_plans_are_judged_where_they_belong_but_not_executed(tmp_path):
         "--synthetic.synthetic_warmup",
         "0",
     )
-    agent, coach = make_coach(tmp_path, *options)
-    fill(coach.replay)
+    agent, hooks = make_hooks(tmp_path, *options)
+    fill(hooks.replay)
     judge_as(agent)
-    obs, _, plans = ask_with(coach, answer(place=2, late=True), answer(env=1, place=99, late=True), step=10)
+    obs, _, plans = ask_with(hooks, answer(place=2, late=True), answer(env=1, place=99, late=True), step=10)
     assert plans == {}
-    coach.after(obs, agent.initial_state(2), 10)
-    assert [(item.env, item.place) for item in coach.synthetic.items] == [(0, 2)]
+    hooks.after(obs, agent.initial_state(2), 10)
+    assert [(item.env, item.place) for item in hooks.synthetic.items] == [(0, 2)]
 
 
 def test_executed_plans_predicted_return_is_noted_when_it_begins(tmp_path):
-    agent, coach = make_coach(tmp_path, "--synthetic.synthetic_execution_prob", "1")
-    fill(coach.replay)
+    agent, hooks = make_hooks(tmp_path, "--synthetic.synthetic_execution_prob", "1")
+    fill(hooks.replay)
     judge_as(agent, plan=7.0)
-    obs, _, plans = ask_with(coach, answer(env=0, place=7), answer(env=1, place=7), step=10)
+    obs, _, plans = ask_with(hooks, answer(env=0, place=7), answer(env=1, place=7), step=10)
     assert set(plans) == {0, 1}
     state = agent.initial_state(2)
     state["macro"][:] = PLAN
     state["macro_predicted"][:] = math.nan
     state["position"][:] = torch.tensor([0, 3])  # env 1 is still busy with an earlier plan
-    coach.after(obs, state, 10)
+    hooks.after(obs, state, 10)
     assert state["macro_predicted"][0] == 7 and state["macro_predicted"][1].isnan()
 
 
 def test_reliability_of_plans_comes_from_executions(tmp_path):
-    agent, coach = make_coach(tmp_path)
-    obs, _, _ = ask_with(coach, step=1)
-    assert float(coach.reliability.value) == 0.5
+    agent, hooks = make_hooks(tmp_path)
+    obs, _, _ = ask_with(hooks, step=1)
+    assert float(hooks.reliability.value) == 0.5
     for gain, above in ((1.0, True), (-1.0, False)):
         for _ in range(400):
-            agent.guide.outcomes = [Outcome(0, PLAN, gain, 0.5, gain > 0, 3)]
-            coach.after(obs, agent.initial_state(2), 1)
-        assert (float(coach.reliability.value) > 0.99) == above
-    assert float(coach.reliability.value) < 0.01 and agent.guide.outcomes == []
-    metrics = coach.metrics()
+            agent.policy.outcomes = [Outcome(0, PLAN, gain, 0.5, gain > 0, 3)]
+            hooks.after(obs, agent.initial_state(2), 1)
+        assert (float(hooks.reliability.value) > 0.99) == above
+    assert float(hooks.reliability.value) < 0.01 and agent.policy.outcomes == []
+    metrics = hooks.metrics()
     assert metrics["synthetic/execution_error"] == 0.5 and metrics["synthetic/execution_gain"] == 0

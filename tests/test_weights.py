@@ -184,7 +184,7 @@ def test_explorers_and_advice_are_exported_too(tmp_path, capsys, options):
     assert train(tmp_path / "run", *options.split(), "--eval_every", "0") == 0
     path = tmp_path / "agent.safetensors"
     tensors = export(capsys, tmp_path / "run", path)
-    assert any(name.startswith(("explorer.", "guide.")) for name in tensors)
+    assert any(name.startswith(("explorer.", "policy.")) for name in tensors)
     assert not any("fifo" in name or "slow_critic" in name for name in tensors)
     advised = ["--advised"] if "lore_full" in options else []
     one, other = (result(capsys, place, "--video", *advised) for place in (tmp_path / "run", path))

@@ -215,7 +215,7 @@ def test_advised_run_goes_on_whatever_became_of_its_files(tmp_path, capfd, advis
         assert before and all(after[key] == advice for key, advice in before.items() if key in after)
         assert path.name in told or not list(logdir.glob("*.broken-*"))
     if name == "skills.yaml":
-        skills = tools.load_checkpoint(logdir)[0]["coach"]["library"]["slots"]
+        skills = tools.load_checkpoint(logdir)[0]["hooks"]["library"]["slots"]
         assert "nothing is deleted" in told or path.read_bytes() != whole or any(skills)
 
 

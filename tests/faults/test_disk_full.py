@@ -15,7 +15,7 @@ import dreamer
 import tools
 from episodes import EpisodeWriter
 from logger import EventFile, Logger
-from lore_llm.coach import Coach
+from lore_llm.hooks import AdviceHooks
 from replay import Replay
 
 slow = pytest.mark.slow
@@ -31,7 +31,7 @@ WRITES = {
     "log": (Logger, "print", r"train\.log"),
     "evaluation": (dreamer.Run, "_write_eval_episodes", r"eval_eps/.*\.npz"),
     "video": (dreamer, "write_mp4", r"videos/eval_\d+_0\.mp4"),
-    "decisions": (Coach, "_log_decisions", r"decisions\.jsonl"),
+    "decisions": (AdviceHooks, "_log_decisions", r"decisions\.jsonl"),
 }
 OFTEN = ("episode", "checkpoint", "TensorBoard")  # tested each time
 OPTIONS = ("--save_every", "70", "--log_every", "10")  # the disk is full before that save, or just then

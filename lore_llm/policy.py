@@ -1,8 +1,8 @@
-"""The agent's side of advice: what stands between the actor and whoever asks it, in training and in acting.
+"""The agent's side of advice: turns the actor's logits into the policy that trains and acts.
 
-`Guide` joins the three paths: the policy prior (prior.py), plans whose states become starts of imagination
-(synthetic.py), and skills that the actor may choose (option_actor.py). It knows no adviser: advice comes to
-it with the replayed steps, as items and as skills.
+`AdvisedPolicy` joins the three paths: the policy prior (prior.py), plans whose states become starts of
+imagination (synthetic.py), and options that the actor may choose (option_actor.py). It knows no adviser:
+advice reaches it with the replayed steps, as items and as options.
 Letters: n envs, B batch, T time, N rows, H horizon, A actions, O option slots, C = O + A, F feat, M items,
 L steps of a plan or an option at most.
 """
@@ -24,7 +24,7 @@ from lore_llm.captions import Captioner
 from lore_llm.option_actor import OptionActor, primitives
 from lore_llm.options import SkillLibrary
 from lore_llm.prior import Prior
-from models import Data, ImagBehavior, Imagined, Losses, Metrics, Unguided, WorldModel, lambda_return
+from models import Data, ImagBehavior, Imagined, Losses, Metrics, PlainPolicy, WorldModel, lambda_return
 from networks import Policy, State
 
 PLAN = -1  # what runs in an env: the uid of an option, PLAN, or NOTHING
@@ -57,7 +57,7 @@ class Outcome(NamedTuple):
     length: int
 
 
-class Guide(Unguided):
+class AdvisedPolicy(PlainPolicy):
     """Heeds advice along the paths that the config enables. `disagreement(feat, action)` is an ensemble's."""
 
     averages = ("largest",)  # buffers that are means over all learners
@@ -121,7 +121,7 @@ class Guide(Unguided):
             return Policy([self.options.distribution(hidden, logits)], [self.options.slots + self.actions])
         return Policy([dists.OneHot(logits, behavior.actor.unimix)], [self.actions])
 
-    def policy(self, behavior: ImagBehavior, feat: Tensor, advised: bool = True) -> Policy:
+    def distribution(self, behavior: ImagBehavior, feat: Tensor, advised: bool = True) -> Policy:
         if not (self.prior and advised):  # nobody asks for its uncertainty
             hidden = behavior.actor.mlp(feat)
             return self._policy(behavior, hidden, behavior.actor.outs[0](hidden).float())
@@ -175,7 +175,7 @@ class Guide(Unguided):
             return super().imagine(behavior, rssm, start, generator, advised)
 
         def policy(feat: Tensor) -> Policy:
-            return self.policy(behavior, feat, advised)
+            return self.distribution(behavior, feat, advised)
 
         # Training's other draws stay as they are without options, and views disturb no training.
         ends = self.rngs["options"] if generator is self.rngs["train"] else generator
@@ -209,7 +209,7 @@ class Guide(Unguided):
             metrics["uncertainty_gate/reliability"] = self.prior.trust
         if self.rollout:
             cloned = self.rollout
-            log_prob = self.policy(behavior, cloned.feat[:, :-1], advised=False).parts[0].log_probs
+            log_prob = self.distribution(behavior, cloned.feat[:, :-1], advised=False).parts[0].log_probs
             log_prob = (log_prob[..., -self.actions :] * cloned.action).sum(-1)  # [M, L]
             bc = -(cloned.clone_weight * log_prob).sum() / cloned.valid.sum().clamp(min=1)
             losses["advice_bc"] = self.config.synthetic.lambda_bc * bc
@@ -241,7 +241,7 @@ class Guide(Unguided):
             losses["option_end"] = self.options.end_loss(feat, data)
         with torch.no_grad():
             if self.prior or self.ensemble:
-                plain = self.policy(behavior, feat, advised=False)
+                plain = self.distribution(behavior, feat, advised=False)
             if self.prior:
                 self._judge(world_model, behavior, feat, plain, data)
             if self.ensemble:
@@ -272,7 +272,7 @@ class Guide(Unguided):
 
     def act(self, behavior: ImagBehavior, feat: Tensor, advised: bool, training: bool) -> Policy:
         if not (advised or training):  # nobody asks for its uncertainty
-            return self.policy(behavior, feat, advised=False)
+            return self.distribution(behavior, feat, advised=False)
         seen = self.seen(behavior, feat, advised)
         if training:
             self.doubt = seen.uncertainty.float().cpu().numpy()

@@ -1,7 +1,7 @@
 """The run's side of advice: asks about what happens, and brings the answers to where they are used.
 
 Each answer belongs to the step that was asked about: its logits go to the replay there, its plan becomes an
-item of imagination from there, and its skills go to the library. `NoCoach` is there when nobody advises.
+item of imagination from there, and its skills go to the library. `NoAdvice` is there when nobody advises.
 Several learners have one library: the first keeps it, with the executions of all; the others take it over.
 """
 
@@ -21,8 +21,8 @@ from logger import Timer
 from lore_llm.advice import AdviceSpec
 from lore_llm.backends import make_adviser
 from lore_llm.captions import Captioner
-from lore_llm.guide import PLAN, Guide, Outcome
 from lore_llm.options import SkillLibrary
+from lore_llm.policy import PLAN, AdvisedPolicy, Outcome
 from lore_llm.prior import Reliability, bounded
 from lore_llm.service import AdviceService, Answered
 from lore_llm.synthetic import Item, SyntheticItems, tensors
@@ -88,7 +88,7 @@ def make_service(
     return service, notes
 
 
-class NoCoach:
+class NoAdvice:
     """Nobody advises."""
 
     def before(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
@@ -131,7 +131,7 @@ class Proposal(NamedTuple):
     confidence: float
 
 
-class Coach(NoCoach):
+class AdviceHooks(NoAdvice):
     """Asks an adviser and hands its answers out."""
 
     def __init__(
@@ -146,8 +146,8 @@ class Coach(NoCoach):
     ):
         self.service, self.agent, self.replay = service, agent, replay
         self.config, self.logdir, self.timer = config, logdir, timer
-        self.guide: Guide = agent.guide
-        self.captioner = self.guide.captioner
+        self.policy: AdvisedPolicy = agent.policy
+        self.captioner = self.policy.captioner
         llm, self.n_envs = config.llm, replay.n_envs
         self.until = config.steps / 2 if llm.until is None else llm.until
         self.actions = {name: index for index, name in enumerate(self.captioner.actions)}
@@ -165,7 +165,7 @@ class Coach(NoCoach):
         if config.options.enabled:
             path = logdir / SKILLS if self.leads else None
             self.library = SkillLibrary(path, self.captioner, config.options)
-            self.guide.set_skills(self.library)
+            self.policy.set_skills(self.library)
         self.keeps_library = self.library is not None and self.leads
         self.untold = self.keeps_library  # the other learners do not know yet what is in it
         self.counts: dict[str, list[float]] = {}
@@ -182,7 +182,7 @@ class Coach(NoCoach):
         c = self.config
         # All of it for the first half, then less and less: the agent has to stand on its own at the end.
         left = 1 - step / self.until if self.until else 0.0
-        self.guide.set_share(min(1.0, max(0.0, 2 * left)))
+        self.policy.set_share(min(1.0, max(0.0, 2 * left)))
         entries, plans = self._blank(), {}
         self.started = {}
         if self.keeps_library and step >= self.next_poll:  # what a person wrote comes first
@@ -197,7 +197,7 @@ class Coach(NoCoach):
         if skills:
             self.next_skills = step + c.options.option_generation_interval
         places = self.replay.heads.tolist()
-        for answered in self.service.ask(obs, places, self.guide.doubt, step=step, skills=skills):
+        for answered in self.service.ask(obs, places, self.policy.doubt, step=step, skills=skills):
             values = self._values(answered)
             if answered.late:
                 self._count("late", 1.0)
@@ -244,7 +244,7 @@ class Coach(NoCoach):
             self._look_at(obs, state, step)
 
     def _look_at(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
-        outcomes, self.guide.outcomes = self.guide.outcomes, []
+        outcomes, self.policy.outcomes = self.policy.outcomes, []
         for outcome in outcomes:
             if outcome.uid == PLAN:
                 self.reliability.update(torch.tensor(outcome.gain), torch.tensor(True))
@@ -294,13 +294,13 @@ class Coach(NoCoach):
         latents = {key: value[known] for key, value in latents.items()}
         judged = self.agent.judge(tensors(latents, [p.plan for p in waiting]))
         gains = (judged["plan"] - judged["policy"]) / judged["scale"]
-        calm = judged["disagreement"] <= np.maximum(float(self.guide.largest), 1e-8)
+        calm = judged["disagreement"] <= np.maximum(float(self.policy.largest), 1e-8)
         for index, proposal in enumerate(waiting):
             if proposal.env in running and self.started[proposal.env] == proposal.place:
                 state["macro_predicted"][proposal.env] = float(judged["plan"][index])
             if not self._ready(step):
                 continue
-            accepted = bool(gains[index] > 0 and (calm[index] or not self.guide.ensemble))
+            accepted = bool(gains[index] > 0 and (calm[index] or not self.policy.ensemble))
             self._count("synthetic/return_gain", float(gains[index]))
             self._count("synthetic/accepted", float(accepted))
             if accepted:
@@ -357,7 +357,7 @@ class Coach(NoCoach):
 
     def _set_skills(self, slots: Sequence[int]) -> None:
         """Tell the actor of the library, whose `slots` hold something else now."""
-        self.guide.set_skills(self.library, fresh=slots)
+        self.policy.set_skills(self.library, fresh=slots)
         if slots:
             self.library.save()
             self.untold = True
@@ -373,8 +373,8 @@ class Coach(NoCoach):
         state = self.ranks.tell(self.library.state_dict() if self.leads else None)
         if not self.leads:
             self.library.load_state_dict(state)
-            self.guide.set_skills(self.library)
-        self.ranks.copy(list(self.guide.options.out.state_dict().values()))
+            self.policy.set_skills(self.library)
+        self.ranks.copy(list(self.policy.options.out.state_dict().values()))
 
     # --- What is told ----------------------------------------------------------------------------------
 
@@ -427,7 +427,7 @@ class Coach(NoCoach):
             "model_losses": self.model_losses,
             "library": self.library.state_dict() if self.keeps_library else {},
             "next": [self.next_skills, self.next_poll, self.next_decision],
-            "doubt": None if self.guide.doubt is None else torch.from_numpy(self.guide.doubt.copy()),
+            "doubt": None if self.policy.doubt is None else torch.from_numpy(self.policy.doubt.copy()),
             "counts": self.counts,
         }
 
@@ -438,7 +438,7 @@ class Coach(NoCoach):
         self.reliability.load_state_dict(state["reliability"])
         if exact:
             self.proposals.extend(Proposal(*proposal) for proposal in state["proposals"])
-            self.guide.doubt = None if state["doubt"] is None else state["doubt"].numpy()
+            self.policy.doubt = None if state["doubt"] is None else state["doubt"].numpy()
         else:
             self.synthetic.items.clear()
         self.model_losses = list(state["model_losses"])
@@ -446,7 +446,7 @@ class Coach(NoCoach):
         self.counts = {name: list(values) for name, values in state["counts"].items()}
         if self.keeps_library:  # the others hear of it before the first step
             self.library.load_state_dict(state["library"])
-            self.guide.set_skills(self.library)
+            self.policy.set_skills(self.library)
         if self.leads:
             self._forget_decisions(step)
 
