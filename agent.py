@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import checkpoint as checkpoints
 import cuda_graph
 import models
 import networks
 import tools
-import weights
-from basics import UserError
+from basics import UserError, derive_seed
 from config import Config
 from distributed import Ranks
 from exploration import EXPLORERS, Greedy, param_group
@@ -54,10 +54,10 @@ class Dreamer:
         obs_space = dict(obs_space) | {k: v for k, v in advised.items() if k == "llm_features"}
         self.actions = networks.ActionVector(act_space)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(tools.derive_seed(config.seed, "weights"))
+            torch.manual_seed(derive_seed(config.seed, "weights"))
             self.world_model = models.WorldModel(obs_space, self.actions, config).to(device)
             self.behavior = models.ImagBehavior(self.rssm.feat_size, self.actions, config).to(device)
-            torch.manual_seed(tools.derive_seed(config.seed, "explorer"))
+            torch.manual_seed(derive_seed(config.seed, "explorer"))
             self.explorer = EXPLORERS[config.expl_behavior](self.world_model, config).to(device)
         self.greedy = Greedy(self.world_model, config)  # who explores when nobody does any more
         names = ("act", "train", "explore", "report", "synthetic", "options", "features")
@@ -65,7 +65,7 @@ class Dreamer:
         self.rngs = {name: tools.torch_rng(config.seed, name, *own, device=device) for name in names}
         self.obs_space = dict(obs_space)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(tools.derive_seed(config.seed, "guide"))
+            torch.manual_seed(derive_seed(config.seed, "guide"))
             spaces = self.obs_space, act_space
             self.policy = make_policy(self.world_model, self.explorer, config, spaces, self.rngs).to(device)
         self.exploring = True
@@ -420,7 +420,7 @@ class Dreamer:
 
         Everything else is as in a new agent, the optimiser too: its moments are of other losses.
         """
-        return weights.transfer({name: getattr(self, name) for name in self.weights()}, state, parts)
+        return checkpoints.transfer({name: getattr(self, name) for name in self.weights()}, state, parts)
 
 
 def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:

@@ -1,9 +1,13 @@
-"""What worker processes and sweeps use as well, and so without torch: errors, whole files, seeds, signals.
+"""What worker processes and sweeps use as well, and so without torch: errors, whole files, seeds, signals,
+free memory.
 
 Importing torch would cost each worker a second and more than 100 MB.
 """
 
+from __future__ import annotations  # doctor.py uses this file, and tells an older Python that it is too old
+
 import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -11,17 +15,22 @@ import operator
 import os
 import re
 import secrets
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-import numpy as np
+if TYPE_CHECKING:  # a bare Python has none, and doctor.py runs there too
+    import numpy as np
 
 WINDOWS = os.name == "nt"
 BUSY_TRIES = 20  # on Windows, to replace a file that somebody else has open
 BUSY_PAUSE = 0.25  # seconds between them
+UNKNOWN_MEMORY = 4 * 2**30  # bytes of RAM taken as free where the system does not tell
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 MAX_REASON = 200  # characters of another program's message in one of ours
@@ -112,6 +121,8 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:
     """A NumPy generator of its own for the given purpose."""
+    import numpy as np
+
     return np.random.default_rng(derive_seed(seed, *names))
 
 
@@ -131,3 +142,43 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)
+
+
+def free_memory() -> int:
+    """Bytes of RAM that can be taken now: 4 GiB where the system does not tell, half of all on macOS."""
+    if sys.platform == "win32":
+
+        class Status(ctypes.Structure):  # MEMORYSTATUSEX of the Windows API
+            _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)]
+            _fields_ += [(name, ctypes.c_ulonglong) for name in ("total", "free", "a", "b", "c", "d", "e")]
+
+        status = Status(length=ctypes.sizeof(Status))
+        ok = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return int(status.free) if ok else UNKNOWN_MEMORY
+    try:
+        if sys.platform == "darwin":
+            return int(subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True).stdout) // 2
+        meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
+        return min(int(meminfo["MemAvailable"].split()[0]) * 1024, _container_memory())
+    except (OSError, ValueError, KeyError):
+        return UNKNOWN_MEMORY
+
+
+def _container_memory() -> int:
+    """What a Linux container may still take; /proc/meminfo shows the host's memory there."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text("utf-8").strip()
+        stat = dict(line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines())
+        used = int((group / "memory.current").read_text("utf-8")) - int(stat["inactive_file"])
+        return sys.maxsize if limit == "max" else max(0, int(limit) - used)
+    except (OSError, ValueError, KeyError):
+        return sys.maxsize  # no container, or none with a limit
+
+
+def free_disk(folder: str | os.PathLike) -> int:
+    """Free bytes of the disk that holds `folder`, or would hold it."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import memory
+import basics
 
 ROOT = Path(__file__).parent
 PYTHONS = ((3, 11), (3, 12), (3, 13))
@@ -204,10 +204,10 @@ def check_logdir(folder: Path) -> Iterator[Line]:
 
 def check_lock(folder: Path) -> Iterator[Line]:
     """Whether another run lives in the logdir, or has died there."""
-    import lock
+    import checkpoint as checkpoints
 
     try:
-        owner, held = lock.look(folder)
+        owner, held = checkpoints.look(folder)
     except (FileNotFoundError, NotADirectoryError):  # the line about the logdir tells of a file there
         return
     who = owner or "nobody signed"
@@ -387,7 +387,7 @@ def disk_lines(
     certain = checkpoints + latents + (plan.nbytes if plan.backend == "memmap" else 0)
     steps = config.replay.keep_steps or config.steps / config.action_repeat
     episodes = steps * step_bytes(step_layout)
-    free = memory.free_disk(folder)
+    free = basics.free_disk(folder)
     text = (
         f"{free / GIB:.1f} GiB free; checkpoints and replay take {certain / GIB:.1f} GiB, "
         f"episodes less than {episodes / GIB:.1f} GiB: they are compressed"
@@ -436,7 +436,7 @@ def examine(asked: Asked | None) -> Iterator[Line]:
     yield from attempt("torch", check_torch)
     yield from attempt("cores", check_cores, config)
     if asked is None:
-        free = f"{memory.free_memory() / GIB:.1f} GiB of RAM and {memory.free_disk('.') / GIB:.1f} of disk"
+        free = f"{basics.free_memory() / GIB:.1f} GiB of RAM and {basics.free_disk('.') / GIB:.1f} of disk"
         yield ok("memory", f"{free} are free; what a run needs is told when the packages are there")
     else:
         spaces: dict = {}

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import audio
+import checkpoint as checkpoints
 import config as configs
 import distributed
 import replay as replays
@@ -42,7 +43,6 @@ from envs import make_env
 from episodes import EpisodeWriter
 from evaluation import AdvisedAgent, EvalEpisode, newest, play_episodes, shown, write_video
 from exploration import Random
-from lock import RunLock
 from logger import Collector, Logger, Timer, WandbRun, merged_logs
 from lore_llm.hooks import AdviceHooks, NoAdvice, advice_spaces, is_count, make_service
 from lore_llm.service import AdviceService
@@ -150,7 +150,7 @@ class Run:
         config, saved = self.config, checkpoint if resume else None
         wandb_id = logged = capacity = None
         if saved:
-            with tools.content_of(self.source):
+            with checkpoints.content_of(self.source):
                 wandb_id, logged = saved["logger"]["wandb"], int(saved["every"]["log"]["last"])
                 capacity = int(saved["capacity"])
         self.envs = self._make_envs("train")
@@ -159,7 +159,7 @@ class Run:
         obs_space = self.envs.obs_space
         self.agent = Dreamer(obs_space, act_space, config, self.device, self.ranks)
         if checkpoint:
-            with tools.content_of(self.source):
+            with checkpoints.content_of(self.source):
                 agent = checkpoint["agent"]
                 if config.transfer and not resume:
                     notes = [*notes, *self.agent.transfer(agent, config.transfer)]
@@ -199,7 +199,7 @@ class Run:
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
         if saved:
-            with tools.content_of(self.source):
+            with checkpoints.content_of(self.source):
                 self._resume(saved)
         else:
             self._start()
@@ -351,9 +351,9 @@ class Run:
         own = self._own_state_dict(replay, None if failed else self.envs.state())
         state = self._state_dict(own)
         if self.ranks.leads:
-            tools.save_checkpoint(self.logdir, state, self.step, self.config.keep_checkpoints)
+            checkpoints.save_checkpoint(self.logdir, state, self.step, self.config.keep_checkpoints)
             for folder in place.parent.iterdir():
-                if not (self.logdir / tools.CHECKPOINTS / f"{folder.name}.pt").exists():
+                if not (self.logdir / checkpoints.CHECKPOINTS / f"{folder.name}.pt").exists():
                     shutil.rmtree(folder)
                 elif folder != place:
                     for latents in folder.rglob("latents.npz"):
@@ -365,7 +365,7 @@ class Run:
 
     def _replay_state(self, step: int) -> Path:
         """Folder of what the replay keeps beside the checkpoint of an env step."""
-        return self.logdir / REPLAY_STATE / tools.checkpoint_path(self.logdir, step).stem
+        return self.logdir / REPLAY_STATE / checkpoints.checkpoint_path(self.logdir, step).stem
 
     def save_after_failure(self, *, failed: bool = True) -> None:
         """Keep what was collected when an env, the disk or the memory failed, of this learner or another."""
@@ -398,7 +398,7 @@ class Run:
         moments = [each["moment"] for each in told]
         if not self.ranks.leads:
             path = self._own_path(self.ranks.rank, moments)
-            tools.save_tensors(path, own | {"agent": self.agent.own_state_dict()})
+            checkpoints.save_tensors(path, own | {"agent": self.agent.own_state_dict()})
         self.ranks.wait()  # a checkpoint is there when all that belongs to it is there
         if self.ranks.size > 1:
             replay |= {"newest": max(moments), "opened": [name for each in told for name in each["open"]]}
@@ -460,8 +460,8 @@ class Run:
     def _read_own(self, saved: dict, rank: int) -> dict | None:
         """What a learner beside the first wrote of its own with the checkpoint; None if it is not there."""
         try:
-            return tools.load_tensors(self._own_path(rank, saved["moments"]))
-        except (OSError, tools.BrokenCheckpoint):
+            return checkpoints.load_tensors(self._own_path(rank, saved["moments"]))
+        except (OSError, checkpoints.BrokenCheckpoint):
             return None
 
     def _load_replay(self, own: dict | None) -> replays.Loaded:
@@ -633,7 +633,7 @@ class Run:
         path = self.logdir / "diagnosis.pt"
         diagnosis = {"step": self.step, "batch": _tensors(batch), "agent": self.agent.state_dict()}
         if self.ranks.leads:
-            tools.save_tensors(path, diagnosis)
+            checkpoints.save_tensors(path, diagnosis)
         raise Diverged(
             f"The gradient was not finite in {self.streak} updates in a row, so the run stops. The batch and "
             f"the weights are in {path}. Resume with a lower --opt.lr; the last checkpoint is untouched."
@@ -775,7 +775,7 @@ def read_command(argv: list[str]) -> Command:
     and optimiser. A file of weights alone belongs to no run, and `--transfer` always begins a new one.
     """
     logdir, source, parts = configs.run_paths(argv)
-    home = run_folder(Path(source)) if source and not tools.holds_weights_alone(Path(source)) else None
+    home = run_folder(Path(source)) if source and not checkpoints.holds_weights_alone(Path(source)) else None
     own = home and logdir and Path(logdir).resolve() == home.resolve()
     if parts and own:
         raise UserError(
@@ -784,10 +784,10 @@ def read_command(argv: list[str]) -> Command:
     if own or (home and logdir is None and not parts):
         logdir, resume, origin = home, True, source
     else:
-        resume = logdir is not None and bool(tools.find_checkpoints(logdir))
+        resume = logdir is not None and bool(checkpoints.find_checkpoints(logdir))
         origin = logdir if resume else source
     before = saved_in(logdir) if logdir else []
-    checkpoint, path, notes = tools.load_checkpoint(origin) if origin else (None, None, [])
+    checkpoint, path, notes = checkpoints.load_checkpoint(origin) if origin else (None, None, [])
     saved = checkpoint and Config.from_yaml(checkpoint["config"], f"the config in {path}")
     config = configs.load(argv, has_cuda=cuda_works(), saved=saved)
     changes = configs.resume_changes(saved, config) if resume else []
@@ -798,14 +798,16 @@ def read_command(argv: list[str]) -> Command:
 
 def saved_in(logdir: str | Path) -> list[tuple[Path, int]]:
     """The checkpoints and their times, by which one is told that was written meanwhile."""
-    return [(path, path.stat().st_mtime_ns) for path in tools.find_checkpoints(logdir)]
+    return [(path, path.stat().st_mtime_ns) for path in checkpoints.find_checkpoints(logdir)]
 
 
 def run_folder(checkpoint: Path) -> Path:
     """The logdir of the run that a checkpoint file, or a folder, belongs to."""
     if os.path.isdir(checkpoint):
         return checkpoint
-    return checkpoint.parent.parent if checkpoint.parent.name == tools.CHECKPOINTS else checkpoint.parent
+    return (
+        checkpoint.parent.parent if checkpoint.parent.name == checkpoints.CHECKPOINTS else checkpoint.parent
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -864,7 +866,7 @@ def run_command(command: Command, stop: Sequence[int], ranks: Ranks) -> int:
     with contextlib.ExitStack() as parts:
         notes = command.notes
         if ranks.leads:
-            notes = [*parts.enter_context(RunLock(command.logdir)).notes, *notes]
+            notes = [*parts.enter_context(checkpoints.RunLock(command.logdir)).notes, *notes]
             if saved_in(command.logdir) != command.seen:
                 raise UserError(
                     f"Another run in {command.logdir} has just saved and ended. Start again to go on from it."

@@ -18,8 +18,7 @@ import numpy as np
 from gymnasium import spaces as kinds
 from numpy.lib import format as npy
 
-from basics import UserError, atomic_write, first_line, replace
-from memory import free_memory
+from basics import UserError, atomic_write, first_line, free_memory, replace
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype of one step
 Rows = dict[str, np.ndarray]  # key -> [L, ...] the steps of one episode

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 import audio
+import checkpoint as checkpoints
 import tools
-import weights
 from agent import Dreamer, choose_device
 from basics import UserError, numpy_rng
 from config import Config
@@ -116,7 +116,7 @@ def evaluate(
             agent = RandomAgent(vec.act_space, seed)
         else:
             agent = Dreamer(vec.obs_space, vec.act_space, config, chosen)
-            with tools.content_of(path):
+            with checkpoints.content_of(path):
                 agent.load_state_dict(payload["agent"], resume=False)
         player, watch = agent, {"curiosity": agent.curiosity}
         if advised:
@@ -155,7 +155,7 @@ def load(checkpoint: str | Path, seed: int) -> tuple[dict, Path, Config]:
 
 def read_checkpoint(checkpoint: str | Path) -> tuple[dict, Path, Config]:
     """A checkpoint, where it lies, and its config as it was saved. Raises UserError."""
-    payload, path, notes = tools.load_checkpoint(checkpoint)
+    payload, path, notes = checkpoints.load_checkpoint(checkpoint)
     for note in notes:
         print(note, file=sys.stderr)
     return payload, path, Config.from_yaml(payload["config"], f"the config in {path}")
@@ -164,7 +164,7 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[dict, Path, Config]:
 def export(checkpoint: str | Path, path: Path, dtype: str, decoder: bool) -> str:
     """Write the weights of a checkpoint to a .safetensors file; a line about it. Raises UserError."""
     payload, source, config = read_checkpoint(checkpoint)
-    numbers = weights.write(path, config, payload["step"], payload["agent"], dtype, decoder)
+    numbers = checkpoints.write_weights(path, config, payload["step"], payload["agent"], dtype, decoder)
     size = path.stat().st_size / 1e6
     return f"Wrote {path}: {numbers:,} numbers of {source}, {size:.2f} MB ({dtype})"
 
@@ -300,7 +300,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="the result as one JSON object")
     add("--export", metavar="F", type=Path, help="play nothing and write weights and config to F.safetensors")
     add(
-        "--dtype", choices=weights.DTYPES, default="float32",
+        "--dtype", choices=checkpoints.DTYPES, default="float32",
         help="of the matrices in that file; float32 by default, the others halve it",
     )  # fmt: skip
     add("--without_decoder", action="store_true", help="leave it out of that file: acting does without")

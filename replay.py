@@ -18,9 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 import episodes
-from basics import UserError, numpy_rng
+from basics import UserError, free_disk, free_memory, numpy_rng
 from episodes import BrokenEpisode, EpisodeFile, EpisodeWriter, Layout, Rows, step_layout, step_limits
-from memory import free_disk, free_memory
 from samplers import Curious, Uniform, window_counts
 
 MOMENT = re.compile(r"\d{8}T\d{6}-[0-9a-f]+")  # folders that `save` makes

@@ -1,33 +1,15 @@
-"""Small things of the training program: generators, clocks, checkpoints, the optimizer; more in basics.py."""
+"""Small tools with torch: generators, clocks, the optimizer. Those without torch are in basics.py."""
 
-import contextlib
 import ctypes
 import os
 import platform
 import random
-import shutil
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
-import weights
-from basics import UserError, atomic_write, derive_seed, first_line, sync_folder, temp_beside
-
-CHECKPOINTS = "checkpoints"  # folder in the logdir
-LATEST = "latest.pt"
-CHECKPOINT_FORMAT = 2  # goes up when the program can no longer read what it wrote before
-CHECKPOINT_KEYS = {
-    "config": str,
-    "step": int,
-    "agent": dict,
-    "capacity": int,
-}  # what is looked at before a run is built
+from basics import derive_seed
 
 
 def torch_rng(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -137,177 +119,6 @@ def enable_determinism() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-
-
-def _check_plain(value, where: str) -> None:
-    """Raise TypeError for what `torch.load(weights_only=True)` would refuse, before it is too late."""
-    if isinstance(value, torch.Tensor) or value is None or type(value) in (bool, int, float, str, bytes):
-        return
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
-    else:
-        raise TypeError(f"{where} is a {type(value).__name__}; make it a tensor or a plain Python type.")
-
-
-def save_tensors(path: str | os.PathLike, payload: dict) -> None:
-    """Write tensors and plain Python types, whole or not at all. Raises UserError if the disk refuses."""
-
-    def write(file: BinaryIO) -> None:
-        try:
-            torch.save(payload, file)
-        except RuntimeError as error:
-            # When a write fails, torch's own complaint about the file's position hides the reason.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-    atomic_write(path, write)
-
-
-def checkpoint_path(logdir: str | os.PathLike, step: int) -> Path:
-    """Where the checkpoint of an env step is."""
-    return Path(logdir) / CHECKPOINTS / f"step-{step:012d}.pt"
-
-
-def save_checkpoint(logdir: str | os.PathLike, payload: dict, step: int, keep: int) -> Path:
-    """Write the `checkpoint_path`, make `{logdir}/latest.pt` the same file, delete old ones.
-
-    `payload` holds tensors and plain Python types only (TypeError otherwise). The last `keep` >= 1
-    checkpoints stay, latest.pt's included. If the disk refuses, a UserError is raised and latest.pt is
-    still the one before. Returns the path of the step's file.
-    """
-    _check_plain(payload, "payload")
-    logdir = Path(logdir)
-    path = checkpoint_path(logdir, step)
-    for leftover in [*path.parent.glob(".step-*.tmp"), *logdir.glob(".latest.pt.*.tmp")]:
-        leftover.unlink()  # a kill in the middle of an earlier save
-    older = [other for other in find_checkpoints(logdir) if other.name not in (LATEST, path.name)]
-    save_tensors(path, {**payload, "format": CHECKPOINT_FORMAT})
-    if older and path.stat().st_mtime_ns <= (last := older[0].stat().st_mtime_ns):
-        os.utime(path, ns=(last + 1, last + 1))  # the clock was set back; the order is by time
-    _link_or_copy(path, logdir / LATEST)
-    for other in older[keep - 1 :]:
-        other.unlink()
-    return path
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    temp = temp_beside(target)
-    try:
-        os.link(source, temp)
-        os.replace(temp, target)
-        sync_folder(target.parent)
-    except OSError:
-        # No hard links here (FAT, some network disks), so it takes the space twice.
-        with open(source, "rb") as file:
-            atomic_write(target, lambda copy: shutil.copyfileobj(file, copy))
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def find_checkpoints(logdir: str | os.PathLike) -> list[Path]:
-    """The run's checkpoints: latest.pt, then the others, the last written first. Empty for a new run.
-
-    Raises UserError if the folder cannot be looked into.
-    """
-    logdir = Path(logdir)
-    try:
-        others = []
-        for path in (logdir / CHECKPOINTS).glob("step-*.pt"):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by the run
-                others.append((path.stat().st_mtime_ns, path.name, path))
-        # By time, because a run that went back to an earlier step writes smaller numbers later.
-        others = [path for *_, path in sorted(others, reverse=True)]
-        latest = logdir / LATEST
-        return [latest, *others] if latest.exists() else others
-    except OSError as error:
-        raise UserError(f"Cannot read {logdir}: {error.strerror}.") from error
-
-
-def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
-    """Read a checkpoint, with all tensors on the CPU.
-
-    `path` is a run's folder or one file, which may be one of weights alone (see weights.py). For a folder or
-    a latest.pt, broken checkpoints are passed over for the next older one. Returns the payload, the file it
-    came from, and a line for each broken one.
-    Raises UserError if none can be read, or if it is no checkpoint of this program.
-    """
-    path = Path(path)
-    # os.path says no where Path raises: of a name that is too long, for example.
-    folder = path if os.path.isdir(path) else path.parent
-    candidates = find_checkpoints(folder) if folder == path or path.name == LATEST else [path]
-    if not any(map(os.path.exists, candidates)):
-        raise UserError(f"No checkpoint at {path}. Give a run's folder or one of its .pt files.")
-    if holds_weights_alone(path):
-        return weights.read(path), path, []
-    notes: list[str] = []
-    broken: list[Path] = []
-    for candidate in candidates:
-        if any(candidate.samefile(other) for other in broken):
-            continue  # latest.pt under its other name
-        try:
-            return _read_checkpoint(candidate), candidate, notes
-        except BrokenCheckpoint as error:
-            notes.append(f"Checkpoint {candidate} cannot be read and is passed over: {error}")
-            broken.append(candidate)
-    raise UserError(f"No readable checkpoint at {path}. {' '.join(notes)}")
-
-
-def holds_weights_alone(path: Path) -> bool:
-    """Whether a checkpoint is a file of weights: no run can be gone on with from it."""
-    return path.suffix == weights.SUFFIX and not os.path.isdir(path)
-
-
-class BrokenCheckpoint(Exception):
-    """A checkpoint file that was cut off or changed."""
-
-
-def load_tensors(path: Path) -> dict:
-    """Read what `save_tensors` wrote, on the CPU. Raises BrokenCheckpoint, or OSError if it is not there."""
-    # torch.load does not look at the checksums, so a flipped bit would go into the weights unnoticed.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(info.file_size for info in archive.infolist())
-            # torch stores as it is; what would grow could take any amount of memory.
-            damaged = archive.testzip() if unpacked <= path.stat().st_size else "its list of contents"
-    except Exception as error:  # broken bytes make zipfile raise nearly anything
-        raise BrokenCheckpoint(f"{type(error).__name__}: {first_line(error)}") from error
-    if damaged:
-        raise BrokenCheckpoint(f"the checksum of {damaged} is wrong")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # and so do they torch
-        raise BrokenCheckpoint(first_line(error)) from error
-
-
-def _read_checkpoint(path: Path) -> dict:
-    payload = load_tensors(path)
-    if not isinstance(payload, dict) or payload.pop("format", None) != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of LoRe. Use the version that wrote it.")
-    for key, kind in CHECKPOINT_KEYS.items():
-        if not isinstance(payload.get(key), kind):
-            raise UserError(f"{path} is not a whole checkpoint of LoRe: it has no {key}.")
-    return payload
-
-
-@contextlib.contextmanager
-def content_of(path: str | os.PathLike | None) -> Iterator[None]:
-    """Within, what a checkpoint does not hold as it should is a UserError that names its file."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise UserError(
-            f"{path} does not hold what a checkpoint of this version of LoRe does "
-            f"({type(error).__name__}: {first_line(error)}). Name an older one by --from_checkpoint, or "
-            "start anew in another --logdir."
-        ) from error
 
 
 class LaProp(torch.optim.Optimizer):

@@ -18,11 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoint as checkpoints
 import config
 import dreamer
 import episodes
 import replay
-import tools
 
 UPDATES, CAPACITY = 2, 4000
 
@@ -45,7 +45,7 @@ def measure(size: str, steps: int, options: list[str]) -> dict:
         stored = sum(file.length for file in files)
         return {
             "size": size,
-            "checkpoint_bytes": (Path(folder) / tools.LATEST).stat().st_size,
+            "checkpoint_bytes": (Path(folder) / checkpoints.LATEST).stat().st_size,
             "save_s": round(seconds, 3),
             "episode_bytes_per_step": round(sum(file.path.stat().st_size for file in files) / stored),
             "steps_per_episode": round(stored / len(files)),

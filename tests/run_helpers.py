@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint as checkpoints
 import dreamer
-import tools
 
 ROOT = Path(dreamer.__file__).parent
 # 120 env steps and about 40 updates within a second; 2 envs, so episodes of 16 steps end every 32.
@@ -97,7 +97,7 @@ def log(logdir: Path) -> str:
 
 def moment(logdir: Path) -> dict:
     """All that the last checkpoint says of a run but names of files: no two runs share these."""
-    state = tools.load_checkpoint(logdir)[0]
+    state = checkpoints.load_checkpoint(logdir)[0]
     del state["config"]
     del state["moments"]
     replay = state["replay"]

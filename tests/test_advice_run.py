@@ -18,8 +18,8 @@ from run_helpers import (
     train,
 )
 
+import checkpoint as checkpoints
 import episodes
-import tools
 from agent import Dreamer
 from distributed import Ranks
 from episodes import EpisodeWriter
@@ -48,7 +48,7 @@ def no_keys(monkeypatch):
 
 
 def weights(logdir):
-    agent = tools.load_checkpoint(logdir)[0]["agent"]
+    agent = checkpoints.load_checkpoint(logdir)[0]["agent"]
     return {name: agent[name] for name in ("world_model", "behavior")}
 
 
@@ -155,7 +155,7 @@ def test_run_goes_on_with_other_envs_and_forgets_what_names_places_in_the_old_re
     options = (*DOORKEY, *FULL, "--llm.until", "1000")
     with signal_at(115):
         assert train(tmp_path, *options) == 143
-    before = tools.load_checkpoint(tmp_path)[0]["hooks"]
+    before = checkpoints.load_checkpoint(tmp_path)[0]["hooks"]
     assert before["synthetic"]["items"] and len(before["doubt"]) == 2
     kept = {}
     load = AdviceHooks.load_state_dict

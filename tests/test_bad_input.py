@@ -15,6 +15,7 @@ import pytest
 import torch
 from run_helpers import differences, log, metrics, signal_at, train
 
+import checkpoint as checkpoints
 import config as configs
 import dreamer
 import envs
@@ -40,7 +41,7 @@ def files(folder: Path) -> dict[Path, bytes]:
 
 
 def stored_steps(logdir: Path) -> int:
-    replay = tools.load_checkpoint(logdir)[0]["replay"]
+    replay = checkpoints.load_checkpoint(logdir)[0]["replay"]
     return sum(end - start for stream in replay["streams"] for _, start, end in stream)
 
 
@@ -204,7 +205,7 @@ def test_broken_episodes_are_moved_away_reported_and_not_counted(tmp_path):
     text = log(tmp_path / "run")
     assert "2 broken episode files moved to" in text
     assert f"Loaded {17 * (len(whole) - 2)} steps" in text
-    checkpoint = tools.load_checkpoint(tmp_path / "run")[0]
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "run")[0]
     assert checkpoint["transitions"] + checkpoint["episodes"] == stored_steps(tmp_path / "run")
 
 
@@ -311,7 +312,7 @@ def test_env_that_breaks_its_contract_ends_the_run_which_keeps_what_it_collected
     assert all(part in message for part in env.expected)
     # Two envs with 17 steps in the first episode and five in the second.
     assert stored_steps(tmp_path) == 2 * (17 + 5)
-    checkpoint = tools.load_checkpoint(tmp_path)[0]
+    checkpoint = checkpoints.load_checkpoint(tmp_path)[0]
     assert checkpoint["step"] == checkpoint["transitions"] == 2 * (16 + 4)
 
 
@@ -325,7 +326,7 @@ def test_run_whose_env_failed_goes_on_with_new_episodes(tmp_path, capfd, add_env
         assert train(tmp_path, *options) == 143
     text = log(tmp_path)
     assert "The open episodes end here" in text and f"with {before} steps in the replay" in text
-    after = tools.load_checkpoint(tmp_path)[0]
+    after = checkpoints.load_checkpoint(tmp_path)[0]
     assert stored_steps(tmp_path) == after["transitions"] + after["episodes"]
     assert min(state["episode"] for state in after["envs"]) >= 2
     lengths = sorted(int(path.stem.rsplit("-", 1)[1]) for path in (tmp_path / "train_eps").glob("*.npz"))
@@ -358,7 +359,7 @@ def test_update_with_a_non_finite_gradient_is_skipped_and_counted(tmp_path, spoi
     spoil_losses(lambda update: update % 2 == 0)
     assert train(tmp_path, "--eval_every", "0", "--log_every", "120") == 0
     assert metrics(tmp_path)[-1]["opt/skipped"] == pytest.approx(0.5, abs=0.05)
-    agent = tools.load_checkpoint(tmp_path)[0]["agent"]
+    agent = checkpoints.load_checkpoint(tmp_path)[0]["agent"]
     assert agent["updates"] == metrics(tmp_path)[-1]["opt/updates"] == 17
     for part in ("world_model", "behavior"):
         assert all(torch.isfinite(value).all() for value in agent[part].values())
@@ -399,7 +400,7 @@ def test_streak_of_skipped_updates_stops_the_run_with_a_diagnosis_beside_the_las
     spoil_losses(lambda update: update > 10)
     message = refusal(capfd, tmp_path, "--save_every", "40", "--max_nonfinite", "5", "--eval_every", "0")
     assert "5 updates in a row" in message and "diagnosis.pt" in message
-    checkpoint = tools.load_checkpoint(tmp_path)[0]
+    checkpoint = checkpoints.load_checkpoint(tmp_path)[0]
     assert checkpoint["step"] == 40
     diagnosis = torch.load(tmp_path / "diagnosis.pt", weights_only=True)
     assert 56 < diagnosis["step"] < 80

@@ -194,7 +194,7 @@ def test_seeds_of_custom_envs_fit_any_generator_and_those_of_crafter_stay_as_the
             env.reset()
     assert len(set(seeds)) == 4
     crafter = envs.make_env(configs.load([]), "train", 0)
-    assert crafter._seed_of(0) == dreamer.tools.derive_seed(0, "train", 0, 0)
+    assert crafter._seed_of(0) == dreamer.derive_seed(0, "train", 0, 0)
 
 
 def test_any_mixture_of_keys_trains(tmp_path, task):
@@ -387,5 +387,5 @@ def test_the_promised_commands_run_as_written(workdir):
         assert code == 143, command
     assert "Resumed at step" in log(workdir / "logdir" / "custom")
     for name in ("custom", "custom_tuned", "custom_debug"):
-        checkpoint = dreamer.tools.load_checkpoint(workdir / "logdir" / name)[0]
+        checkpoint = dreamer.checkpoints.load_checkpoint(workdir / "logdir" / name)[0]
         assert checkpoint["agent"]["updates"] > 0

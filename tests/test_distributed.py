@@ -23,11 +23,11 @@ from run_helpers import ROOT, TINY, assert_same_run, differences, log, main, met
 from test_models import OBS
 from torch.distributed.run import get_args_parser
 
+import checkpoint as checkpoints
 import config as configs
 import distributed
 import dreamer
 import replay as replays
-import tools
 from agent import Dreamer
 from basics import UserError
 from distributed import JoinedRanks, Ranks
@@ -474,7 +474,7 @@ def test_two_learners_train_as_one_run(tmp_path):
         assert [line[name] for line in ours] == [line[name] for line in theirs]
     assert len(list((tmp_path / "two" / "train_eps").glob("*.npz"))) == 4  # an episode of each env
     assert ours[-1]["opt/updates"] > 10 and np.isfinite(ours[-1]["loss/policy"])
-    state = tools.load_checkpoint(tmp_path / "two")[0]
+    state = checkpoints.load_checkpoint(tmp_path / "two")[0]
     assert len(state["moments"]) == 2 and state["transitions"] == state["step"] == 120
 
 
@@ -491,9 +491,9 @@ def test_resumed_run_of_two_learners_equals_uninterrupted_run(tmp_path):
 
 def own_moment(logdir: Path) -> dict:
     """What the second learner wrote of its own, without names of files."""
-    state = tools.load_checkpoint(logdir)[0]
+    state = checkpoints.load_checkpoint(logdir)[0]
     place = logdir / "replay_state" / f"step-{state['step']:012d}" / "rank-1"
-    own = tools.load_tensors(place / state["moments"][1] / "own.pt")
+    own = checkpoints.load_tensors(place / state["moments"][1] / "own.pt")
     for name in ("moment", "tick", "open", "streams"):
         del own["replay"][name]
     return own
@@ -506,7 +506,7 @@ def test_another_number_of_learners_goes_on_with_the_same_episodes(tmp_path):
     assert main(*TINY, "--logdir", str(tmp_path), "--steps", "80") == 0
     assert "The run had 2 learners and now has 1" in log(tmp_path)
     assert f"Resumed at step 60 with {steps} steps in the replay" in log(tmp_path)
-    assert tools.load_checkpoint(tmp_path)[0]["step"] == 80
+    assert checkpoints.load_checkpoint(tmp_path)[0]["step"] == 80
     steps = sum_of_steps(tmp_path)
     assert run(tmp_path, "--steps", "120").returncode == 0
     assert "The run had 1 learners and now has 2" in log(tmp_path)
@@ -532,7 +532,7 @@ def test_what_fails_for_all_learners_is_told_once(tmp_path):
 def sum_of_steps(logdir: Path) -> int:
     """Steps that the last checkpoint's replay holds: of the episodes' files and of the open ones."""
     files = sum(int(path.stem.split("-")[-1]) for path in (logdir / "train_eps").glob("*.npz"))
-    place = logdir / "replay_state" / f"step-{tools.load_checkpoint(logdir)[0]['step']:012d}"
+    place = logdir / "replay_state" / f"step-{checkpoints.load_checkpoint(logdir)[0]['step']:012d}"
     for path in place.rglob("open-*.npz"):
         with np.load(path) as rows:
             files += len(rows["is_first"])
@@ -546,7 +546,7 @@ def test_a_stop_reaches_all_learners_and_the_run_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143 and err == ""
-    step = tools.load_checkpoint(tmp_path)[0]["step"]
+    step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
     assert f"Saved {tmp_path / 'latest.pt'} at step {step}" in log(tmp_path)
     assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
     assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
@@ -569,7 +569,7 @@ def test_a_killed_learner_ends_the_run_in_one_line_and_it_goes_on_from_the_last_
     assert err.strip().splitlines() == [
         f"error: Learner {lost} was ended by SIGKILL. The same command goes on from the last checkpoint."
     ]
-    step = tools.load_checkpoint(tmp_path)[0]["step"]
+    step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
     assert step >= 40
     assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
     assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
@@ -584,7 +584,7 @@ def test_learners_whose_launcher_is_killed_save_and_end(tmp_path):
     while "Saved" not in log(tmp_path) or (tmp_path / "run.lock").exists():  # it goes with the first learner
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    step = tools.load_checkpoint(tmp_path)[0]["step"]
+    step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
     assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
     assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
 
@@ -626,9 +626,9 @@ def test_two_learners_take_advice(tmp_path):
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    last, state = metrics(tmp_path)[-1], tools.load_checkpoint(tmp_path)[0]
+    last, state = metrics(tmp_path)[-1], checkpoints.load_checkpoint(tmp_path)[0]
     assert last["uncertainty_gate/advised_share"] > 0
     place = tmp_path / "replay_state" / f"step-{state['step']:012d}" / "rank-1"
-    other = tools.load_tensors(place / state["moments"][1] / "own.pt")
+    other = checkpoints.load_tensors(place / state["moments"][1] / "own.pt")
     asked = [own["hooks"]["service"]["totals"]["questions"] for own in (state, other)]
     assert last["step"] == state["step"] and last["llm_adapter/questions"] == sum(asked) > max(asked)

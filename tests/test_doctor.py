@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from run_helpers import TINY, train
 
+import checkpoint as checkpoints
 import doctor
-import lock
 import replay
 
 ROOT = Path(doctor.__file__).parent
@@ -110,7 +110,7 @@ def test_a_bare_python_is_told_what_to_install(tmp_path):
 
 
 def test_an_older_python_can_read_it():
-    for name in ("doctor.py", "memory.py"):
+    for name in ("doctor.py", "basics.py"):
         source = (ROOT / name).read_text(encoding="utf-8")
         ast.parse(source, feature_version=(3, 8))
         assert "from __future__ import annotations" in source
@@ -276,10 +276,10 @@ def test_too_little_memory_for_the_replay(capsys, monkeypatch):
 
 
 def test_too_little_disk(capsys, monkeypatch):
-    monkeypatch.setattr(doctor.memory, "free_disk", lambda folder: 10**5)
+    monkeypatch.setattr(doctor.basics, "free_disk", lambda folder: 10**5)
     told = lines(capsys, code=1)
     assert told["disk"][0] == "todo" and "--keep_checkpoints" in told["disk"][1]
-    monkeypatch.setattr(doctor.memory, "free_disk", lambda folder: 10**8)
+    monkeypatch.setattr(doctor.basics, "free_disk", lambda folder: 10**8)
     told = lines(capsys, "--steps", "1e6", "--replay.capacity", "1000")
     assert told["disk"][0] == "tip" and "--replay.keep_steps 1000" in told["disk"][1]
 
@@ -335,13 +335,13 @@ def test_an_unwritable_logdir(capsys):
 
 
 def test_a_logdir_in_use_and_one_whose_run_was_killed(capsys, tmp_path):
-    with lock.RunLock(tmp_path / "run"):
+    with checkpoints.RunLock(tmp_path / "run"):
         told = lines(capsys, "--logdir", "run", code=1)
         assert told["lock"][0] == "todo" and f"process {os.getpid()} on" in told["lock"][1]
-        left = (tmp_path / "run" / lock.LOCK).read_bytes()
+        left = (tmp_path / "run" / checkpoints.LOCK).read_bytes()
     assert "lock" not in lines(capsys, "--logdir", "run")
     (tmp_path / "run").mkdir(exist_ok=True)
-    path = tmp_path / "run" / lock.LOCK
+    path = tmp_path / "run" / checkpoints.LOCK
     path.write_bytes(left)
     told = lines(capsys, "--logdir", "run")
     assert told["lock"][0] == "ok" and "did not end by itself" in told["lock"][1]

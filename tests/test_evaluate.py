@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint as checkpoints
 import config
 import dreamer
 import envs
 import evaluate
 import models
-import tools
 from agent import Dreamer
 from envs.dummy import COLORS, CUE_LENGTH
 from evaluation import EvalEpisode, play_episodes
@@ -100,7 +100,7 @@ def test_an_agent_that_is_always_right_gets_the_best_return(logdir, monkeypatch,
 
 
 def test_the_agent_acts_with_the_weights_of_the_checkpoint(logdir, monkeypatch, capsys):
-    saved, _, _ = tools.load_checkpoint(logdir)
+    saved, _, _ = checkpoints.load_checkpoint(logdir)
     agents = []
     act = Dreamer.act
 
@@ -293,9 +293,9 @@ def test_a_checkpoint_of_another_shape_is_refused(logdir, tmp_path, capsys):
 
 def with_another_task(logdir: Path, folder: Path) -> Path:
     """The run's checkpoint with a task in its config that its weights do not fit."""
-    payload, _, _ = tools.load_checkpoint(logdir)
+    payload, _, _ = checkpoints.load_checkpoint(logdir)
     payload["config"] = payload["config"].replace("task: dummy_cue", "task: dummy_vector")
-    return tools.save_checkpoint(folder, payload, STEPS, keep=1)
+    return checkpoints.save_checkpoint(folder, payload, STEPS, keep=1)
 
 
 # Why

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from run_helpers import main, metrics, train
 from test_models import CONTINUOUS, OBS, make_agent, make_batch, unsettle
 
+import checkpoint as checkpoints
 import config as configs
 import dreamer
 import exploration
-import tools
 from agent import Dreamer
 from basics import UserError
 from evaluation import EvalEpisode, shown
@@ -642,7 +642,9 @@ def test_a_run_starts_from_a_checkpoint_with_another_explorer(tmp_path):
         options = ("--from_checkpoint", source, "--expl_behavior", name, "--lpm.fifo", "6")
         assert train(folder, *options, "--steps", "30") == 0  # still in the prefill: nothing is learned
         assert f"another explorer than {name}, which starts anew" in (folder / "train.log").read_text()
-        one, other = (tools.load_checkpoint(place)[0]["agent"] for place in (tmp_path / "first", folder))
+        one, other = (
+            checkpoints.load_checkpoint(place)[0]["agent"] for place in (tmp_path / "first", folder)
+        )
         for part in ("world_model", "behavior"):
             assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
         own = len(one["optimizer"]["param_groups"][0]["params"])

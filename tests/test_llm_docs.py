@@ -275,7 +275,7 @@ def test_own_adviser_is_asked_with_the_image():
     logdir = run(*options, logdir="own")
     assert last(logdir, "llm_adapter/answers") > 5
     assert not any("llm_adapter/errors" in name for name in metrics_of(logdir))
-    checkpoint = dreamer.tools.load_checkpoint(logdir)[0]
+    checkpoint = dreamer.checkpoints.load_checkpoint(logdir)[0]
     assert any("features" in key or "mlp" in key for key in checkpoint["agent"]["world_model"])
     from mypackage.my_adviser import MyAdviser
 

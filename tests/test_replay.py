@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+import basics
 import episodes
-import memory
 import replay as replay_module
-import tools
 from basics import UserError
 from episodes import EpisodeWriter, list_episodes, read_episode, step_layout
 from replay import NO_CLASS, Replay, keep_moment, plan, ring_layout
@@ -384,13 +383,13 @@ def test_environment_variable_overrides_the_backend(monkeypatch):
 
 
 def test_free_memory_is_plausible():
-    assert 2**26 < memory.free_memory() < 2**50
+    assert 2**26 < basics.free_memory() < 2**50
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_falls_back_where_the_system_does_not_tell(monkeypatch):
-    monkeypatch.setattr(memory, "Path", lambda path: tools.Path("/nowhere") / str(path).strip("/"))
-    assert memory.free_memory() == memory.UNKNOWN_MEMORY
+    monkeypatch.setattr(basics, "Path", lambda path: Path("/nowhere") / str(path).strip("/"))
+    assert basics.free_memory() == basics.UNKNOWN_MEMORY
 
 
 # Episode files

@@ -22,10 +22,10 @@ from run_helpers import (
     train_process,
 )
 
+import checkpoint as checkpoints
 import dreamer
 import envs
 import replay
-import tools
 from config import Config
 from envs.dummy import Dummy
 from evaluation import play_episodes
@@ -147,12 +147,12 @@ def saved_steps(logdir):
 
 @posix
 def test_killed_run_goes_on_from_its_last_checkpoint(killed):
-    before = tools.load_checkpoint(killed)[0]
+    before = checkpoints.load_checkpoint(killed)[0]
     assert before["step"] == 80
     assert train(killed, *OPTIONS) == 0
     steps = [line["step"] for line in metrics(killed)]
     assert steps == sorted(set(steps)) and steps[-1] == 120
-    after = tools.load_checkpoint(killed)[0]
+    after = checkpoints.load_checkpoint(killed)[0]
     stored = sum(end - start for stream in after["replay"]["streams"] for _, start, end in stream)
     assert after["step"] == after["transitions"] == 120
     assert stored == after["transitions"] + after["episodes"]
@@ -162,7 +162,7 @@ def test_killed_run_goes_on_from_its_last_checkpoint(killed):
 
 @posix
 def test_episodes_younger_than_the_checkpoint_are_set_aside_and_not_counted(killed):
-    known = tools.load_checkpoint(killed / "checkpoints" / f"step-{60:012d}.pt")[0]
+    known = checkpoints.load_checkpoint(killed / "checkpoints" / f"step-{60:012d}.pt")[0]
     (killed / "latest.pt").unlink()
     (killed / "checkpoints" / f"step-{80:012d}.pt").unlink()
     before = {path.name for path in (killed / "train_eps").iterdir()}
@@ -172,7 +172,7 @@ def test_episodes_younger_than_the_checkpoint_are_set_aside_and_not_counted(kill
     assert newer and newer <= before
     lines = [line for line in log(killed).splitlines() if "newer" in line]
     assert len(lines) == 1 and f"{len(newer)} episode files younger than the checkpoint" in lines[0]
-    after = tools.load_checkpoint(killed)[0]
+    after = checkpoints.load_checkpoint(killed)[0]
     names = {name for stream in after["replay"]["streams"] for name, _, _ in stream}
     assert not names & {name.rsplit("-", 1)[0] for name in newer - before}
     assert after["transitions"] == known["transitions"] + 2
@@ -229,7 +229,7 @@ def test_kill_while_a_checkpoint_is_written_loses_nothing_of_the_one_before(tmp_
     with signal_at(64):
         assert train(tmp_path, *options) == 143
     with monkeypatch.context() as patch, signal_at(90):
-        patch.setattr(tools, "save_checkpoint", killed)
+        patch.setattr(checkpoints, "save_checkpoint", killed)
         with pytest.raises(SystemExit):
             train(tmp_path, *options)
     assert train(tmp_path, *options) == 0
@@ -257,7 +257,7 @@ def test_older_checkpoint_named_by_from_checkpoint_is_gone_on_with_in_place(tmp_
     with signal_at(80):
         assert main("--from_checkpoint", str(older), *own_logdir(tmp_path)) == 143
     assert "Resumed at step 60" in log(tmp_path)
-    assert tools.load_checkpoint(tmp_path)[0]["step"] == 80
+    assert checkpoints.load_checkpoint(tmp_path)[0]["step"] == 80
     assert [line["step"] for line in metrics(tmp_path)] == [20, 40, 60]
 
 
@@ -268,7 +268,7 @@ def test_from_checkpoint_with_a_new_logdir_starts_a_new_run_from_the_weights(tmp
     monkeypatch.setattr(dreamer, "train", lambda run, _: taken.update(run.agent.state_dict(), step=run.step))
     command = ["--from_checkpoint", str(source / "latest.pt"), "--logdir", str(tmp_path / "new")]
     assert main(*command) == 0
-    theirs = tools.load_checkpoint(source)[0]["agent"]
+    theirs = checkpoints.load_checkpoint(source)[0]["agent"]
     for part in ("world_model", "behavior", "optimizer", "updates"):
         assert differences(taken[part], theirs[part]) == []
     assert taken["step"] == 0 and theirs["updates"] > 20
@@ -291,10 +291,10 @@ def test_capacity_that_auto_chose_is_kept_on_resume(tmp_path, monkeypatch):
     options = ("--replay.capacity", "auto")
     with signal_at(71):
         assert train(tmp_path, *options) == 143
-    chosen = tools.load_checkpoint(tmp_path)[0]["capacity"]
+    chosen = checkpoints.load_checkpoint(tmp_path)[0]["capacity"]
     monkeypatch.setattr(replay, "free_memory", lambda: 6_000_000)
     assert train(tmp_path, *options) == 0
-    assert tools.load_checkpoint(tmp_path)[0]["capacity"] == chosen < 2000
+    assert checkpoints.load_checkpoint(tmp_path)[0]["capacity"] == chosen < 2000
     assert "anew" not in log(tmp_path)
 
 
@@ -321,11 +321,11 @@ def test_refused_resume_touches_nothing(tmp_path, whole, capfd, option):
 def test_run_goes_on_with_more_envs_but_says_that_it_is_not_exact(tmp_path):
     with signal_at(71):
         train(tmp_path)
-    before = tools.load_checkpoint(tmp_path)[0]
+    before = checkpoints.load_checkpoint(tmp_path)[0]
     assert train(tmp_path, "--envs.amount", "3") == 0
     assert "filled anew and not as it was: it had 2 streams" in log(tmp_path)
     assert "The open episodes end here" in log(tmp_path)
-    after = tools.load_checkpoint(tmp_path)[0]
+    after = checkpoints.load_checkpoint(tmp_path)[0]
     stored = [end - start for stream in after["replay"]["streams"] for _, start, end in stream]
     assert sum(stored) == after["transitions"] + after["episodes"]
     assert after["step"] == after["transitions"] >= 120 > before["step"]
@@ -360,10 +360,10 @@ def test_env_that_does_not_repeat_itself_starts_new_episodes_and_says_so(tmp_pat
     monkeypatch.setitem(envs.REGISTRY, "moody", lambda name, config: env(config.size))
     with signal_at(77):
         assert train(tmp_path, "--task", "moody_x") == 143
-    before = tools.load_checkpoint(tmp_path)[0]
+    before = checkpoints.load_checkpoint(tmp_path)[0]
     assert train(tmp_path, "--task", "moody_x") == 0
     assert "The open episodes end here" in log(tmp_path)
-    after = tools.load_checkpoint(tmp_path)[0]
+    after = checkpoints.load_checkpoint(tmp_path)[0]
     stored = sum(end - start for stream in after["replay"]["streams"] for _, start, end in stream)
     assert stored == after["transitions"] + after["episodes"]
     assert min(state["episode"] for state in after["envs"]) >= before["next_episode"]
@@ -371,7 +371,7 @@ def test_env_that_does_not_repeat_itself_starts_new_episodes_and_says_so(tmp_pat
 
 def test_train_ratio_is_kept_over_resumes_without_a_burst(tmp_path):
     def updates():
-        return tools.load_checkpoint(tmp_path)[0]["agent"]["updates"]
+        return checkpoints.load_checkpoint(tmp_path)[0]["agent"]["updates"]
 
     most, before = 0, 0
     for step in range(36, 120, 14):
@@ -390,6 +390,6 @@ def test_new_run_in_a_folder_with_episodes_learns_from_them_and_plays_others(tmp
         assert train(tmp_path, "--steps", "500") == 143
     text = log(tmp_path)
     assert "Loaded 102 steps from" in text
-    after = tools.load_checkpoint(tmp_path)[0]
+    after = checkpoints.load_checkpoint(tmp_path)[0]
     assert after["step"] == 120 and after["agent"]["updates"] == int((120 - 96) * 3 / 8)
     assert min(state["episode"] for state in after["envs"]) >= 6

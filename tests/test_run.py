@@ -14,9 +14,10 @@ from crafter.constants import achievements
 from run_helpers import ROOT, assert_same_run, differences, log, metrics, moment, signal_at, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import basics
+import checkpoint as checkpoints
 import dreamer
 import envs
-import tools
 from agent import Dreamer
 from config import Config
 from envs.dummy import Dummy
@@ -95,7 +96,7 @@ def test_run_leaves_the_files_that_the_readme_lists(debug_run):
 def test_only_real_steps_are_counted(tmp_path):
     assert train(tmp_path, "--action_repeat", "3", "--replay.capacity", "1000", "--eval_every", "0") == 0
     files = list_episodes(tmp_path / "train_eps")
-    state = tools.load_checkpoint(tmp_path)[0]
+    state = checkpoints.load_checkpoint(tmp_path)[0]
     stored = sum(end - start for stream in state["replay"]["streams"] for _, start, end in stream)
     assert state["transitions"] == stored - state["episodes"]
     assert state["step"] == 3 * state["transitions"] == 120
@@ -110,13 +111,13 @@ def test_prefill_owes_no_updates_and_acts_at_random(tmp_path, monkeypatch):
     monkeypatch.setattr(Dreamer, "act", lambda *args, **kwargs: acted.append(1) or act(*args, **kwargs))
     assert train(tmp_path, "--prefill", "100", "--steps", "124", "--eval_every", "0") == 0
     assert len(acted) == 12
-    assert tools.load_checkpoint(tmp_path)[0]["agent"]["updates"] == int(24 * 3 / 8)
+    assert checkpoints.load_checkpoint(tmp_path)[0]["agent"]["updates"] == int(24 * 3 / 8)
 
 
 @pytest.mark.parametrize("ratio", ["0", "0.5", "7"])
 def test_train_ratio_is_replayed_steps_per_stored_transition(tmp_path, ratio):
     assert train(tmp_path, "--train_ratio", ratio, "--steps", "70", "--eval_every", "0") == 0
-    state = tools.load_checkpoint(tmp_path)[0]
+    state = checkpoints.load_checkpoint(tmp_path)[0]
     replayed = state["agent"]["updates"] * 2 * 4
     assert abs(replayed - float(ratio) * (70 - 30)) < 2 * 4
 
@@ -252,7 +253,7 @@ def test_second_signal_interrupts_at_once_and_keeps_the_last_checkpoint(tmp_path
     )
     with signal_at(60, signal.SIGINT):
         assert train(tmp_path) == 130
-    assert tools.load_checkpoint(tmp_path)[0]["step"] == 40
+    assert checkpoints.load_checkpoint(tmp_path)[0]["step"] == 40
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -269,7 +270,7 @@ def test_all_parts_are_closed_even_if_one_cannot_be(tmp_path, monkeypatch, capfd
 
     def fails(self):
         closed.append("replay")
-        raise tools.UserError("Cannot write the episode: disk full.")
+        raise basics.UserError("Cannot write the episode: disk full.")
 
     monkeypatch.setattr(dreamer.Replay, "close", fails)
     assert train(tmp_path, "--steps", "10") == 2

@@ -19,9 +19,9 @@ from run_helpers import TINY, assert_same_run, differences, log, metrics
 from test_advice_run import DOORKEY, FULL, late_replay
 from test_distributed import Threads, free_port, own_moment
 
+import checkpoint as checkpoints
 import dreamer
 import lore_llm.hooks as hooks_module
-import tools
 from logger import Timer
 from lore_llm import OptionSpec, options
 from lore_llm.advice import Advice
@@ -274,7 +274,7 @@ def told_of(runs: Path, name: str) -> list[dict]:
 
 def skills_of(logdir: Path) -> dict[str, dict]:
     """The skills of the last checkpoint by their uids."""
-    slots = tools.load_checkpoint(logdir)[0]["hooks"]["library"]["slots"]
+    slots = checkpoints.load_checkpoint(logdir)[0]["hooks"]["library"]["slots"]
     return {str(skill["uid"]): skill for skill in slots if skill}
 
 
@@ -292,7 +292,7 @@ def test_learners_of_a_whole_run_have_the_same_skills_and_weights(runs):
     assert tries == {uid: ours[uid] + theirs[uid] for uid in tries} and max(tries.values()) > 1
     gone = (ours | theirs).keys() - tries.keys()
     assert any(ours[uid] < 2 for uid in gone)  # one learner alone would not have removed it yet
-    library = tools.load_checkpoint(runs / "whole")[0]["hooks"]["library"]
+    library = checkpoints.load_checkpoint(runs / "whole")[0]["hooks"]["library"]
     assert library["removals"] == len(gone) >= metrics(runs / "whole")[-1]["options/removed"] > 0
 
 

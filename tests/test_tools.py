@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import basics
+import checkpoint as checkpoints
 import tools
 
 # ---- files
@@ -30,8 +31,8 @@ def all_files(folder: Path) -> set[str]:
 
 def test_atomic_write_makes_folders_and_replaces_the_old_file(tmp_path):
     path = tmp_path / "new" / "file.bin"
-    tools.atomic_write(path, lambda file: file.write(b"old"))
-    tools.atomic_write(path, lambda file: file.write(b"new"))
+    basics.atomic_write(path, lambda file: file.write(b"old"))
+    basics.atomic_write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
     assert all_files(tmp_path) == {"new/file.bin"}
 
@@ -46,7 +47,7 @@ def test_atomic_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, erro
         raise error
 
     with pytest.raises(type(error)):
-        tools.atomic_write(path, write)
+        basics.atomic_write(path, write)
     assert path.read_bytes() == b"old"
     assert all_files(tmp_path) == {"file.bin"}
 
@@ -55,35 +56,35 @@ def test_atomic_write_changes_the_old_file_by_one_rename_only(tmp_path, monkeypa
     path = tmp_path / "file.bin"
     path.write_bytes(b"old")
     monkeypatch.setattr(os, "replace", raise_disk_full)
-    with pytest.raises(tools.UserError):
-        tools.atomic_write(path, lambda file: file.write(b"new"))
+    with pytest.raises(basics.UserError):
+        basics.atomic_write(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old"
     assert all_files(tmp_path) == {"file.bin"}
 
 
 def test_full_disk_is_a_user_error_that_names_file_and_reason(tmp_path):
-    with pytest.raises(tools.UserError, match=r"file\.bin.*disk full"):
-        tools.atomic_write(tmp_path / "file.bin", raise_disk_full)
+    with pytest.raises(basics.UserError, match=r"file\.bin.*disk full"):
+        basics.atomic_write(tmp_path / "file.bin", raise_disk_full)
     assert all_files(tmp_path) == set()
 
 
 def test_unwritable_folder_is_a_user_error(tmp_path):
     (tmp_path / "taken").write_text("a file where a folder is needed")
-    with pytest.raises(tools.UserError, match="Cannot write"):
-        tools.atomic_write(tmp_path / "taken" / "file.bin", lambda file: None)
+    with pytest.raises(basics.UserError, match="Cannot write"):
+        basics.atomic_write(tmp_path / "taken" / "file.bin", lambda file: None)
 
 
 # ---- seeds
 
 
 def test_derived_seed_stays_the_same_for_ever():
-    assert tools.derive_seed(0, "train", 1) == 6133370629789370551
-    assert tools.derive_seed(np.int64(0), "train", np.int32(1)) == tools.derive_seed(0, "train", 1)
+    assert basics.derive_seed(0, "train", 1) == 6133370629789370551
+    assert basics.derive_seed(np.int64(0), "train", np.int32(1)) == basics.derive_seed(0, "train", 1)
 
 
 @pytest.mark.parametrize("other", [(1, "a", 1), (0, "b", 1), (0, "a", 2), (0, "a"), (0, "a", "1"), (0, "a1")])
 def test_derived_seed_depends_on_seed_and_each_name(other):
-    assert tools.derive_seed(0, "a", 1) != tools.derive_seed(*other)
+    assert basics.derive_seed(0, "a", 1) != basics.derive_seed(*other)
 
 
 def test_named_generators_repeat_and_differ_by_name():
@@ -153,9 +154,9 @@ def draw() -> list[float]:
 def test_random_states_survive_a_checkpoint(tmp_path):
     tools.seed_everything(5)
     np.random.randn()  # leaves one cached value, which is part of the state
-    tools.save_checkpoint(tmp_path, {**WHOLE, "rng": tools.rng_state()}, step=0, keep=1)
+    checkpoints.save_checkpoint(tmp_path, {**WHOLE, "rng": tools.rng_state()}, step=0, keep=1)
     expected = [draw(), np.random.randn()]
-    payload, _, _ = tools.load_checkpoint(tmp_path)
+    payload, _, _ = checkpoints.load_checkpoint(tmp_path)
     tools.set_rng_state(payload["rng"])
     assert [draw(), np.random.randn()] == expected
 
@@ -198,7 +199,7 @@ def payload_at(step: int) -> dict:
 
 def save_steps(folder: Path, *steps: int, keep: int = 3) -> None:
     for step in steps:
-        path = tools.save_checkpoint(folder, payload_at(step), step, keep)
+        path = checkpoints.save_checkpoint(folder, payload_at(step), step, keep)
         os.utime(path, ns=(step, step))  # as if time had passed between them, whatever the clock's grain
 
 
@@ -215,7 +216,7 @@ def test_checkpoint_comes_back_and_only_the_last_few_stay(tmp_path):
         "checkpoints/step-000000000030.pt",
         "checkpoints/step-000000000040.pt",
     }
-    payload, path, notes = tools.load_checkpoint(tmp_path)
+    payload, path, notes = checkpoints.load_checkpoint(tmp_path)
     assert_payload(payload, 40)
     assert path == tmp_path / "latest.pt" and notes == []
 
@@ -227,19 +228,19 @@ def test_latest_is_whole_where_there_are_no_hard_links(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     save_steps(tmp_path, 10, 20)
     (tmp_path / "checkpoints" / "step-000000000020.pt").write_bytes(b"broken")
-    assert_payload(tools.load_checkpoint(tmp_path)[0], 20)
+    assert_payload(checkpoints.load_checkpoint(tmp_path)[0], 20)
 
 
 def test_after_going_back_to_an_earlier_step_the_newest_are_those_written_last(tmp_path):
     save_steps(tmp_path, 100, 200, 300)
-    for path in tools.find_checkpoints(tmp_path):
+    for path in checkpoints.find_checkpoints(tmp_path):
         os.utime(path, ns=(1, 1))
     save_steps(tmp_path, 150, 160, keep=2)
-    assert [path.stem for path in tools.find_checkpoints(tmp_path)[1:]] == [
+    assert [path.stem for path in checkpoints.find_checkpoints(tmp_path)[1:]] == [
         "step-000000000160",
         "step-000000000150",
     ]
-    assert_payload(tools.load_checkpoint(tmp_path)[0], 160)
+    assert_payload(checkpoints.load_checkpoint(tmp_path)[0], 160)
 
 
 def test_cut_off_checkpoint_is_passed_over_for_the_one_before(tmp_path):
@@ -248,7 +249,7 @@ def test_cut_off_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     with open(latest, "r+b") as file:
         file.truncate(latest.stat().st_size // 2)
     for given_path in (tmp_path, latest):
-        payload, path, notes = tools.load_checkpoint(given_path)
+        payload, path, notes = checkpoints.load_checkpoint(given_path)
         assert_payload(payload, 20)
         assert path.name == "step-000000000020.pt"
         assert len(notes) == 1 and "latest.pt cannot be read" in notes[0]
@@ -263,26 +264,26 @@ def test_no_flipped_bit_reaches_the_weights(tmp_path):
     def flip(place, bit):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
         try:
-            payload = tools.load_checkpoint(file)[0]
-        except tools.UserError:
+            payload = checkpoints.load_checkpoint(file)[0]
+        except basics.UserError:
             return
         assert_payload(payload, 10)  # it hit padding
 
     flip()
     place = whole.index(torch.tensor(10.0).numpy().tobytes() * 2)
     file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(tools.UserError, match="checksum"):
-        tools.load_checkpoint(file)
+    with pytest.raises(basics.UserError, match="checksum"):
+        checkpoints.load_checkpoint(file)
 
 
 def test_no_readable_checkpoint_is_a_user_error(tmp_path):
-    assert tools.find_checkpoints(tmp_path) == []
+    assert checkpoints.find_checkpoints(tmp_path) == []
     for path in (tmp_path, tmp_path / "latest.pt", tmp_path / "step.pt"):
-        with pytest.raises(tools.UserError, match="No checkpoint at"):
-            tools.load_checkpoint(path)
+        with pytest.raises(basics.UserError, match="No checkpoint at"):
+            checkpoints.load_checkpoint(path)
     (tmp_path / "latest.pt").write_bytes(b"")
-    with pytest.raises(tools.UserError, match="No readable checkpoint"):
-        tools.load_checkpoint(tmp_path)
+    with pytest.raises(basics.UserError, match="No readable checkpoint"):
+        checkpoints.load_checkpoint(tmp_path)
 
 
 class Exploit:
@@ -292,24 +293,24 @@ class Exploit:
 
 def test_checkpoint_with_code_in_it_is_refused(tmp_path, capsys):
     torch.save({"a": Exploit()}, tmp_path / "latest.pt")
-    with pytest.raises(tools.UserError, match="No readable checkpoint"):
-        tools.load_checkpoint(tmp_path)
+    with pytest.raises(basics.UserError, match="No readable checkpoint"):
+        checkpoints.load_checkpoint(tmp_path)
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("value", [np.float64(1), np.zeros(2), Path("a"), {1}, Exploit()])
 def test_payload_that_could_not_be_loaded_again_is_refused_at_once(tmp_path, value):
     with pytest.raises(TypeError, match=r"payload\['a'\]\[0\] is a"):
-        tools.save_checkpoint(tmp_path, {"a": [value]}, step=1, keep=1)
+        checkpoints.save_checkpoint(tmp_path, {"a": [value]}, step=1, keep=1)
     assert all_files(tmp_path) == set()
 
 
 def test_numpy_generator_state_can_be_saved(tmp_path):
     rng = basics.numpy_rng(0, "replay")
     rng.random(3)
-    tools.save_checkpoint(tmp_path, {**WHOLE, "rng": rng.bit_generator.state}, step=1, keep=1)
+    checkpoints.save_checkpoint(tmp_path, {**WHOLE, "rng": rng.bit_generator.state}, step=1, keep=1)
     again = basics.numpy_rng(1)
-    again.bit_generator.state = tools.load_checkpoint(tmp_path)[0]["rng"]
+    again.bit_generator.state = checkpoints.load_checkpoint(tmp_path)[0]["rng"]
     assert again.random() == rng.random()
 
 
@@ -333,11 +334,11 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch,
             return raise_disk_full() if self.left < 0 else self.file.write(data)
 
     monkeypatch.setattr(basics, "open", lambda *args: SmallDisk(open(*args)), raising=False)
-    with pytest.raises(tools.UserError, match="disk full"):
-        tools.save_checkpoint(tmp_path, payload_at(20), step=20, keep=3)
+    with pytest.raises(basics.UserError, match="disk full"):
+        checkpoints.save_checkpoint(tmp_path, payload_at(20), step=20, keep=3)
     monkeypatch.undo()
     assert all_files(tmp_path) == before
-    assert_payload(tools.load_checkpoint(tmp_path)[0], 10)
+    assert_payload(checkpoints.load_checkpoint(tmp_path)[0], 10)
 
 
 def test_what_a_kill_left_behind_is_cleared_by_the_next_save(tmp_path):
@@ -457,12 +458,12 @@ def test_optimizer_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
     for step in range(5):
         set_grads(params, seed=step)
         optimizer.step()
-    tools.save_checkpoint(tmp_path, {**WHOLE, "opt": optimizer.state_dict()}, step=5, keep=1)
+    checkpoints.save_checkpoint(tmp_path, {**WHOLE, "opt": optimizer.state_dict()}, step=5, keep=1)
     resumed_params, resumed = tiny_optimizer()
     with torch.no_grad():
         for new, old in zip(resumed_params, params, strict=True):
             new.copy_(old)
-    resumed.load_state_dict(tools.load_checkpoint(tmp_path)[0]["opt"])
+    resumed.load_state_dict(checkpoints.load_checkpoint(tmp_path)[0]["opt"])
     for some, opt in ((params, optimizer), (resumed_params, resumed)):
         for step in range(5, 8):
             set_grads(some, seed=step)

@@ -7,10 +7,9 @@ import torch
 from run_helpers import TINY, assert_same_run, differences, log, main, stop_and_resume, train
 from test_weights import export
 
+import checkpoint as checkpoints
 import config
 import dreamer
-import tools
-import weights
 from basics import UserError
 
 NEW = "Begins anew: decoder, reward, cont, actor, critic, the optimiser"
@@ -39,23 +38,25 @@ def begin(tmp_path, monkeypatch):
 
 
 def part(agent: dict, name: str) -> dict[str, torch.Tensor]:
-    module, prefixes = weights.PARTS[name]
+    module, prefixes = checkpoints.PARTS[name]
     return {key: value for key, value in agent[module].items() if key.startswith(prefixes)}
 
 
 @pytest.fixture(scope="module")
 def trained(logdir) -> dict:
-    return tools.load_checkpoint(logdir)[0]["agent"]
+    return checkpoints.load_checkpoint(logdir)[0]["agent"]
 
 
 def test_every_weight_of_the_agent_is_of_one_part(trained):
-    named = [f"{weights.PARTS[name][0]}.{key}" for name in weights.PARTS for key in part(trained, name)]
+    named = [
+        f"{checkpoints.PARTS[name][0]}.{key}" for name in checkpoints.PARTS for key in part(trained, name)
+    ]
     every = [f"{module}.{key}" for module in ("world_model", "behavior") for key in trained[module]]
     assert sorted(named) == sorted(every)
 
 
 def test_parts_are_those_of_the_option():
-    assert config.read().options["transfer"].words == tuple(weights.PARTS)
+    assert config.read().options["transfer"].words == tuple(checkpoints.PARTS)
 
 
 def test_the_named_parts_are_taken_and_the_others_are_new(logdir, trained, begin):
@@ -63,7 +64,7 @@ def test_the_named_parts_are_taken_and_the_others_are_new(logdir, trained, begin
     assert "ransfer" not in told
     command = ("--task", "dummy_memory", "--from_checkpoint", logdir / "latest.pt", "--transfer")
     taken, told = begin(*command, "encoder,rssm")
-    for name in weights.PARTS:
+    for name in checkpoints.PARTS:
         origin = trained if name in ("encoder", "rssm") else fresh
         assert differences(part(taken, name), part(origin, name)) == [], name
         assert differences(part(trained, name), part(fresh, name)), f"{name} has learned nothing"
@@ -77,8 +78,8 @@ def test_the_named_parts_are_taken_and_the_others_are_new(logdir, trained, begin
         f"Transferred rssm: {sizes[1]} of {sizes[1]} tensors",
         NEW,
     ]
-    everything, told = begin(*command, *weights.PARTS, name="all")
-    for name in weights.PARTS:
+    everything, told = begin(*command, *checkpoints.PARTS, name="all")
+    for name in checkpoints.PARTS:
         assert differences(part(everything, name), part(trained, name)) == []
     assert "Begins anew: the optimiser" in told
 
@@ -136,9 +137,9 @@ def test_nothing_that_fits_is_refused(logdir, tmp_path, capsys):
 
 def test_weights_that_are_not_finite_are_refused(logdir, tmp_path, capsys):
     """Else the run would say that it diverged, and ask for a lower learning rate."""
-    payload = tools.load_checkpoint(logdir)[0]
+    payload = checkpoints.load_checkpoint(logdir)[0]
     payload["agent"]["world_model"]["rssm.in_deter.0.weight"].fill_(torch.nan)
-    path = tools.save_checkpoint(tmp_path / "broken", payload, 120, keep=1)
+    path = checkpoints.save_checkpoint(tmp_path / "broken", payload, 120, keep=1)
     command = ("--task", "dummy_memory", "--from_checkpoint", str(path), "--transfer")
     capsys.readouterr()
     assert train(tmp_path / "new", *command, "encoder", "rssm") == 2
@@ -178,7 +179,7 @@ def test_a_resumed_run_does_not_transfer_again(logdir, tmp_path):
 def test_whoever_begins_from_the_new_run_takes_all_of_it(logdir, tmp_path, begin, capsys):
     first = tmp_path / "first"
     assert train(first, "--from_checkpoint", str(logdir), "--transfer", "encoder", "--steps", "40") == 0
-    saved = tools.load_checkpoint(first)[0]["agent"]
+    saved = checkpoints.load_checkpoint(first)[0]["agent"]
     states = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dreamer, "train", lambda run, _: states.append(run.agent.state_dict()))

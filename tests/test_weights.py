@@ -14,9 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_evaluate import error, run
 
+import checkpoint as checkpoints
 import evaluate
-import tools
-import weights
 from basics import UserError
 from config import Config
 
@@ -80,13 +79,13 @@ def test_one_file_in_an_empty_folder_is_enough(logdir, tmp_path, capsys, monkeyp
 def test_exported_weights_are_those_of_the_checkpoint(logdir, tmp_path, capsys):
     path = tmp_path / "agent.safetensors"
     tensors = export(capsys, logdir, path)
-    agent = tools.load_checkpoint(logdir)[0]["agent"]
+    agent = checkpoints.load_checkpoint(logdir)[0]["agent"]
     theirs = {f"{part}.{k}": v for part in ("world_model", "behavior") for k, v in agent[part].items()}
     kept = {name: value for name, value in theirs.items() if "slow_critic" not in name}
     assert (
         differences(tensors, {name: kept[name] for name in tensors}) == [] and tensors.keys() == kept.keys()
     )
-    read = weights.read(path)
+    read = checkpoints.read_weights(path)
     critic = {k[7:]: v for k, v in read["agent"]["behavior"].items() if k.startswith("critic.")}
     slow = {k[12:]: v for k, v in read["agent"]["behavior"].items() if k.startswith("slow_critic.")}
     assert critic and differences(critic, slow) == []
@@ -108,7 +107,7 @@ def test_matrices_may_be_rounded(logdir, tmp_path, capsys, dtype):
     path = tmp_path / "rounded.safetensors"
     rounded = export(capsys, logdir, path, "--dtype", dtype)
     for name, value in whole.items():
-        assert rounded[name].dtype == (weights.DTYPES[dtype] if value.dim() > 1 else torch.float32)
+        assert rounded[name].dtype == (checkpoints.DTYPES[dtype] if value.dim() > 1 else torch.float32)
         torch.testing.assert_close(rounded[name].float(), value, rtol=2**-8, atol=1e-7)
     assert path.stat().st_size < 0.75 * (tmp_path / "whole.safetensors").stat().st_size
     assert len(result(capsys, path)["returns"]) == 3
@@ -118,14 +117,14 @@ def test_matrices_may_be_rounded(logdir, tmp_path, capsys, dtype):
 
 
 def test_what_a_precision_cannot_hold_is_refused(logdir, tmp_path):
-    payload = tools.load_checkpoint(logdir)[0]
+    payload = checkpoints.load_checkpoint(logdir)[0]
     config = Config.from_yaml(payload["config"], "here")
     payload["agent"]["behavior"]["actor.outs.0.weight"][0, 0] = 1e5
     path = tmp_path / "agent.safetensors"
     with pytest.raises(UserError, match="float16 cannot hold behavior.actor.outs.0.weight, which has 1e"):
-        weights.write(path, config, 1, payload["agent"], "float16")
+        checkpoints.write_weights(path, config, 1, payload["agent"], "float16")
     assert list(tmp_path.iterdir()) == []
-    weights.write(path, config, 1, payload["agent"], "bfloat16")
+    checkpoints.write_weights(path, config, 1, payload["agent"], "bfloat16")
 
 
 def test_the_decoder_may_stay_at_home(logdir, tmp_path, capsys):
@@ -272,7 +271,7 @@ def test_whoever_forged_the_checksum_too_is_refused(exported, capsys, name, valu
     tensors, claims = load_file(exported), about(exported)
     del claims["sha256"]
     claims = {k: v for k, v in {**claims, name: value}.items() if v is not None}
-    changed(exported, **{name: value}, sha256=weights._digest(claims, tensors))
+    changed(exported, **{name: value}, sha256=checkpoints._digest(claims, tensors))
     assert told in refused(capsys, exported)
 
 
@@ -284,7 +283,7 @@ def test_tensors_of_unknown_parts_or_shapes_are_refused(exported, capsys):
         tensors, claims = {**load_file(exported), name: torch.zeros(3)}, about(exported)
         del claims["sha256"]
         forged = exported.with_name("forged.safetensors")
-        save_file(tensors, forged, metadata={**claims, "sha256": weights._digest(claims, tensors)})
+        save_file(tensors, forged, metadata={**claims, "sha256": checkpoints._digest(claims, tensors)})
         assert told in error(capsys, "--from_checkpoint", forged)
 
 
@@ -322,4 +321,4 @@ def test_metadata_can_be_read_by_any_reader(exported):
     data = exported.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    assert header["__metadata__"]["task"] == "dummy_cue" and length < weights.MAX_HEADER / 8
+    assert header["__metadata__"]["task"] == "dummy_cue" and length < checkpoints.MAX_HEADER / 8

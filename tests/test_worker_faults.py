@@ -12,8 +12,8 @@ import pytest
 from run_helpers import ROOT, assert_same_run, log, signal_at, train
 from test_parallel import make_failing_once, make_vec
 
+import checkpoint as checkpoints
 import config
-import tools
 from envs import make_env
 from episodes import list_episodes, read_episode, step_layout
 from evaluation import play_episodes
@@ -50,7 +50,7 @@ def run_and_signal(logdir: Path, signum: int, *options: str, at: str = "step 150
 
 def steps_of(logdir: Path) -> list[dict[str, np.ndarray]]:
     """The episodes of a run, [L, ...] by key: those in files, then the open ones of the checkpoint."""
-    state = tools.load_checkpoint(logdir)[0]
+    state = checkpoints.load_checkpoint(logdir)[0]
     options = config.Config.load_saved(logdir / "config.yaml")
     env = make_env(options, "train", 0)
     layout = step_layout(env.obs_space | env.act_space)
@@ -73,7 +73,7 @@ def test_killing_a_worker_in_a_real_run_loses_no_finished_step(tmp_path, signum,
     assert (code, errors) == (0, "")
     text = log(tmp_path)
     assert text.count("restarted") == 1 and reason in text
-    state = tools.load_checkpoint(tmp_path)[0]
+    state = checkpoints.load_checkpoint(tmp_path)[0]
     episodes = steps_of(tmp_path)
     assert state["step"] == state["transitions"] >= 400
     assert sum(len(rows["is_first"]) for rows in episodes) == state["transitions"] + state["episodes"]
@@ -107,7 +107,7 @@ def test_too_many_restarts_stop_the_run_after_a_save(tmp_path):
     assert code == 2
     assert errors.count("\n") == 1 and errors.startswith("error: The worker process of environment 1 died")
     assert "envs.max_restarts allows 0 restarts in 10 minutes: the run stops" in errors
-    stopped = tools.load_checkpoint(tmp_path)[0]
+    stopped = checkpoints.load_checkpoint(tmp_path)[0]
     assert stopped["step"] >= 150 and "Saved" in log(tmp_path)
     with start(tmp_path) as process:
         assert process.wait(60) == 0

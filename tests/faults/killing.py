@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint as checkpoints
 import dreamer
-import tools
 from episodes import list_episodes
 
 TRAINED = 3 / 8  # updates for each step after the 30th, with the options of run_helpers.TINY
@@ -75,8 +75,8 @@ def lines_of(path: Path) -> int:
 
 def check_agreement(logdir) -> dict:
     """The last checkpoint is whole; its step counter, weights and the replay's files are of one moment."""
-    state, path, notes = tools.load_checkpoint(logdir)
-    assert path.name == tools.LATEST and notes == []
+    state, path, notes = checkpoints.load_checkpoint(logdir)
+    assert path.name == checkpoints.LATEST and notes == []
     agent, replay, step = state["agent"], state["replay"], state["step"]
     assert step == state["transitions"]
     assert agent["updates"] == set(agent["optimizer"]["updates"]).pop() == max(0, int((step - 30) * TRAINED))

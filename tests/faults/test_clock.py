@@ -8,7 +8,7 @@ import pytest
 from run_helpers import assert_same_run, log, metrics, signal_at, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import tools
+import checkpoint as checkpoints
 from episodes import EpisodeWriter, list_episodes
 from logger import Logger
 
@@ -34,7 +34,7 @@ class Clock:
 @pytest.fixture
 def set_clock(monkeypatch):
     """A function that sets the wall clock so many seconds ahead, in turns if there are several."""
-    whole = tools.save_tensors
+    whole = checkpoints.save_tensors
 
     def set_to(*ahead: float) -> None:
         clock = Clock(*ahead)
@@ -45,7 +45,7 @@ def set_clock(monkeypatch):
             whole(path, payload)
             os.utime(path, ns=(clock.time_ns(),) * 2)  # as the system's clock would have it
 
-        monkeypatch.setattr(tools, "save_tensors", save_tensors)
+        monkeypatch.setattr(checkpoints, "save_tensors", save_tensors)
 
     return set_to
 
@@ -72,9 +72,9 @@ def test_after_a_jump_the_last_checkpoint_is_gone_on_with_and_the_newest_ones_ar
     with signal_at(101):
         assert train(tmp_path, *options) == 143
     set_clock(0)
-    kept = [path.name for path in tools.find_checkpoints(tmp_path)]
+    kept = [path.name for path in checkpoints.find_checkpoints(tmp_path)]
     assert kept == ["latest.pt", *(f"step-{step:012d}.pt" for step in (102, 100, 80))]
-    for path in tools.find_checkpoints(tmp_path)[:2]:
+    for path in checkpoints.find_checkpoints(tmp_path)[:2]:
         path.write_bytes(b"broken")
     assert train(tmp_path, *options) == 0
     text = log(tmp_path)
@@ -82,7 +82,7 @@ def test_after_a_jump_the_last_checkpoint_is_gone_on_with_and_the_newest_ones_ar
     steps = [line["step"] for line in metrics(tmp_path)]
     assert steps == sorted(set(steps)) and steps[-1] == 120
     starts = [file.name for file in list_episodes(tmp_path / "train_eps")]
-    known = tools.load_checkpoint(tmp_path)[0]["replay"]["streams"]
+    known = checkpoints.load_checkpoint(tmp_path)[0]["replay"]["streams"]
     assert starts == sorted(starts) and all(name in starts for stream in known for name, *_ in stream[:-1])
 
 
@@ -94,7 +94,7 @@ def test_run_in_a_folder_whose_episodes_come_from_the_future_keeps_them(tmp_path
     options = ("--traindir", str(tmp_path / "ahead" / "train_eps"), "--eval_every", "0")
     with signal_at(80):
         assert train(tmp_path / "run", *options) == 143
-    before = tools.load_checkpoint(tmp_path / "run")[0]
+    before = checkpoints.load_checkpoint(tmp_path / "run")[0]
     assert train(tmp_path / "run", *options) == 0
     text = log(tmp_path / "run")
     assert f"Resumed at step {before['step']}" in text and "younger" not in text and "anew" not in text

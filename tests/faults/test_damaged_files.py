@@ -16,7 +16,7 @@ from run_helpers import assert_same_run, log, metrics, signal_at, train
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from test_advice_run import DOORKEY, FULL
 
-import tools
+import checkpoint as checkpoints
 from config import Config
 from episodes import BrokenEpisode, read_episode
 from lore_llm import cache
@@ -137,7 +137,7 @@ def resume(logdir: Path, capfd, *options: str) -> tuple[int, str]:
     if code:
         assert code == 2 and errors.startswith("error: ") and len(errors.splitlines()) == 1
         return code, errors
-    assert errors == "" and tools.load_checkpoint(logdir)[0]["step"] >= 84
+    assert errors == "" and checkpoints.load_checkpoint(logdir)[0]["step"] >= 84
     return code, "".join(line for line in log(logdir).splitlines() if " Saved " not in line)
 
 
@@ -183,7 +183,7 @@ def test_an_open_episode_that_is_lost_costs_no_other(tmp_path, capfd, stopped):
 
 
 def streams(logdir: Path) -> list:
-    return tools.load_checkpoint(logdir)[0]["replay"]["streams"]
+    return checkpoints.load_checkpoint(logdir)[0]["replay"]["streams"]
 
 
 # ---- What advice leaves behind
@@ -215,7 +215,7 @@ def test_advised_run_goes_on_whatever_became_of_its_files(tmp_path, capfd, advis
         assert before and all(after[key] == advice for key, advice in before.items() if key in after)
         assert path.name in told or not list(logdir.glob("*.broken-*"))
     if name == "skills.yaml":
-        skills = tools.load_checkpoint(logdir)[0]["hooks"]["library"]["slots"]
+        skills = checkpoints.load_checkpoint(logdir)[0]["hooks"]["library"]["slots"]
         assert "nothing is deleted" in told or path.read_bytes() != whole or any(skills)
 
 

@@ -11,6 +11,7 @@ from llm_servers import FakeLLM
 from run_helpers import assert_same_run, log, metrics, signal_at, train, train_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import checkpoint as checkpoints
 import dreamer
 import tools
 from episodes import EpisodeWriter
@@ -105,7 +106,7 @@ def stopped(tmp_path_factory):
     return run
 
 
-def checkpoints(logdir: Path) -> dict[str, bytes]:
+def saved_files(logdir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (logdir / "checkpoints").iterdir()}
 
 
@@ -117,7 +118,7 @@ def complaint(errors: str) -> str:
 
 def assert_whole(logdir: Path) -> None:
     """What a run kept belongs together."""
-    state = tools.load_checkpoint(logdir)[0]
+    state = checkpoints.load_checkpoint(logdir)[0]
     stored = sum(end - start for stream in state["replay"]["streams"] for _, start, end in stream)
     assert state["step"] == state["transitions"]
     assert stored == state["transitions"] + state["episodes"]
@@ -137,7 +138,7 @@ def test_disk_that_is_full_at_a_write_ends_the_run_with_its_name_and_loses_nothi
     options = (*OPTIONS, *MORE.get(write, ("--eval_every", "0")))
     logdir = disk.folder / "run"
     shutil.copytree(stopped(*options), logdir)
-    before, real = checkpoints(logdir), getattr(owner, name)
+    before, real = saved_files(logdir), getattr(owner, name)
 
     def on_a_full_disk(*args, **kwargs):
         if isinstance(args[0], Logger) and name == "write":
@@ -155,7 +156,7 @@ def test_disk_that_is_full_at_a_write_ends_the_run_with_its_name_and_loses_nothi
         patch.setattr(owner, name, on_a_full_disk)
         assert train(logdir, *options) == 2
     assert re.search(expected, complaint(capfd.readouterr().err))
-    assert checkpoints(logdir) == before
+    assert saved_files(logdir) == before
     assert not list(logdir.rglob("*.tmp"))
     disk.free()
     assert train(logdir, *options) == 0
@@ -174,7 +175,7 @@ def test_run_that_fills_its_disk_by_itself_goes_on_when_it_is_larger(disk, size)
         errors = process.communicate(timeout=300)[1]
     assert process.returncode == 2
     assert str(disk.folder) in complaint(errors)
-    saved = tools.load_checkpoint(logdir)[0]["step"] if tools.find_checkpoints(logdir) else 0
+    saved = checkpoints.load_checkpoint(logdir)[0]["step"] if checkpoints.find_checkpoints(logdir) else 0
     disk.resize("30m")
     with signal_at(saved + 60):
         assert train(logdir, *options) == 143

@@ -11,7 +11,7 @@ import pytest
 import torch
 from run_helpers import log, train, train_process
 
-import tools
+import checkpoint as checkpoints
 import workers
 from episodes import list_episodes
 
@@ -37,7 +37,7 @@ def run(logdir, *options):
 
 def is_sound(logdir) -> dict:
     """The last checkpoint, whose counters, replay and weights agree."""
-    state = tools.load_checkpoint(logdir)[0]
+    state = checkpoints.load_checkpoint(logdir)[0]
     streams = state["replay"]["streams"]
     stored = sum(end - start for stream in streams for _, start, end in stream)
     assert stored == state["transitions"] + state["episodes"] and state["step"] == state["transitions"]
@@ -139,7 +139,7 @@ def test_env_that_ends_the_whole_program_costs_what_came_after_the_last_checkpoi
     options = (*TASK, "--steps", str(STEPS), "--save_every", "100")
     process = train_process(tmp_path, *options)
     assert process.communicate()[1] == "" and process.returncode == 7
-    assert tools.load_checkpoint(tmp_path)[0]["step"] == 400
+    assert checkpoints.load_checkpoint(tmp_path)[0]["step"] == 400
     assert run(tmp_path) == 0
     assert "Resumed at step 400" in log(tmp_path)
     assert is_sound(tmp_path)["step"] >= STEPS
@@ -166,7 +166,7 @@ def test_env_of_another_learner_that_fails_for_good_ends_the_run_after_a_save(tm
     assert process.returncode == 2 and errors.count("error: ") == 1
     assert "Learner 1: Environment 0 failed in step: RuntimeError: the gripper is stuck." in errors
     text = log(tmp_path)
-    stopped = tools.load_checkpoint(tmp_path)[0]
+    stopped = checkpoints.load_checkpoint(tmp_path)[0]
     assert f"at step {stopped['step']}" in text and stopped["step"] > 2 * (late_faults.STEPS - 1) - 40
     assert "Learner 1: Environment 0 failed in step" in text and "Traceback" in text
     process = train_process(tmp_path, *TASK, *learners)

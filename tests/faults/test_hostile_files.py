@@ -15,7 +15,7 @@ import pytest
 import torch
 from run_helpers import log, main, train
 
-import tools
+import checkpoint as checkpoints
 from envs.dummy import Dummy
 from envs.wrappers import EPISODE_SPACES
 from episodes import BrokenEpisode, list_episodes, read_episode, step_layout, step_limits
@@ -157,7 +157,7 @@ def test_bomb_beside_a_checkpoint_takes_no_memory(run, little_memory):
     assert train(run, *OPTIONS, "--steps", "64") == 0
     text = log(run)
     assert "sampler.npz is passed over" in text or "open-0.npz: the open episode" in text
-    assert len(list_episodes(run / "train_eps")) >= 2 and tools.load_checkpoint(run)[0]["step"] == 64
+    assert len(list_episodes(run / "train_eps")) >= 2 and checkpoints.load_checkpoint(run)[0]["step"] == 64
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ CHECKPOINTS = {
     "a pickle": lambda payload: {"config": Evil()},
     "a pickle in it": lambda payload: payload.update(agent=Evil()),
     "no dict": lambda payload: ["nothing"],
-    "nothing in it": lambda payload: {"format": tools.CHECKPOINT_FORMAT},
+    "nothing in it": lambda payload: {"format": checkpoints.CHECKPOINT_FORMAT},
     "no config": lambda payload: payload.pop("config") and None,
     "a config of another type": lambda payload: payload.update(config=["task"]),
     "a config that is no YAML": lambda payload: payload.update(config="[" * 9999),

@@ -13,20 +13,19 @@ import filelock
 import pytest
 from run_helpers import log, metrics, signal_at, train, train_process
 
+import checkpoint as checkpoints
 import dreamer
-import lock
-import tools
 from basics import UserError
-from lock import LOCK, RunLock, read_owner
+from checkpoint import LOCK, RunLock, read_owner
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signal to a process")
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.05)
-    monkeypatch.setattr(lock, "PATIENCE", 0.5)
-    monkeypatch.setattr(lock, "POLL", 0.02)
+    monkeypatch.setattr(checkpoints, "BEAT", 0.05)
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0.5)
+    monkeypatch.setattr(checkpoints, "POLL", 0.02)
 
 
 def snapshot(folder):
@@ -62,7 +61,7 @@ def test_second_run_is_refused_with_the_first_ones_machine_and_process_and_write
     assert errors.startswith("error: ") and errors.count("\n") == 1 and str(logdir) in errors
     assert f"process {first.pid} on {socket.gethostname()}, since 20" in errors and "--logdir" in errors
     assert not (logdir / LOCK).exists()
-    stopped = tools.load_checkpoint(logdir)[0]["step"]
+    stopped = checkpoints.load_checkpoint(logdir)[0]["step"]
     with signal_at(stopped + 20):
         assert train(logdir, "--steps", "1e6") == 143
     assert f"Resumed at step {stopped}" in log(logdir) and "did not end by itself" not in log(logdir)
@@ -90,16 +89,16 @@ def test_two_that_start_at_the_same_time_cannot_both_have_it(tmp_path):
 
 
 def test_who_waits_for_a_file_that_is_then_deleted_locks_the_new_one(tmp_path, monkeypatch):
-    first, whole = RunLock(tmp_path), lock._lock
+    first, whole = RunLock(tmp_path), checkpoints._lock
 
     def late(file):
         first.close()  # just between open and lock
         return whole(file)
 
-    monkeypatch.setattr(lock, "_lock", late)
+    monkeypatch.setattr(checkpoints, "_lock", late)
     monkeypatch.setattr(first, "close", lambda done=[], close=first.close: done or done.append(close()))
     second = RunLock(tmp_path)
-    monkeypatch.setattr(lock, "_lock", whole)
+    monkeypatch.setattr(checkpoints, "_lock", whole)
     with pytest.raises(UserError, match="is in use"):
         RunLock(tmp_path)
     second.close()
@@ -115,7 +114,7 @@ def test_run_that_is_refused_gives_the_logdir_free(tmp_path, options):
 
 def test_checkpoint_that_another_run_wrote_meanwhile_is_not_gone_behind(tmp_path, capfd, monkeypatch):
     assert train(tmp_path, "--steps", "40") == 0
-    load = tools.load_checkpoint
+    load = checkpoints.load_checkpoint
 
     def overtaken(path):
         loaded = load(path)
@@ -125,7 +124,7 @@ def test_checkpoint_that_another_run_wrote_meanwhile_is_not_gone_behind(tmp_path
         return loaded
 
     loads = []
-    monkeypatch.setattr(tools, "load_checkpoint", overtaken)
+    monkeypatch.setattr(checkpoints, "load_checkpoint", overtaken)
     assert train(tmp_path) == 2
     assert "has just saved and ended. Start again" in capfd.readouterr().err
     assert train(tmp_path) == 0
@@ -166,9 +165,10 @@ def test_lock_that_another_machine_left_is_taken_over_after_a_while(tmp_path, ca
 
 def test_run_that_lives_on_another_machine_is_respected_though_its_lock_is_not_seen(tmp_path, monkeypatch):
     with RunLock(tmp_path) as first:
-        monkeypatch.setattr(lock, "_lock", lambda file: True)  # a disk that locks for each machine alone
+        # A disk that locks for each machine alone.
+        monkeypatch.setattr(checkpoints, "_lock", lambda file: True)
         monkeypatch.setattr(socket, "gethostname", lambda: "here")
-        monkeypatch.setattr(lock, "PATIENCE", 60)  # it ends at the first sign of life
+        monkeypatch.setattr(checkpoints, "PATIENCE", 60)  # it ends at the first sign of life
         with pytest.raises(UserError, match=f"process {os.getpid()} on"):
             RunLock(tmp_path)
         assert first.path.exists()
@@ -183,7 +183,7 @@ def test_disk_that_cannot_lock_is_watched_for_signs_of_life(tmp_path, monkeypatc
 
     monkeypatch.setattr(filelock, "lock_descriptor", cannot)
     with RunLock(tmp_path), monkeypatch.context() as patch:
-        patch.setattr(lock, "PATIENCE", 60)  # it ends at the first sign of life
+        patch.setattr(checkpoints, "PATIENCE", 60)  # it ends at the first sign of life
         with pytest.raises(UserError, match="is in use"):
             RunLock(tmp_path)
     left_behind(tmp_path, socket.gethostname())

@@ -5,9 +5,9 @@ import pytest
 import torch
 from run_helpers import log, metrics, signal_at, train
 
+import checkpoint as checkpoints
 import dreamer
 import models
-import tools
 from agent import Dreamer, cuda_works
 from basics import UserError
 
@@ -78,7 +78,7 @@ def test_full_memory_in_an_update_ends_the_run_after_a_save(tmp_path, capfd, ful
     full_after(error, 5)
     assert train(tmp_path, "--eval_every", "0") == 2
     assert "is full" in message(capfd)
-    saved = tools.load_checkpoint(tmp_path)[0]
+    saved = checkpoints.load_checkpoint(tmp_path)[0]
     assert 30 < saved["step"] < 60 and saved["agent"]["updates"] == 4
     stored = sum(end - start for stream in saved["replay"]["streams"] for _, start, end in stream)
     assert stored == saved["transitions"] + saved["episodes"]
@@ -87,7 +87,7 @@ def test_full_memory_in_an_update_ends_the_run_after_a_save(tmp_path, capfd, ful
 def test_run_that_ran_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, full_after):
     full_after(torch.OutOfMemoryError(GPU), 5)
     assert train(tmp_path, "--eval_every", "0") == 2
-    stopped = tools.load_checkpoint(tmp_path)[0]["step"]
+    stopped = checkpoints.load_checkpoint(tmp_path)[0]["step"]
     assert train(tmp_path, "--eval_every", "0", "--batch_size", "1") == 0
     assert f"Resumed at step {stopped}" in log(tmp_path) and metrics(tmp_path)[-1]["step"] == 120
 
@@ -107,7 +107,7 @@ def test_where_even_the_save_has_no_memory_the_last_checkpoint_stays(
     assert train(tmp_path) == 2
     assert "The RAM is full" in message(capfd)
     assert "could not be saved: The RAM is full (Unable to allocate 9 GiB)" in log(tmp_path)
-    assert tools.load_checkpoint(tmp_path)[0]["step"] == 40
+    assert checkpoints.load_checkpoint(tmp_path)[0]["step"] == 40
 
 
 def test_full_gpu_at_the_start_is_said_before_anything_is_written(tmp_path, capfd, monkeypatch):
