@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from llm_servers import FakeLLM, Say
 from run_helpers import log, main, metrics, train
-from test_readme import metrics_of
+from test_docs import metrics_of
 
 import config as configs
 import dreamer
