@@ -32,9 +32,8 @@ import rules
 import runs
 from runs import Measures
 
-import figures
-import logs
 from basics import UserError, atomic_write
+from reports import figures, logs
 from stats import interquartile_mean, ratio_interval
 
 # --- The protocol: options of dreamer.py ---------------------------------------------------------------

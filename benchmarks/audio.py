@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import logs
 from evaluate import evaluate
+from reports import logs
 
 PROGRAM = Path(__file__).resolve().parent.parent / "dreamer.py"
 # Smaller than the cpu preset in what costs most time.

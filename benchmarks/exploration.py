@@ -30,12 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # first: it has
 import runs
 from runs import Measures
 
-import figures
-import logs
 from basics import UserError
 from config import Config
 from envs import tv_room
 from episodes import list_episodes
+from reports import figures, logs
 from stats import bootstrap_interval, ratio_interval
 
 # --- The protocol: options of dreamer.py ---------------------------------------------------------------

@@ -48,9 +48,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
-import figures
 from basics import UserError, atomic_write, derive_seed, numpy_rng
 from exploration import FIFO_BATCHES, ErrorFifo, ErrorPredictor, learning_progress
+from reports import figures
 from stats import bootstrap_interval
 from tools import torch_rng
 

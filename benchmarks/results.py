@@ -36,9 +36,8 @@ import runs
 from runs import Measures
 
 import evaluate
-import figures
-import logs
 from basics import UserError, atomic_write
+from reports import figures, logs
 
 # --- The protocol: options of dreamer.py ---------------------------------------------------------------
 

@@ -26,9 +26,8 @@ import runs
 from ablation import cell, spread
 from runs import Measures
 
-import figures
-import logs
 from basics import UserError, atomic_write
+from reports import figures, logs
 
 # --- The protocol: options of dreamer.py ---------------------------------------------------------------
 

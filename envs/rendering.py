@@ -29,11 +29,10 @@ os._exit(0)
 """
 
 
-def choose_backend(task: str) -> None:
-    """Set MUJOCO_GL to the first backend that works here; where it is set, only make sure that it works.
+def find_backend(task: str) -> str:
+    """The first backend that works here, or that of MUJOCO_GL if it is set. Changes nothing.
 
-    To be called before an environment draws for the first time. Raises UserError, which names the library
-    that is missing.
+    Raises UserError, which names the missing library.
     """
     wanted = os.environ.get("MUJOCO_GL", "").lower()
     if wanted in OFF:
@@ -49,7 +48,12 @@ def choose_backend(task: str) -> None:
             f"{task} shows images, and no OpenGL works here. Install {LIBRARIES['egl']}, "
             f"or {LIBRARIES['osmesa']}."
         )
-    os.environ["MUJOCO_GL"] = backend
+    return backend
+
+
+def choose_backend(task: str) -> None:
+    """Set MUJOCO_GL to `find_backend`. Call it before an environment draws for the first time."""
+    backend = os.environ["MUJOCO_GL"] = find_backend(task)
     render = sys.modules.get("dm_control._render")
     if render and backend != render.BACKEND:
         importlib.reload(render)  # it was imported by an environment that does not draw, and chose for itself

@@ -1,13 +1,8 @@
-"""The page of plot.py: all in one file, safe to open, and right on a phone."""
+"""The page of plot.py is one file that is safe to open."""
 
 import base64
-import builtins
-import html
-import json
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -16,34 +11,17 @@ import pytest
 from test_plot import crafter_lines, some_lines, write_run
 
 import config
-import figures
-import logs
-import page
 import plot
-import published
-from basics import UserError
 from logger import Logger, write_mp4
+from reports import figures, logs, page
 
 VOID = {"meta", "br", "img"}  # elements without an end
 EVIL = "<script>alert(1)<\x7fscript>\"'& {{ 7 * 7 }}"
 FOLDER = EVIL if sys.platform != "win32" else "& {{ 7 * 7 }}"  # Windows has no such file names
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-PROBE = """<!DOCTYPE html><title></title><iframe width="360" height="800" srcdoc="{page}"></iframe><script>
-addEventListener("load", async () => {{
-  const page = document.querySelector("iframe").contentDocument, played = [];
-  for (const video of page.querySelectorAll("video")) {{
-    await video.play();
-    await new Promise(done => video.ontimeupdate = () => video.currentTime > 0.1 && done());
-    played.push(video.videoWidth);
-  }}
-  const images = [...page.images].map(image => image.naturalWidth), root = page.documentElement;
-  document.title = JSON.stringify([root.clientWidth, root.scrollWidth, played, images]);
-}});
-</script>"""
 
 
 class Parsed(HTMLParser):
-    """Elements of a page as (tag, attributes), all of whose ends must fit their starts."""
+    """Elements of a page as (tag, attributes); every start tag must have its end tag."""
 
     def __init__(self, text):
         super().__init__()
@@ -75,7 +53,7 @@ def film(path, size=32):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two seeds with videos, one run of another group, and one that somebody has made up."""
+    """Two seeds with videos, one run of another group, and one with hostile names."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in range(2):
         logdir = write_run(
@@ -98,7 +76,7 @@ def text(runs, tmp_path_factory):
     return out.read_text(encoding="utf-8")
 
 
-def test_the_page_is_valid_and_holds_what_was_seen(text):
+def test_page_is_valid_html_and_shows_the_runs(text):
     seen = Parsed(text)
     ids = [attrs["id"] for _, attrs in seen.found if "id" in attrs]
     assert len(ids) == len(set(ids)), "figures keep their ids apart"
@@ -115,7 +93,7 @@ def test_the_page_is_valid_and_holds_what_was_seen(text):
     assert "left out" not in seen.text
 
 
-def test_names_from_files_are_text(text):
+def test_names_from_files_are_escaped(text):
     seen = Parsed(text)
     assert not {"script", "iframe", "object"} & {tag for tag, _ in seen.found}
     assert not [name for _, attrs in seen.found for name in attrs if name.startswith("on")]
@@ -130,8 +108,8 @@ def test_names_from_files_are_text(text):
     assert policy["content"].startswith("default-src 'none'; ") and "script-src" not in policy["content"]
 
 
-def test_the_page_loads_nothing(text):
-    sources = {row.source[1] for row in published.RESULTS} | {published.RATES_SOURCE[1]}
+def test_page_loads_nothing(text):
+    sources = {source["url"] for source in figures.PUBLISHED["sources"].values()}
     links = {attrs["href"] for tag, attrs in Parsed(text).found if tag == "a"}
     assert links == sources
     for tag, attrs in Parsed(text).found:
@@ -143,14 +121,14 @@ def test_the_page_loads_nothing(text):
     assert not re.search(r"@import|url\((?!#)", text)
 
 
-def test_the_newest_prediction_is_on_the_page(runs, text):
+def test_newest_prediction_is_on_the_page(runs, text):
     step, gif = page.open_loop(runs / "a_1")
     assert step == 400 and gif.startswith(b"GIF8")
     assert text.count(base64.b64encode(gif).decode()) == 2  # of both seeds, which have the same
     assert page.open_loop(runs / "b_0") is None
 
 
-def test_a_torn_event_file_tells_what_it_can(runs, tmp_path):
+def test_truncated_event_file_is_read_up_to_the_damage(runs, tmp_path):
     (events,) = (runs / "a_0").glob("events.*")
     whole = events.read_bytes()
     for name, content in (
@@ -164,7 +142,7 @@ def test_a_torn_event_file_tells_what_it_can(runs, tmp_path):
     assert page.open_loop(tmp_path / "none") is None
 
 
-def test_the_newest_videos_are_taken_first(tmp_path):
+def test_newest_videos_come_first(tmp_path):
     names = ["eval_900_0", "eval_1000_1", "eval_1000_0", "explain_2000_3", "evaluate_random_0", "own"]
     for name in names:
         (tmp_path / "videos").mkdir(exist_ok=True)
@@ -178,7 +156,7 @@ def test_the_newest_videos_are_taken_first(tmp_path):
     assert page.pick_videos(tmp_path / "nothing", 2) == []
 
 
-def test_videos_have_room_for_all_runs_before_one_has_two(tmp_path):
+def test_all_runs_get_a_video_before_one_gets_two(tmp_path):
     videos = {name: tmp_path / f"{name}.mp4" for name in ("a", "b", "c", "huge", "fake")}
     for name, path in videos.items():
         path.write_bytes(b"\0\0\0\0ftyp" + bytes(992 if name != "huge" else 10**6))
@@ -191,15 +169,7 @@ def test_videos_have_room_for_all_runs_before_one_has_two(tmp_path):
     assert left_out == 1
 
 
-def test_a_video_that_cannot_be_read_is_one_line(tmp_path, capsys):
-    logdir = write_run(tmp_path / "run", some_lines(), "--configs doorkey")
-    (logdir / "videos" / "eval_1_0.mp4").mkdir(parents=True)
-    assert plot.main([str(logdir), "--html", str(tmp_path / "page.html")]) == 2
-    error = capsys.readouterr().err
-    assert "eval_1_0.mp4" in error and "--videos 0" in error and len(error.splitlines()) == 1
-
-
-def test_a_run_s_command_does_it_again(tmp_path):
+def test_command_repeats_the_run(tmp_path):
     options = (
         "--configs crafter lore_full debug --seed 7 --encoder.cnn_mults 1 2 3 4 --llm.until 50 "
         "--traindir 'a b' --encoder.mlp_keys=--odd --crafter.area 32 32 --prior.enabled False"
@@ -214,52 +184,14 @@ def test_a_run_s_command_does_it_again(tmp_path):
     assert page.command(logs.RunLog(logdir, some_lines(), None)) == ""
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.12345, "0.123"), (-0.5, "-0.500"), (9.876, "9.88"), (-1234.5, "-1,234"), (None, "-")],
-)
-def test_numbers_have_about_three_digits(value, text):
-    assert page.number(value) == text
+def test_intervals_need_several_seeds():
+    assert page.summary([1.0, 2.0, 6.0]) == {"value": "2.50", "interval": "1.00 to 6.00"}
+    assert page.summary([1.0, 2.0, 6.0], mean=True)["value"] == "3.00"
+    assert page.summary([1.0]) == {"value": "1.00", "interval": ""} and page.summary([])["value"] == "-"
 
 
-def test_intervals_are_told_where_there_are_seeds():
-    assert page.told([1.0, 2.0, 6.0]) == {"value": "2.50", "interval": "1.00 to 6.00"}
-    assert page.told([1.0, 2.0, 6.0], mean=True)["value"] == "3.00"
-    assert page.told([1.0]) == {"value": "1.00", "interval": ""} and page.told([])["value"] == "-"
-
-
-def test_a_page_alone_writes_no_picture(runs, tmp_path, monkeypatch):
+def test_html_alone_writes_no_figure(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert plot.main([str(runs / "b_0"), "--html", "b.html", "--videos", "0"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["b.html"]
     assert "1 run," in Parsed((tmp_path / "b.html").read_text(encoding="utf-8")).text
-
-
-@pytest.mark.parametrize(
-    ("package", "use"), [("matplotlib", figures.pyplot), ("jinja2", lambda: page.write(None, [], [], 0, 0))]
-)
-def test_a_missing_package_is_named(package, use, monkeypatch):
-    original = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == package:
-            raise ModuleNotFoundError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=rf"{package}: pip install -r requirements/plot\.txt"):
-        use()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-def test_a_phone_shows_all_of_it_and_plays_the_video(text, tmp_path):
-    """In a frame of 360 pixels nothing is wider than the screen; its scripts are ours, the page has none."""
-    probe = tmp_path / "probe.html"
-    probe.write_text(PROBE.format(page=html.escape(text)), encoding="utf-8")
-    words = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    done = subprocess.run([CHROMIUM, *words, probe.as_uri()], capture_output=True, text=True, timeout=300)
-    title = re.search("<title>(.+?)</title>", done.stdout)
-    assert title, done.stderr[-2000:]
-    shown, wide, played, images = json.loads(html.unescape(title[1]))
-    assert 300 < shown == wide <= 360
-    assert played == [256] and images == [24, 24]

@@ -1,4 +1,4 @@
-"""plot.py: what runs wrote is read, grouped over seeds, summed up and drawn."""
+"""plot.py reads metrics of runs, groups them over seeds and draws them."""
 
 import json
 import math
@@ -6,23 +6,20 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import config
-import figures
-import logs
 import plot
-import published
 from basics import UserError
+from reports import figures, logs
 from stats import achievement_score
 
 TRAIN, EVAL = logs.TRAIN, logs.EVAL
 
 
 def write_run(logdir, lines, options="", torn=b""):
-    """The folder of a run with these lines of metrics, and the config of a command line (None: without)."""
+    """Write a run with these lines of metrics, and the config of a command line unless `options` is None."""
     logdir.mkdir(parents=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (logdir / "metrics.jsonl").write_bytes(text.encode() + torn)
@@ -44,7 +41,7 @@ def some_lines(level=1.0, steps=(100, 200, 300, 400)):
 # Reading
 
 
-def test_a_curve_has_the_steps_at_which_the_metric_was_finite():
+def test_curve_has_the_steps_at_which_the_metric_is_finite():
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "b": 5.0}, {"step": 3, "a": math.nan}, {"step": 4, "a": 3.0}]
     lines += [{"step": 5, "a": math.inf}, {"step": 6, "a": -1e300}]
     assert logs.curve(lines, "a") == ([1, 4], [1.0, 3.0])
@@ -66,13 +63,7 @@ def test_broken_lines_are_left_out(broken, tmp_path):
     assert logs.read_metrics(logdir) == [{"step": 10, "a": 1.0}]
 
 
-def test_the_names_of_metrics_are_kept_once(tmp_path):
-    """They are most of what a long run's metrics.jsonl holds."""
-    first, second = logs.read_metrics(write_run(tmp_path / "run", some_lines(steps=(1, 2)), None))
-    assert {id(name) for name in first} == {id(name) for name in second}
-
-
-def test_a_resumed_run_replaces_what_it_had_said(tmp_path):
+def test_lines_of_a_resumed_run_replace_later_ones(tmp_path):
     told = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 20.0), (250, 25.0), (250, 26.0)]
     logdir = write_run(tmp_path / "run", [{"step": step, "a": value} for step, value in told])
     assert logs.curve(logs.read_metrics(logdir), "a") == ([100, 200, 250], [1.0, 20.0, 26.0])
@@ -83,7 +74,7 @@ def test_final_values_are_means_of_the_last_quarter(tmp_path):
     lines[0]["old"], lines[1]["old"] = 7.0, 8.0
     run = run_of(write_run(tmp_path / "run", [*lines, {"step": 401, EVAL: 2.4, "old": math.nan}]))
     assert run.final(EVAL) == pytest.approx((1.4 + 2.4) / 2)
-    assert run.final("old") == 8.0, "the last value, where there is none in the last quarter"
+    assert run.final("old") == 8.0, "the last value, as the last quarter has none"
     assert run.final("never") is None
     assert run.hours == pytest.approx(400 / 10 / 3600)
 
@@ -100,12 +91,12 @@ def test_runs_are_found_in_folders(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
-def test_links_to_runs_are_followed_and_circles_are_not(tmp_path):
+def test_links_to_runs_are_followed_and_cycles_are_not(tmp_path):
     first = write_run(tmp_path / "runs" / "a", some_lines())
     gathered = tmp_path / "gathered"
     gathered.mkdir()
     (gathered / "chosen").symlink_to(first)
-    for name in ("up_1", "up_2", "up_3"):  # without a guard this takes 3^40 steps
+    for name in ("up_1", "up_2", "up_3"):  # without a guard this would take 3^40 steps
         (gathered / name).symlink_to(tmp_path)
     assert [run.resolve() for run in logs.find_runs([gathered])] == [first]
 
@@ -126,7 +117,7 @@ def test_runs_that_differ_only_in_their_seed_are_a_group(tmp_path):
     assert group.values(EVAL) == [0.4, 1.4, 2.4]
 
 
-def test_labels_say_what_sets_groups_apart(tmp_path):
+def test_labels_show_the_options_that_differ(tmp_path):
     prior = "--configs doorkey lore_prior --llm.backend rules"
     found = groups_of(
         tmp_path,
@@ -144,12 +135,7 @@ def test_labels_say_what_sets_groups_apart(tmp_path):
     assert [group.seeds for group in found[:2]] == ["1 seed", "2 seeds"]
 
 
-def test_a_seed_that_was_run_twice_is_not_counted_as_two(tmp_path):
-    (group,) = groups_of(tmp_path, "--configs doorkey", "--configs doorkey")
-    assert group.seeds == "2 runs"
-
-
-def test_labels_name_the_whole_option_where_its_last_part_is_not_enough(tmp_path):
+def test_labels_use_the_full_option_name_if_the_last_part_is_ambiguous(tmp_path):
     found = groups_of(tmp_path, "--configs crafter", "--configs crafter --noisy_tv.enabled True")
     assert [group.label for group in found] == [
         "noisy_tv.enabled=False",
@@ -157,7 +143,7 @@ def test_labels_name_the_whole_option_where_its_last_part_is_not_enough(tmp_path
     ]
 
 
-def test_a_run_from_a_checkpoint_is_another_group_and_a_resumed_one_is_not(tmp_path):
+def test_run_from_a_checkpoint_is_another_group_but_a_resumed_run_is_not(tmp_path):
     found = groups_of(
         tmp_path,
         "--configs doorkey",
@@ -172,25 +158,20 @@ def test_a_run_from_a_checkpoint_is_another_group_and_a_resumed_one_is_not(tmp_p
     ]
 
 
-def test_runs_without_a_config_stand_alone(tmp_path):
+def test_runs_without_a_config_are_not_grouped(tmp_path):
     for name in ("a/_run", "b/_run", "c"):
         write_run(tmp_path / name, some_lines(), None)
     (tmp_path / "c" / "config.yaml").write_text("steps: [")
     runs, notes = logs.read_runs([tmp_path])
-    assert len(notes) == 3 and all("goes by its name" in note for note in notes)
+    assert len(notes) == 3 and all("labelled by its name" in note for note in notes)
     labels = [group.label for group in logs.group_runs(runs)]
     assert labels == ["run _run, no. 1", "run _run, no. 2", "run c"]
-
-
-def test_labels_are_one_line_that_can_be_shown(tmp_path):
-    assert logs.printable("a\nb\x1b\udcff") == "a\ufffdb\ufffd\ufffd"
-    assert len(logs.printable("x" * 500)) == logs.LABEL_LENGTH
 
 
 # Statistics
 
 
-def test_a_band_is_the_interquartile_mean_and_its_interval():
+def test_band_is_the_interquartile_mean_and_its_interval():
     jittered = [([100, 203, 300], [0, 1, 2]), ([104, 200, 297], [1, 2, 3])]
     assert logs.band(jittered)[0].tolist() == [100, 203, 300]  # a few steps apart: no point is lost
     steps, iqm, low, high = logs.band([([0, 100, 200], [0, 1, 2]), ([0, 50, 200], [0, 1, 4])])
@@ -199,7 +180,7 @@ def test_a_band_is_the_interquartile_mean_and_its_interval():
     assert high == pytest.approx([0, 2, 4])
 
 
-def test_a_band_is_where_all_curves_are():
+def test_band_covers_the_range_that_all_curves_share():
     curves = [([100, 200, 300, 400], [1, 2, 3, 4]), ([200, 300], [5, 7]), ([150, 350], [0, 0])]
     steps, iqm, *_ = logs.band(curves)
     assert steps.tolist() == [200, 300]
@@ -208,22 +189,12 @@ def test_a_band_is_where_all_curves_are():
     assert len(logs.band([(list(range(999)), [0.0] * 999)])[0]) == logs.MAX_POINTS
 
 
-def test_one_seed_has_no_interval():
-    _, iqm, low, high = logs.band([([1, 2], [3.0, 4.0])])
-    assert iqm.tolist() == [3, 4] and np.isnan([low, high]).all()
-    assert logs.spread([2.0])[0] == 2 and np.isnan(logs.spread([2.0])[1:]).all()
-
-
-@pytest.mark.parametrize(
-    ("steps", "text"), [(0, "0"), (950, "950"), (34_006, "34k"), (1_500, "1.5k"), (1e6, "1M")]
-)
-def test_steps_in_a_few_characters(steps, text):
-    assert logs.short(steps) == text
-
-
 def test_published_rates_fit_the_published_scores():
-    scores = {row.name: [float(part) for part in row.score.split(" ± ")] for row in published.RESULTS}
-    for name, rates in published.RATES.items():
+    scores = {
+        row["name"]: [float(part) for part in row["score"].split(" ± ")]
+        for row in figures.PUBLISHED["results"]
+    }
+    for name, rates in figures.PUBLISHED["rates"].items():
         assert len(rates) == 22
         assert achievement_score(list(rates.values())) == pytest.approx(
             scores[name][0], abs=scores[name][1] + 0.1
@@ -258,7 +229,7 @@ def panels_of(*places):
     return {title: [p.title for p in panels] for title, panels in figures.sections(groups).items()}
 
 
-def test_only_what_the_runs_have_is_drawn(crafter, tmp_path):
+def test_only_panels_with_data_are_drawn(crafter, tmp_path):
     found = panels_of(crafter)
     training = "training (means of 5 log lines)"  # they are smoothed, and say so
     assert found["Returns"] == [training, "evaluation", "last quarter of the evaluations (circles: seeds)"]
@@ -274,13 +245,13 @@ def test_only_what_the_runs_have_is_drawn(crafter, tmp_path):
     assert panels_of(plain) == {"Returns": [training, "last quarter of the training (circles: seeds)"]}
 
 
-def test_other_worlds_are_not_set_beside_published_results(tmp_path):
+def test_other_worlds_are_not_compared_to_published_results(tmp_path):
     for name, option in (("small", "--crafter.area 32 32"), ("tv", "--noisy_tv.enabled True")):
         write_run(tmp_path / name, crafter_lines(50.0), f"--configs crafter debug {option}")
     assert len(panels_of(tmp_path)["Achievements"]) == 2
 
 
-def test_the_picture_is_written(crafter, tmp_path):
+def test_figure_is_written(crafter, tmp_path):
     out = tmp_path / "out" / "curves.png"
     assert plot.main([str(crafter), "--out", str(out), "--metrics", "env/fps"]) == 0
     with Image.open(out) as image:
@@ -288,7 +259,7 @@ def test_the_picture_is_written(crafter, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such file names")
-def test_an_svg_holds_names_as_they_are(tmp_path):
+def test_svg_shows_special_characters_of_names(tmp_path):
     write_run(tmp_path / "$x_1$ <b>&amp;", some_lines(), None)
     write_run(tmp_path / "other", [{"step": 1, "a<b>$": 1.0}], "--configs doorkey")
     out = tmp_path / "curves.svg"
@@ -297,22 +268,7 @@ def test_an_svg_holds_names_as_they_are(tmp_path):
     assert "run $x_1$ <b>&amp; (1 run, 400 steps)" in texts and "a<b>$" in texts
 
 
-def test_japanese_names_are_drawn_without_a_word(tmp_path, monkeypatch, recwarn):
-    """By a font that has them, where there is one; a box stands for what no font has."""
-    from matplotlib import font_manager
-
-    monkeypatch.setattr(figures, "JAPANESE", ("No Such Font", "DejaVu Serif"))
-    with figures.look():
-        assert figures.pyplot().rcParams["font.family"] == ["DejaVu Sans", "DejaVu Serif"]
-    assert "DejaVu Serif" in {font.name for font in font_manager.fontManager.ttflist}
-    write_run(tmp_path / "実験", some_lines(), None)
-    assert plot.main([str(tmp_path), "--out", str(tmp_path / "a.png")]) == 0
-    assert not recwarn.list
-    assert plot.main([str(tmp_path), "--out", str(tmp_path / "a.svg")]) == 0
-    assert "run 実験" in (tmp_path / "a.svg").read_text(encoding="utf-8")
-
-
-def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
+def test_run_without_metrics_does_not_hide_the_others(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "a", [{"step": 5, TRAIN: 1.0}], "--configs doorkey")
     write_run(tmp_path / "b", [])
     monkeypatch.chdir(tmp_path)
@@ -321,7 +277,7 @@ def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path, monkeypatc
     assert f"{Path('b') / 'metrics.jsonl'} holds no line" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(tmp_path, capsys):
+def test_mistakes_are_reported_in_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", some_lines(), "--configs doorkey")
     bare = write_run(tmp_path / "bare", [{"step": 5}], "--configs doorkey")
     odd = write_run(tmp_path / "odd", [{"step": 5, "a\nb": 1.0}], "--configs doorkey")
@@ -331,7 +287,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ([tmp_path / "nowhere"], "No metrics.jsonl in"),
         ([tmp_path / "new"], "holds no line of metrics yet"),
         ([run, "--metrics", TRAIN, "env/fp"], "the nearest is env/fps"),
-        ([bare, "--metrics", "env/fps"], "--metrics env/fps: no run has logged it; none has logged anything"),
+        ([bare, "--metrics", "env/fps"], "--metrics env/fps: no run has logged it; nothing is logged yet"),
         ([odd, "--metrics", "b"], "the nearest is a\ufffdb"),
         ([run, "--videos", "-1"], "--videos -1 must be at least 0"),
         ([run, "--max_mb", "nan"], "--max_mb nan must be at least 0"),

@@ -1,7 +1,7 @@
-"""A page about runs in one file: figures, tables, commands and videos, without anything from a network.
+"""Writes a page about runs: figures, tables, commands and videos in one file that loads nothing.
 
-page.html is its template. Names and numbers in it come from files that somebody else may have written: the
-template escapes all of them, and the page forbids scripts and loading. Needs requirements/plot.txt.
+page.html is its template. Names and numbers may come from other people's files: the template escapes all of
+them, and the page forbids scripts and network access. Needs requirements/plot.txt.
 """
 
 import base64
@@ -9,27 +9,26 @@ import datetime
 import itertools
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import figures
-import published
 from basics import UserError, atomic_write
-from logs import EVAL, TRAIN, Group, RunLog, printable, show_option, spread
+from reports import figures
+from reports.logs import EVAL, TRAIN, Group, RunLog, printable, show_option, spread
 from stats import bootstrap_interval
 
 TEMPLATE = Path(__file__).with_name("page.html")
-KINDS = {"eval": "evaluation", "evaluate": "evaluate.py", "explain": "explained"}  # how mp4 files are named
+KINDS = {"eval": "evaluation", "evaluate": "evaluate.py", "explain": "explained"}  # first part of mp4 names
 
 
 def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: int, max_bytes: float) -> None:
-    """Write the page, whole or not at all. Call it within `figures.look()`.
+    """Write the page atomically. Call it within `figures.look()`.
 
     Args:
         metrics: further metrics to draw.
-        videos: how many of the newest videos of each run, beside the open-loop prediction.
-        max_bytes: of all videos together; what does not fit is left out, and the page says so.
+        videos: number of the newest videos of each run, in addition to the open-loop prediction.
+        max_bytes: of all videos together; the page says how many are left out.
 
     Raises UserError.
     """
@@ -56,7 +55,7 @@ def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: in
                 for title, panels in figures.sections(alike, metrics).items()
             },
             "options": differences(alike),
-            "published": published.RESULTS if any(map(figures.is_benchmark, alike)) else (),
+            "is_benchmark": any(map(figures.is_benchmark, alike)),
             "runs": [
                 about_run(index, run, films[run.logdir])
                 for index, group in enumerate(alike)
@@ -68,8 +67,7 @@ def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: in
     text = template.render(
         tasks=tasks,
         colors=figures.COLORS,
-        rates_source=published.RATES_SOURCE,
-        rates_budget=published.RATES_BUDGET,
+        published=figures.PUBLISHED,
         left_out=left_out,
         max_mb=f"{max_bytes / 1e6:g}",
         date=datetime.date.today().isoformat(),
@@ -81,7 +79,7 @@ def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: in
 
 
 def svg(panel: figures.Panel, prefix: str) -> str:
-    """A panel as an SVG element that takes its colours from the page; `prefix` keeps its ids apart."""
+    """A panel as an SVG element in the colours of the page; `prefix` makes its ids unique."""
     picture, axis = figures.pyplot().subplots(figsize=(figures.WIDTH, panel.height), layout="constrained")
     panel.draw(axis)
     text = figures.rendered(picture, "svg", transparent=True, metadata={"Date": None}).decode()
@@ -102,11 +100,11 @@ def about_group(index: int, group: Group) -> dict[str, Any]:
         "label": group.label,
         "seeds": group.seeds,
         "steps": steps_of(group.runs),
-        "eval": told(group.values(EVAL)),
-        "train": told(group.values(TRAIN)),
-        "score": told(group.scores, mean=True),
+        "eval": summary(group.values(EVAL)),
+        "train": summary(group.values(TRAIN)),
+        "score": summary(group.scores, mean=True),
         "is_benchmark": figures.is_benchmark(group),
-        "hours": told([run.hours for run in group.runs], mean=True),
+        "hours": summary([run.hours for run in group.runs], mean=True),
     }
 
 
@@ -116,13 +114,13 @@ def _look(index: int) -> dict[str, Any]:
 
 
 def steps_of(runs: Sequence[RunLog]) -> str:
-    """How far runs have come, for example `34,006` or `12,000 to 34,006`."""
+    """The range of env steps of runs, for example `34,006` or `12,000 to 34,006`."""
     steps = [run.steps for run in runs]
     return " to ".join(dict.fromkeys((f"{min(steps):,}", f"{max(steps):,}")))
 
 
-def told(values: Sequence[float], mean: bool = False) -> dict[str, str]:
-    """Interquartile mean, or mean, of one value a seed as `value`, and its `interval`, which may be ''."""
+def summary(values: Sequence[float], mean: bool = False) -> dict[str, str]:
+    """Interquartile mean (or mean) over seeds as `value`, and its `interval`, '' for a single seed."""
     if not values:
         return {"value": "-", "interval": ""}
     middle, low, high = spread(values)
@@ -142,7 +140,7 @@ def number(value: float | None) -> str:
 
 
 def differences(groups: Sequence[Group]) -> dict[str, list[str]]:
-    """The options in which groups differ, with the value of each group."""
+    """The options that differ between groups, with the value of each group."""
     names = sorted({name for group in groups for name in group.options} - {"configs"})
     rows = {"presets": [" ".join(group.options.get("configs", ["unknown"])) for group in groups]}
     rows |= {name: [show_option(group.runs[0].config, name) for group in groups] for name in names}
@@ -168,7 +166,7 @@ def about_run(index: int, run: RunLog, films: Sequence[dict]) -> dict[str, Any]:
 
 
 def command(run: RunLog) -> str:
-    """The command that does the run again, '' where its options are unknown."""
+    """The command that repeats the run, '' if its options are unknown."""
     if run.config is None:
         return ""
     config = run.config.replace({"logdir": f"./logdir/{run.name}"})
@@ -179,7 +177,7 @@ def command(run: RunLog) -> str:
 
 
 def pick_videos(logdir: Path, amount: int) -> list[Path | tuple[int, bytes]]:
-    """The newest mp4 files of a run, and its newest open-loop prediction as (step, GIF) after the first."""
+    """The newest mp4 files of a run, with the newest open-loop prediction (step, GIF) in second place."""
     files = sorted((logdir / "videos").glob("*.mp4"), key=_newest_first)[:amount]
     prediction = open_loop(logdir)
     return [*files[:1], *([prediction] if prediction else []), *files[1:]]
@@ -192,7 +190,7 @@ def _newest_first(path: Path) -> tuple:
 
 
 def open_loop(logdir: Path) -> tuple[int, bytes] | None:
-    """Step and GIF of the newest `train_openl` video in the event files, None where there is none."""
+    """Step and GIF of the newest `train_openl` video in the event files, None if there is none."""
     from google.protobuf.message import DecodeError
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
@@ -203,7 +201,7 @@ def open_loop(logdir: Path) -> tuple[int, bytes] | None:
             try:
                 event = Event.FromString(record)
             except DecodeError:
-                break  # what follows is broken, too
+                break  # the rest is broken, too
             for value in event.summary.value:
                 if value.tag == "train_openl" and value.image.encoded_image_string.startswith(b"GIF8"):
                     newest = event.step, value.image.encoded_image_string
@@ -211,22 +209,25 @@ def open_loop(logdir: Path) -> tuple[int, bytes] | None:
 
 
 def embed(wanted: Sequence[Sequence], max_bytes: float) -> tuple[list[list[dict]], int]:
-    """The videos of each run as data for the page, and how many are left out as there is no room.
+    """The videos of each run as data for the page, and the number left out for lack of space.
 
     All runs get their first video before any gets its second.
     """
     films: list[list[dict]] = [[] for _ in wanted]
     left_out = 0
-    for place, index in _turns(wanted):
-        film = wanted[index][place]
+    for index, film in (item for turn in itertools.zip_longest(*wanted) for item in enumerate(turn)):
+        if film is None:
+            continue
         if isinstance(film, Path):
             try:
                 size = film.stat().st_size
                 data = film.read_bytes() if size <= max_bytes else None
             except OSError as error:
-                raise UserError(f"Cannot read {film}: {error.strerror}; --videos 0 goes without") from error
+                raise UserError(
+                    f"Cannot read {film}: {error.strerror}; --videos 0 leaves videos out"
+                ) from error
             if data is not None and data[4:8] != b"ftyp":
-                continue  # no mp4
+                continue  # not an mp4 file
             kind, title = "video/mp4", caption(film)
         else:
             data, kind, title = film[1], "image/gif", f"open-loop prediction, step {film[0]:,}"
@@ -239,13 +240,8 @@ def embed(wanted: Sequence[Sequence], max_bytes: float) -> tuple[list[list[dict]
     return films, left_out
 
 
-def _turns(wanted: Sequence[Sequence]) -> Iterator[tuple[int, int]]:
-    for place in range(max(map(len, wanted), default=0)):
-        yield from ((place, index) for index, each in enumerate(wanted) if place < len(each))
-
-
 def caption(path: Path) -> str:
-    """What a video shows, by the name that LoRe gives it."""
+    """A caption from the name of a video file."""
     kind, _, rest = path.stem.partition("_")
     step, _, episode = rest.partition("_")
     if kind in KINDS and step.isdecimal() and episode.isdecimal():

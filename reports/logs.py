@@ -1,7 +1,7 @@
-"""What runs wrote: their options and metrics, and which of them differ in nothing but the seed.
+"""Reads the options and metrics of runs, and groups runs that differ only in their seed.
 
-docs/logs.md explains the metrics. Files may be cut off (a killed run) or come from somebody else, so whatever
-stands in them is checked.
+docs/logs.md explains the metrics. Files may be truncated (a killed run) or come from other people, so their
+content is checked.
 """
 
 import itertools
@@ -28,17 +28,17 @@ MAX_POINTS = 200  # of a curve over seeds
 MAX_STEP = 2**53  # up to here floats count exactly
 LARGEST = 1e38  # about the largest float32
 LABEL_LENGTH = 60
-PLACES = ("logdir", "traindir", "evaldir")  # options that say where a run is, not what it is
+PLACES = ("logdir", "traindir", "evaldir")  # options without influence on the results
 
 
 # One run
 
 
 def read_metrics(logdir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl: numbers by name, one of them the `step`, in the order of steps.
+    """The lines of a run's metrics.jsonl as dicts of numbers, in the order of their `step`.
 
-    A broken line is left out: a killed run cuts off its last one. Where steps go back, the run was resumed,
-    and what it says from there on replaces what it said before. Raises UserError where nothing is left.
+    Broken lines are skipped: a killed run truncates its last one. Where steps go back, the run was resumed,
+    and the later lines replace the earlier ones. Raises UserError if no line is left.
     """
     path = Path(logdir) / METRICS
     lines: list[dict[str, float]] = []
@@ -56,12 +56,11 @@ def read_metrics(logdir: Path) -> list[dict[str, float]]:
 
 
 def _numbers(line: bytes) -> dict[str, float] | None:
-    """The numbers in a line of metrics.jsonl by name, None for a broken line."""
+    """The numbers in a line of metrics.jsonl, None for a broken line."""
     try:
         values = json.loads(line.decode())
-        # The same names stand in each line: one copy of them halves the memory.
-        known = ((sys.intern(name), value) for name, value in values.items())
-        numbers = {name: float(value) for name, value in known if type(value) in (int, float)}
+        # Interned, as every line repeats the names: this halves the memory.
+        numbers = {sys.intern(k): float(v) for k, v in values.items() if type(v) in (int, float)}
         step = int(numbers["step"])
         return {**numbers, "step": step} if 0 <= step < MAX_STEP else None
     except (ValueError, KeyError, AttributeError, OverflowError, RecursionError):
@@ -69,21 +68,21 @@ def _numbers(line: bytes) -> dict[str, float] | None:
 
 
 def is_number(value: float) -> bool:
-    """Whether a value can be drawn: finite, also in float32, in which metrics are computed."""
+    """Whether a value can be drawn: finite in float32, the dtype of most metrics."""
     return abs(value) <= LARGEST
 
 
 def curve(lines: list[dict], name: str, width: int = 1) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric where it is a number, each value the mean of the last `width`."""
-    told = [(line["step"], line[name]) for line in lines if is_number(line.get(name, math.nan))]
-    values = [value for _, value in told]
+    """Steps and values of one metric where it is finite, each value the mean of the last `width`."""
+    points = [(line["step"], line[name]) for line in lines if is_number(line.get(name, math.nan))]
+    values = [value for _, value in points]
     recent = [values[max(0, end - width) : end] for end in range(1, len(values) + 1)]
-    return [step for step, _ in told], [sum(window) / len(window) for window in recent]
+    return [step for step, _ in points], [sum(window) / len(window) for window in recent]
 
 
 @dataclass(frozen=True)
 class RunLog:
-    """What one run wrote. `config` is None where it has none that this version of LoRe can read."""
+    """The files of one run. `config` is None if this version of LoRe cannot read it."""
 
     logdir: Path
     lines: list[dict[str, float]]
@@ -104,19 +103,19 @@ class RunLog:
 
     @property
     def hours(self) -> float:
-        """Time that the run has taken, breaks between a stop and a resume not included."""
+        """Training time, without the pauses between a stop and a resume."""
         steps = [0, *(line["step"] for line in self.lines)]
         pairs = zip(itertools.pairwise(steps), self.lines, strict=True)
         return sum((b - a) / line["env/fps"] for (a, b), line in pairs if line.get("env/fps", 0) > 0) / 3600
 
     def final(self, name: str) -> float | None:
-        """Mean of a metric over the last quarter of the run, or its last value if that is older."""
+        """Mean of a metric over the last quarter of the run; its last value if that is older."""
         steps, values = curve(self.lines, name)
         late = [value for step, value in zip(steps, values, strict=True) if step > (1 - FINAL) * self.steps]
         return float(np.mean(late or values[-1:])) if values else None
 
     def last(self, ending: str) -> dict[str, float]:
-        """The newest value of each metric whose name has `ending` in it, by what follows that."""
+        """The last value of each metric whose name contains `ending`, keyed by the rest of the name."""
         found = {}
         for line in self.lines:
             found |= {name.partition(ending)[2]: x for name, x in line.items() if ending in name}
@@ -124,29 +123,29 @@ class RunLog:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Success rates at the end, in percent, by achievement."""
+        """Final success rates in percent, by achievement."""
         return self.last(RATES)
 
     @property
     def score(self) -> float | None:
-        """The score over all training episodes, in percent, where the env has achievements."""
+        """The score over all training episodes in percent; None without achievements."""
         return self.last(SCORE).get("")
 
 
 def read_runs(places: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
-    """The runs in these folders, and notes on what is missing. Raises UserError where there is no run."""
+    """The runs in these folders, and notes about unreadable files. Raises UserError if there is no run."""
     runs, notes = [], []
     for logdir in find_runs(places):
         try:
             lines = read_metrics(logdir)
-        except UserError as error:  # it has just begun, or is broken: the others can be seen
+        except UserError as error:  # has just begun, or is broken
             notes.append(str(error))
             continue
         try:
             config = Config.load_saved(logdir / "config.yaml")
         except UserError as error:
             config = None
-            notes.append(f"{logdir} goes by its name: {error}")
+            notes.append(f"{logdir} is labelled by its name: {error}")
         runs.append(RunLog(logdir, lines, config))
     if not runs:
         raise UserError(notes[0])
@@ -154,7 +153,7 @@ def read_runs(places: Sequence[Path]) -> tuple[list[RunLog], list[str]]:
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:
-    """The folders with metrics.jsonl among `places` and in them. Raises UserError for a place without."""
+    """The folders with a metrics.jsonl in `places`. Raises UserError for a place without any."""
     found: dict[Path, Path] = {}
     for place in places:
         runs = sorted(_runs_in(place))
@@ -169,13 +168,13 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
 
 def _runs_in(place: Path) -> Iterator[Path]:
     seen = set()
-    for folder, below, files in os.walk(place, followlinks=True):  # runs may be gathered by links
+    for folder, below, files in os.walk(place, followlinks=True):  # links may collect runs
         real = os.path.realpath(folder)
         if METRICS in files:
             yield Path(folder)
-        if METRICS in files or real in seen:  # what a run holds are episodes, not runs
+        if METRICS in files or real in seen:  # a run contains no other runs; links may form a cycle
             below.clear()
-        seen.add(real)  # a link may lead to a folder above it
+        seen.add(real)
 
 
 # Runs that differ only in their seed
@@ -183,11 +182,11 @@ def _runs_in(place: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seed; `label` says what sets them apart from the other groups."""
+    """Runs that differ only in their seed; `label` tells them apart from the other groups."""
 
     label: str
     runs: list[RunLog]
-    options: dict[str, Any]  # by full name, those that are not as the presets say; the presets as "configs"
+    options: dict[str, Any]  # by full name, where they differ from the presets; the presets as "configs"
 
     @property
     def task(self) -> str:
@@ -201,51 +200,49 @@ class Group:
 
     @property
     def seeds(self) -> str:
-        """How many seeds stand behind it, or how many runs, where these are not the same."""
+        """The number of seeds, or of runs if several share a seed."""
         amount = len(self.runs)
         known = {run.seed for run in self.runs} - {None}
         return f"{amount} {'seed' if len(known) == amount else 'run'}{'s' * (amount > 1)}"
 
     @property
     def legend(self) -> str:
-        """The label, with how many seeds and env steps stand behind it."""
+        """The label with the numbers of seeds and env steps."""
         return f"{self.label} ({self.seeds}, {short(self.steps)} steps)"
 
     def curves(self, name: str, width: int = 1) -> list[tuple[list[int], list[float]]]:
-        """A metric's curve of each run that has it."""
+        """The curve of a metric for each run that has it."""
         return [each for each in (curve(run.lines, name, width) for run in self.runs) if each[0]]
 
     def values(self, name: str) -> list[float]:
-        """The final value of a metric of each run that has it."""
+        """The final value of a metric for each run that has it."""
         return [value for value in (run.final(name) for run in self.runs) if value is not None]
 
     @property
     def scores(self) -> list[float]:
-        """The score of each run that has one, in percent."""
+        """The score in percent of each run that has one."""
         return [run.score for run in self.runs if run.score is not None]
 
     def unlocked(self) -> list[tuple[list[int], list[float]]]:
-        """How many achievements each run had unlocked by then, as curves."""
+        """Curves of the number of achievements unlocked so far."""
         counts = []
         for run in self.runs:
-            lines = [
-                (line["step"], [x > 0 for name, x in line.items() if RATES in name]) for line in run.lines
-            ]
-            told = [(step, float(sum(rates))) for step, rates in lines if rates]
-            if told:
-                counts.append(tuple(map(list, zip(*told, strict=True))))
+            rated = [line for line in run.lines if any(RATES in name for name in line)]
+            unlocked = [float(sum(x > 0 for name, x in line.items() if RATES in name)) for line in rated]
+            if rated:
+                counts.append(([line["step"] for line in rated], unlocked))
         return counts
 
 
 def group_runs(runs: Sequence[RunLog]) -> list[Group]:
-    """The groups, in the order of their first runs."""
+    """The groups, ordered by their first runs."""
     members: dict[str, list[RunLog]] = {}
     options: dict[str, dict[str, Any]] = {}
     for run in runs:
-        told = _options(run)
-        key = json.dumps([run.config is None and str(run.logdir), told], sort_keys=True)
+        chosen = _options(run)
+        key = json.dumps([run.config is None and str(run.logdir), chosen], sort_keys=True)
         members.setdefault(key, []).append(run)
-        options[key] = told
+        options[key] = chosen
     keys = list(members)
     labels: dict[str, str] = {}
     for task in dict.fromkeys(_task(members[key][0]) for key in keys):
@@ -261,18 +258,18 @@ def _task(run: RunLog) -> str | None:
 
 
 def _options(run: RunLog) -> dict[str, Any]:
-    """What a run is, without its seed and its places: the presets, and the options that differ from them."""
+    """The presets, and the options that differ from them, without seed and folders."""
     if run.config is None:
         return {}
     options = {name: x for name, x in run.config.overrides().items() if name not in (*PLACES, "seed")}
     source = options.pop("from_checkpoint", None)
-    if source and run.logdir.resolve() not in Path(source).resolve().parents:  # else it was resumed by it
-        options["from_checkpoint"] = True  # of each seed it may be another one
+    if source and run.logdir.resolve() not in Path(source).resolve().parents:  # else the run was resumed
+        options["from_checkpoint"] = True  # each seed may have its own
     return {"configs": sorted(run.config.presets), **options}
 
 
 def _labels(runs: Sequence[RunLog], options: Sequence[dict[str, Any]]) -> list[str]:
-    """A name for each group: the presets that not all have, and as few options as tell the groups apart."""
+    """A name for each group: the presets that are not shared, and as few options as tell the groups apart."""
     shared = set.intersection(*(set(each.get("configs", [])) for each in options))
     heads = []
     for run in runs:
@@ -283,14 +280,14 @@ def _labels(runs: Sequence[RunLog], options: Sequence[dict[str, Any]]) -> list[s
             heads.append(" ".join(own or run.config.presets) or run.config.task)
     if len(runs) > 1 and len(set(heads)) == 1:
         heads = [""] * len(runs)
-    told: list[list[str]] = [[] for _ in runs]
+    shown: list[list[str]] = [[] for _ in runs]
     names = sorted(set().union(*options) - {"configs"})
     while True:
-        labels = [", ".join(filter(None, [head, *parts])) for head, parts in zip(heads, told, strict=True)]
+        labels = [", ".join(filter(None, [head, *parts])) for head, parts in zip(heads, shown, strict=True)]
         twins = max(([i for i, x in enumerate(labels) if x == label] for label in labels), key=len)
         if len(twins) == 1:
             return [printable(label) for label in labels]
-        # Of the options in which these differ, the one that tells most of them apart.
+        # The option that tells most of these apart.
         views = {
             name: [f"{_leaf(name)}={show_option(runs[i].config, name)}" for i in twins] for name in names
         }
@@ -298,11 +295,11 @@ def _labels(runs: Sequence[RunLog], options: Sequence[dict[str, Any]]) -> list[s
         if len(set(parts)) == 1:  # none does
             parts = [f"no. {number}" for number, _ in enumerate(twins, 1)]
         for index, part in zip(twins, parts, strict=True):
-            told[index].append(part)
+            shown[index].append(part)
 
 
 def _leaf(name: str) -> str:
-    """The last part of an option's name where that is enough to know it."""
+    """The last part of an option's name if it is unique, else the whole name."""
     leaf = name.rpartition(".")[2]
     return leaf if len(read().leaves(leaf)) == 1 else name
 
@@ -320,13 +317,13 @@ def show_option(config: Config | None, name: str) -> str:
 
 
 def printable(text: str) -> str:
-    """The text as it may stand in a figure: one line, of characters that can be shown."""
+    """The text as one line of printable characters, truncated to LABEL_LENGTH."""
     text = "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
     return text if len(text) <= LABEL_LENGTH else f"{text[: LABEL_LENGTH - 1]}…"
 
 
 def short(steps: float) -> str:
-    """A number of steps in a few characters: 34k, 1M."""
+    """A number of steps in short form: 34k, 1M."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if steps >= size:
             return f"{steps / size:.3g}{letter}"
@@ -337,15 +334,15 @@ def short(steps: float) -> str:
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Interquartile mean, and the ends of its 95 % bootstrap interval: NaN for a single value."""
+    """Interquartile mean and its 95 % bootstrap interval (NaN for a single value): iqm, low, high."""
     return float(interquartile_mean(values)), *bootstrap_interval(values, statistic=interquartile_mean)
 
 
 def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[np.ndarray, ...]:
     """Interquartile mean of curves and its interval: steps, iqm, low, high, each [points].
 
-    From where all curves have begun to where one of them ends, at the steps of the first: seeds are logged a
-    few steps apart, so in between is interpolated, and half a gap between two points counts as nothing.
+    Covers the range that all curves share, at the steps of the first curve. Seeds are logged a few steps
+    apart, so the others are interpolated, and the range is extended by half a gap between two points.
     """
     slack = np.median(np.diff(curves[0][0])) / 2 if len(curves[0][0]) > 1 else 0.0
     begin, end = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)

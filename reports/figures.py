@@ -1,4 +1,4 @@
-"""Figures of runs over their seeds: which panels there are, and how each is drawn."""
+"""Figures of runs over their seeds: chooses the panels and draws them."""
 
 import functools
 import io
@@ -13,19 +13,20 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from ruamel.yaml import YAML
 
-import published
 from basics import UserError, atomic_write
-from logs import EVAL, TRAIN, Group, band, printable, short, spread
+from reports.logs import EVAL, TRAIN, Group, band, printable, short, spread
 from stats import bootstrap_interval
 
+PUBLISHED = YAML(typ="safe").load(Path(__file__).with_name("published.yaml"))
 ADVISED = "eval_advised/episode_return"
-SMOOTHING = 5  # log lines that a training curve is averaged over
-COLUMNS = 3  # panels beside each other
+SMOOTHING = 5  # log lines over which a training curve is averaged
+COLUMNS = 3  # panels in a row
 WIDTH, HEIGHT = 4.2, 3.1  # of a panel in inches
-# Okabe and Ito's colours, which colour-blind people tell apart, without their yellow, which is too pale.
+# Okabe and Ito's colours for colour-blind readers, without the pale yellow.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-DASHES = ("-", "--", ":", "-.")  # when the colours begin anew
+DASHES = ("-", "--", ":", "-.")  # change when the colours repeat
 MARKERS = ("o", "s", "D")  # of published rates
 JAPANESE = ("Noto Sans CJK JP", "Hiragino Sans", "Yu Gothic", "Meiryo", "IPAexGothic")  # fonts
 GREY = "#808080"
@@ -39,14 +40,14 @@ RC = {
     "grid.alpha": 0.35,
     "legend.frameon": False,
     "savefig.dpi": 110,
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "lore",  # the same runs give the same file
-    "text.parse_math": False,  # a $ in a name is a $
+    "svg.fonttype": "none",  # keep text as text
+    "svg.hashsalt": "lore",  # reproducible files
+    "text.parse_math": False,  # names may contain $
 }
 
 
 class Curves(NamedTuple):
-    """A panel with metrics over env steps. A second metric is drawn dashed."""
+    """A panel of metrics over env steps; the second metric is dashed."""
 
     title: str
     label: str  # of the y axis, with the unit
@@ -58,7 +59,7 @@ RETURNS = (
     Curves("evaluation", "return of an episode", [EVAL]),
 )
 EXPLORATION = (
-    Curves("intrinsic reward", "a step, before it is scaled", ["expl/reward_mean"]),
+    Curves("intrinsic reward", "per step, before scaling", ["expl/reward_mean"]),
     Curves("prediction error (dashed: expected)", "error", ["expl/error", "expl/error_pred"]),
     Curves("noisy TV on, training", "share of the steps", ["env/tv_share"]),
     Curves("noisy TV on, evaluation", "share of the steps", ["eval/tv_share"]),
@@ -68,8 +69,8 @@ ADVICE = (
     Curves("weight of the advice (beta)", "weight of the prior's logits", ["uncertainty_gate/beta"]),
     Curves("reliability of the advice", "probability that it helps", ["uncertainty_gate/reliability"]),
     Curves("steps with advice", "share of the replayed steps", ["uncertainty_gate/advised_share"]),
-    Curves("plans: led to", "share of imagination's starts", ["synthetic/ratio"]),
-    Curves("plans: accepted", "share of the judged plans", ["synthetic/accepted"]),
+    Curves("plans: used", "share of imagination's starts", ["synthetic/ratio"]),
+    Curves("plans: accepted", "share of the evaluated plans", ["synthetic/accepted"]),
     Curves("skills: used", "share of the env steps", ["options/used_share"]),
     Curves("skills: success", "share of the executions", ["options/avg_success_rate"]),
 )
@@ -79,7 +80,7 @@ ADVICE = (
 
 
 def pyplot() -> ModuleType:
-    """matplotlib.pyplot for figures in files. Raises UserError where matplotlib is missing."""
+    """matplotlib.pyplot without a display. Raises UserError if matplotlib is missing."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
@@ -91,7 +92,7 @@ def pyplot() -> ModuleType:
 
 
 def look() -> AbstractContextManager:
-    """In this context figures look as they should."""
+    """A context with the style of the figures."""
     context = pyplot().rc_context
     from matplotlib.font_manager import fontManager
 
@@ -106,9 +107,9 @@ def style(index: int) -> dict[str, str]:
 
 
 def draw_band(axis: Any, curves: Sequence[tuple[Sequence, Sequence]], **style: Any) -> None:
-    """The interquartile mean of curves (steps, values) with its interval as a shade.
+    """Draw the interquartile mean of curves (steps, values) with its interval as a shade.
 
-    It ends where the first of them ends; how the others go on is drawn thin.
+    The mean ends where the shortest curve ends; the rest of the others is drawn as thin lines.
     """
     steps, iqm, low, high = band(curves)
     marker = {"marker": ".", "ms": 6 if len(steps) < 3 else 3} if len(steps) < 2 * SMOOTHING else {}
@@ -121,7 +122,7 @@ def draw_band(axis: Any, curves: Sequence[tuple[Sequence, Sequence]], **style: A
 
 
 class Panel(NamedTuple):
-    """One picture: what it shows, and who draws it on an axis of matplotlib."""
+    """One plot: its title, and the function that draws it on a matplotlib axis."""
 
     title: str
     draw: Callable[[Any], None]
@@ -129,7 +130,7 @@ class Panel(NamedTuple):
 
 
 def sections(groups: Sequence[Group], metrics: Sequence[str] = ()) -> dict[str, list[Panel]]:
-    """The panels of groups of one task, by what they are about, as far as the runs have what they show.
+    """The panels for groups of one task, by subject; panels without data are left out.
 
     `metrics` are names of further metrics to draw.
     """
@@ -146,7 +147,7 @@ def sections(groups: Sequence[Group], metrics: Sequence[str] = ()) -> dict[str, 
 
 
 def _curves(groups: Sequence[Group], wanted: Sequence[Curves]) -> list[Panel]:
-    """Those of the wanted panels that some group has curves for."""
+    """The panels for which at least one group has data."""
     panels = []
     for title, label, metrics in wanted:
         width = SMOOTHING if metrics[0].startswith("env/") else 1
@@ -172,7 +173,7 @@ def _draw_curves(axis: Any, lines: Sequence[tuple[list, dict]], label: str) -> N
 
 
 def _final_panel(groups: Sequence[Group]) -> list[Panel]:
-    """Final returns side by side: of the evaluations, where there are any."""
+    """Final evaluation returns, or training returns if there are none."""
     for name, kind in ((EVAL, "evaluations"), (TRAIN, "training")):
         values = [group.values(name) for group in groups]
         if any(values):
@@ -202,7 +203,7 @@ def _draw_final(axis: Any, groups: Sequence[Group], values: Sequence[Sequence[fl
 
 
 def is_benchmark(group: Group) -> bool:
-    """Whether a group's runs are in the world of the published results on Crafter."""
+    """Whether a group's runs use the same Crafter world as the published results."""
     config = group.runs[0].config
     if config is None or config.task not in ("crafter_reward", "crafter_noreward"):
         return False
@@ -210,19 +211,19 @@ def is_benchmark(group: Group) -> bool:
 
 
 def _achievement_panels(groups: Sequence[Group]) -> list[Panel]:
-    """Success rates at the end and how many are above 0 so far; for Crafter the published results beside."""
+    """Final success rates and unlocked achievements; for Crafter also the published results."""
     rates = [[run.rates for run in group.runs if run.rates] for group in groups]
     names = {name for runs in rates for run in runs for name in run}
     if not names:
         return []
-    beside = published.RATES if any(map(is_benchmark, groups)) else {}
-    ease = [each for runs in rates for each in runs], [*beside.values()]
+    published = PUBLISHED["rates"] if any(map(is_benchmark, groups)) else {}
+    ease = [each for runs in rates for each in runs], [*published.values()]
     order = sorted(names, key=lambda n: (*(-sum(each.get(n, 0) for each in known) for known in ease), n))
     height = len(order) * (0.09 * len(groups) + 0.1) + 1.1
     draw = functools.partial(_draw_rates, rates=rates, names=order)
     panels = [Panel(f"success rates after {_budget(groups)} env steps", draw, height)]
-    if beside:
-        title = f"published, after {published.RATES_BUDGET} env steps"
+    if published:
+        title = f"published, after {PUBLISHED['rates_budget']} env steps"
         panels.append(Panel(title, functools.partial(_draw_published, names=order), height))
         scores = [group.scores if is_benchmark(group) else [] for group in groups]
         if any(scores):
@@ -234,14 +235,14 @@ def _achievement_panels(groups: Sequence[Group]) -> list[Panel]:
 
 
 def _budget(groups: Sequence[Group]) -> str:
-    """The env steps of the shortest and of the longest run."""
+    """The env steps of the shortest and the longest run."""
     steps = [run.steps for group in groups for run in group.runs]
     ends = dict.fromkeys((short(min(steps)), short(max(steps))))
     return " to ".join(ends)
 
 
 def _draw_rates(axis: Any, rates: Sequence[Sequence[dict[str, float]]], names: Sequence[str]) -> None:
-    """Means over the seeds of each group, as in the published protocol, with their intervals."""
+    """Means over the seeds of each group, as in the published protocol, with intervals."""
     thick = 0.84 / len(rates)
     for index, runs in enumerate(rates):
         if runs:
@@ -258,7 +259,7 @@ def _draw_unlocked(axis: Any, lines: Sequence[tuple[list, dict]], label: str) ->
 
 
 def _draw_published(axis: Any, names: Sequence[str]) -> None:
-    for (label, each), marker in zip(published.RATES.items(), MARKERS, strict=True):
+    for (label, each), marker in zip(PUBLISHED["rates"].items(), MARKERS, strict=True):
         values = [each.get(name, 0.0) for name in names]
         axis.plot(values, range(len(names)), marker, ms=5, mfc="none", mec=GREY, label=label, clip_on=False)
     _rate_axis(axis, names)
@@ -267,7 +268,7 @@ def _draw_published(axis: Any, names: Sequence[str]) -> None:
 
 def _rate_axis(axis: Any, names: Sequence[str]) -> None:
     ticks = [0, 1, 3, 10, 30, 100]
-    # Spaced as the score counts them, so that rare ones are seen.
+    # The scale on which the score averages: it shows rare achievements.
     axis.set_xscale("function", functions=(np.log1p, np.expm1))
     axis.set_xticks(ticks, ticks)
     axis.set_yticks(range(len(names)), [printable(name.replace("_", " ")) for name in names], fontsize=8)
@@ -276,14 +277,15 @@ def _rate_axis(axis: Any, names: Sequence[str]) -> None:
 
 
 def _draw_scores(axis: Any, groups: Sequence[Group], scores: Sequence[Sequence[float]]) -> None:
-    """Scores of these runs, and below a line the published ones, each with its budget."""
+    """Scores of these runs above a line, published scores below it, each with its budget."""
     rows = [
         (textwrap.fill(f"{group.label}, {short(group.steps)}", 30), np.mean(each), color)
         for group, each, color in zip(groups, scores, itertools.cycle(COLORS), strict=False)
         if each
     ]
     axis.axhline(len(rows) - 0.5, color=GREY, lw=0.8)
-    rows += [(f"{row.name}, {row.budget}", float(row.score.split()[0]), GREY) for row in published.RESULTS]
+    for row in PUBLISHED["results"]:
+        rows.append((f"{row['name']}, {row['budget']}", float(row["score"].split()[0]), GREY))
     for place, (_, score, color) in enumerate(rows):
         axis.barh(place, score, 0.7, color=color, alpha=0.6 if color == GREY else 1)
         axis.text(score, place, f" {score:.1f}", va="center", fontsize=8)
@@ -296,12 +298,12 @@ def _draw_scores(axis: Any, groups: Sequence[Group], scores: Sequence[Sequence[f
 
 
 def by_task(groups: Sequence[Group]) -> dict[str, list[Group]]:
-    """The groups of each task: returns of different tasks do not belong into one picture."""
+    """The groups of each task: returns of different tasks are not comparable."""
     return {task: [g for g in groups if g.task == task] for task in dict.fromkeys(g.task for g in groups)}
 
 
 def figure(groups: Sequence[Group], metrics: Sequence[str] = ()) -> Any:
-    """A figure of matplotlib with all panels, a block of rows for each task and subject."""
+    """A matplotlib figure of all panels, with a block of rows for each task and subject."""
     rows: list[tuple[str, list[Panel], list[Group]]] = []
     for task, alike in by_task(groups).items():
         for subject, panels in sections(alike, metrics).items():
@@ -309,12 +311,13 @@ def figure(groups: Sequence[Group], metrics: Sequence[str] = ()) -> Any:
                 title = f"{printable(task)}: {subject.lower()}" if not begin else ""
                 rows.append((title, panels[begin : begin + COLUMNS], alike))
     if not rows:
-        raise UserError("These runs have logged nothing yet that could be drawn.")
+        raise UserError("These runs have not logged anything that can be drawn yet.")
     columns = max(len(panels) for _, panels, _ in rows)
     longest = max(len(group.legend) for group in groups)
-    beside = max(1, min(columns, int(WIDTH * columns / (0.5 + 0.07 * longest))))  # entries of the legend
+    legend_columns = max(1, min(columns, int(WIDTH * columns / (0.5 + 0.07 * longest))))
     heights = [
-        max(panel.height for panel in panels) + (0.4 + 0.18 * math.ceil(len(alike) / beside)) * bool(title)
+        max(panel.height for panel in panels)
+        + (0.4 + 0.18 * math.ceil(len(alike) / legend_columns)) * bool(title)
         for title, panels, alike in rows
     ]
     whole = pyplot().figure(figsize=(WIDTH * columns, sum(heights)), layout="constrained")
@@ -333,7 +336,7 @@ def figure(groups: Sequence[Group], metrics: Sequence[str] = ()) -> Any:
                 handles,
                 [group.legend for group in alike],
                 loc="outside upper left",
-                ncols=beside,
+                ncols=legend_columns,
                 title=title,
                 title_fontproperties={"size": 12, "weight": "bold"},
                 alignment="left",
@@ -342,19 +345,19 @@ def figure(groups: Sequence[Group], metrics: Sequence[str] = ()) -> Any:
 
 
 def rendered(picture: Any, kind: str, **options: Any) -> bytes:
-    """A figure as the content of a file, for example of `kind` png; closes it."""
-    written = io.BytesIO()
+    """The figure as bytes of a file type such as png; closes the figure."""
+    buffer = io.BytesIO()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the picture shows a box there
-            picture.savefig(written, format=kind, **options)
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # shown as a box
+            picture.savefig(buffer, format=kind, **options)
     finally:
         pyplot().close(picture)
-    return written.getvalue()
+    return buffer.getvalue()
 
 
 def save(picture: Any, out: Path) -> None:
-    """Write a figure to a file that appears whole or not at all, and close it. Raises UserError."""
+    """Write a figure to a file atomically and close it. Raises UserError."""
     try:
         content = rendered(picture, out.suffix[1:])
     except ValueError as error:
