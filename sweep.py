@@ -41,7 +41,7 @@ from rich.text import Text
 import config as configs
 from basics import UserError, atomic_write, stop_signals
 from config import Config
-from workers import start_ray
+from parallel import start_ray
 
 try:
     import fcntl

@@ -1,7 +1,6 @@
-"""VecEnv: the same trajectories wherever envs run, lost workers are restarted, nothing is left behind."""
+"""VecEnv: same trajectories in all worker kinds, restarts of lost workers, nothing left after close."""
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from basics import UserError
 from envs import dummy, wrappers
 
 ROOT = Path(__file__).parent.parent
-KINDS = ["none", "thread", "process"]
+KINDS = ["none", "process"]
 
 
 def make_vec(make_env, amount: int, kind: str, timeout: float = 30, max_restarts: int = 0):
@@ -35,7 +34,7 @@ def factory(task: str, **options):
 
 
 def run(vec, steps: int, seed: int = 0) -> list[dict]:
-    """Do random actions that depend on the seed only."""
+    """Take random actions that depend only on the seed."""
     rng = np.random.default_rng(seed)
     trajectory = []
     for _ in range(steps):
@@ -70,11 +69,11 @@ def vecs():
         vec.close()
 
 
-# Workers that fail; the functions are imported by the workers.
+# Environments that fail; workers import these functions.
 
 
 class Failing(dummy.Dummy):
-    """A dummy env that does what `how` says in its third step, or in each reset but the first."""
+    """A dummy env that fails in its third step as `how` says, or in every reset except the first."""
 
     def __init__(self, how: str):
         super().__init__(size=(8, 8))
@@ -114,7 +113,7 @@ def make_failing(failures: list[str], index: int) -> wrappers.Episode:
 
 
 def make_failing_once(mark: Path, how: str, index: int) -> wrappers.Episode:
-    """The first env of index 1 fails, those that are made after it do not."""
+    """The first env with index 1 fails; its replacements do not."""
     if index == 1 and not mark.exists():
         mark.touch()
         return make_failing(["works", how], index)
@@ -122,7 +121,7 @@ def make_failing_once(mark: Path, how: str, index: int) -> wrappers.Episode:
 
 
 def make_broken_later(mark: Path, index: int) -> wrappers.Episode:
-    """The first env dies, and no other can be made."""
+    """The first env dies, and no other can be made after it."""
     if mark.exists():
         raise ValueError("the robot does not boot")
     mark.touch()
@@ -135,7 +134,7 @@ def make_other_spaces(index: int) -> wrappers.Episode:
 
 @pytest.fixture(scope="module")
 def continuous():
-    """A vec of the same envs for each kind, shared: workers start slowly."""
+    """A vec of the same envs for each kind, shared since workers start slowly."""
     vecs = {kind: make_vec(factory("dummy_continuous"), 2, kind) for kind in KINDS}
     yield vecs
     for vec in vecs.values():
@@ -151,37 +150,23 @@ def assert_same_trajectories(one, other, steps: int) -> None:
         assert_equal([left["actions"]], [right["actions"]])
 
 
-@pytest.mark.parametrize("kind", ["thread", "process"])
-def test_workers_give_the_trajectories_of_the_main_process(continuous, kind):
-    assert_same_trajectories(continuous["none"], continuous[kind], 40)
-
-
-@pytest.mark.parametrize("kind", ["thread", "process"])
-def test_workers_give_the_trajectories_of_the_main_process_in_crafter(vecs, kind):
-    serial, other = (vecs(factory("crafter_reward"), 2, each) for each in ("none", kind))
-    assert_same_trajectories(serial, other, 60)
+def test_worker_processes_give_the_trajectories_of_the_main_process(continuous):
+    assert_same_trajectories(continuous["none"], continuous["process"], 40)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_restored_envs_continue_as_the_originals(vecs, continuous, kind):
+def test_restored_envs_continue_like_the_originals(vecs, continuous, kind):
     vec, other = continuous[kind], vecs(factory("dummy_continuous"), 2, "none")
     vec.reset()
-    current = run(vec, 20)[-1]
-    assert_equal([current], [other.restore(vec.state())])
-    assert_equal(run(vec, 20, seed=1), run(other, 20, seed=1))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_envs_go_back_to_a_state(continuous, kind):
-    vec = continuous[kind]
-    vec.reset()
-    current, state = run(vec, 5)[-1], vec.state()
+    current, state = run(vec, 20)[-1], vec.state()
+    assert_equal([current], [other.restore(state)])
     after = run(vec, 20, seed=1)
+    assert_equal(after, run(other, 20, seed=1))
     assert_equal([current], [vec.restore(state)])
     assert_equal(after, run(vec, 20, seed=1))
 
 
-def test_an_env_restored_at_the_end_of_its_episode_resets_next(vecs):
+def test_env_restored_at_the_end_of_its_episode_resets_next(vecs):
     vec, other = vecs(factory("dummy_cue"), 2, "none"), vecs(factory("dummy_cue"), 2, "none")
     vec.reset()
     assert run(vec, 16)[-1]["is_last"].all()
@@ -204,7 +189,7 @@ def test_the_step_after_the_last_one_resets_and_ignores_the_action(continuous, k
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_observations_are_the_callers_to_keep(continuous, kind):
+def test_observations_are_copies(continuous, kind):
     vec = continuous[kind]
     kept = vec.reset()
     image = kept["image"].copy()
@@ -212,7 +197,7 @@ def test_observations_are_the_callers_to_keep(continuous, kind):
     np.testing.assert_array_equal(kept["image"], image)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there, the signal ends a process without asking it")
+@pytest.mark.skipif(os.name == "nt", reason="SIGTERM cannot be ignored there")
 def test_workers_leave_stop_signals_to_the_main_process(continuous):
     vec = continuous["process"]
     vec.reset()
@@ -229,27 +214,23 @@ def pids_of(vec) -> list[int]:
 # ---- Faults
 
 
-HOW = {"thread": ["raises", "exits", "hangs"], "process": ["raises", "exits", "hangs", "dies"]}
-
-
-@pytest.mark.parametrize("kind, how", [(kind, how) for kind, each in HOW.items() for how in each])
-def test_a_lost_worker_is_restarted_and_the_others_go_on(vecs, tmp_path, caplog, capfd, kind, how):
-    make = partial(make_failing_once, tmp_path / "mark", how)
-    vec = vecs(make, 2, kind, max_restarts=1)
+@pytest.mark.parametrize("how", ["raises", "exits", "hangs", "dies"])
+def test_lost_worker_is_restarted_and_the_others_continue(vecs, tmp_path, caplog, capfd, how):
+    vec = vecs(partial(make_failing_once, tmp_path / "mark", how), 2, "process", max_restarts=1)
     if how == "hangs":
-        vec._workers[1].timeout = 1.5  # of its steps: on a busy machine a start takes longer
+        vec._workers[1].timeout = 1.5  # from here on: a start may take longer on a busy machine
     well = vecs(partial(make_failing, ["works", "works"]), 2, "none")
     assert_equal([vec.reset()], [well.reset()])
     steps, expected = run(vec, 20), run(well, 20)
     assert_equal([{k: v[:1] for k, v in step.items()} for step in steps],
                  [{k: v[:1] for k, v in step.items()} for step in expected])  # fmt: skip
     assert_equal(steps[:2], expected[:2])
-    # The third step was lost: there begins the next episode, with a seed of its own.
+    # The third step was lost; the next episode starts there, with its own seed.
     assert [step["is_first"][1] for step in steps[:4]] == [False, False, True, False]
     assert steps[2]["reward"][1] == 0 and not steps[2]["is_last"][1]
     fresh = well.reset(1)
     assert_equal([{k: v[1] for k, v in steps[2].items()}], [{k: v[1] for k, v in fresh.items()}])
-    # It goes through its whole length, and the one after it has the next number.
+    # That episode is complete, and the one after it has the next number.
     assert [index for index, step in enumerate(steps) if step["is_last"][1]] == [2 + 16]
     assert [state["episode"] for state in vec.state()] == [1, 2]
     assert "Its worker is restarted (number 1; envs.max_restarts allows 1 restarts" in caplog.text
@@ -257,31 +238,20 @@ def test_a_lost_worker_is_restarted_and_the_others_go_on(vecs, tmp_path, caplog,
     assert reason.get(how, "ValueError: the sprocket is loose") in caplog.text
     if how in ("raises", "exits"):
         assert "Traceback" in caplog.text and "in step" in caplog.text
-    if how == "hangs" and (kind == "thread" or os.name != "nt"):
-        assert "in hang" in (caplog.text if kind == "thread" else capfd.readouterr().err)
+    if how == "hangs" and os.name != "nt":
+        assert "in hang" in capfd.readouterr().err
 
 
-def test_a_thread_that_was_given_up_writes_nothing_more(vecs, tmp_path):
-    vec = vecs(partial(make_failing_once, tmp_path / "mark", "hangs"), 2, "thread", max_restarts=1)
-    vec.reset()
-    left = vec._workers[1]
-    left.timeout = 0.5
-    current = run(vec, 5)[-1]
-    left._thread.join()
-    assert_equal([current], [vec._current()])
-
-
-@pytest.mark.parametrize("kind", ["thread", "process"])
-def test_a_worker_that_fails_in_its_reset_gets_another_episode(vecs, kind):
-    vec = vecs(partial(make_failing, ["works", "raises in reset"]), 2, kind, max_restarts=1)
+def test_worker_that_fails_in_reset_gets_another_episode(vecs):
+    vec = vecs(partial(make_failing, ["works", "raises in reset"]), 2, "process", max_restarts=1)
     assert vec.reset()["is_first"].all()
     assert run(vec, 17)[-1]["is_first"].all()
     assert [state["episode"] for state in vec.state()] == [1, 2]  # number 1 was lost
     assert vec.next_episode == 3
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
-def test_a_worker_that_is_killed_between_steps_is_restarted(vecs, caplog):
+@pytest.mark.skipif(os.name == "nt", reason="no such signal")
+def test_worker_that_is_killed_between_steps_is_restarted(vecs, caplog):
     vec = vecs(factory("dummy_cue"), 2, "process", max_restarts=3)
     vec.reset()
     run(vec, 3)
@@ -318,38 +288,29 @@ def test_without_restarts_an_error_in_an_env_is_a_user_error(vecs, kind, caplog)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_user_errors_of_an_env_pass_as_they_are_and_restart_nothing(vecs, kind):
+def test_user_error_of_an_env_is_raised_unchanged_without_restart(vecs, kind):
     vec = vecs(partial(make_failing, ["user error"]), 1, kind, max_restarts=5)
     vec.reset()
     with pytest.raises(UserError, match="^plug in the robot$"):
         run(vec, 3)
 
 
-@pytest.mark.parametrize("amount", [0, 2])
-def test_too_many_restarts_within_the_window_are_an_error_and_all_is_cleaned_up(vecs, amount, monkeypatch):
-    vec = vecs(partial(make_failing, ["works", "raises"]), 2, "thread", max_restarts=amount)
-    vec.reset()
-    with pytest.raises(
-        UserError, match=f"allows {amount} restarts in 10 minutes: the run stops. --envs.para"
-    ):
-        run(vec, 40)
-    assert not vec._workers
-    monkeypatch.setattr(parallel, "RESTART_WINDOW", 0)
-    vec = vecs(partial(make_failing, ["works", "raises"]), 2, "thread", max_restarts=1)
-    vec.reset()
-    run(vec, 40)
-
-
-def test_a_worker_that_dies_for_good_is_named_and_the_rest_is_cleaned_up(vecs):
-    vec = vecs(partial(make_failing, ["works", "dies"]), 2, "process")
+def test_too_many_restarts_within_the_window_are_an_error_that_closes_all(vecs, monkeypatch):
+    vec = vecs(partial(make_failing, ["works", "dies"]), 2, "process", max_restarts=1)
     vec.reset()
     name, pids = vec._block.name, pids_of(vec)
-    with pytest.raises(UserError, match=r"environment 1 died \(exit code 7\)"):
-        run(vec, 3)
+    with pytest.raises(
+        UserError, match=r"1 died \(exit code 7\).*allows 1 restarts in 10 minutes: the run s"
+    ):
+        run(vec, 40)
     assert_gone(name, pids)
+    monkeypatch.setattr(parallel, "RESTART_WINDOW", 0)
+    vec = vecs(partial(make_failing, ["works", "raises"]), 2, "process", max_restarts=1)
+    vec.reset()
+    run(vec, 8)
 
 
-def test_restarts_that_fail_count_as_well(vecs, tmp_path, caplog):
+def test_failed_restarts_count(vecs, tmp_path, caplog):
     vec = vecs(partial(make_broken_later, tmp_path / "mark"), 1, "process", max_restarts=2)
     vec.reset()
     with pytest.raises(UserError, match="failed in start: ValueError: the robot does not boot.*allows 2"):
@@ -357,10 +318,10 @@ def test_restarts_that_fail_count_as_well(vecs, tmp_path, caplog):
     assert caplog.text.count("Its worker is restarted") == 2
 
 
-def test_an_env_that_cannot_be_made_is_not_tried_again(tmp_path, caplog):
+def test_env_that_cannot_be_made_is_not_retried(tmp_path, caplog):
     (tmp_path / "mark").touch()
     with pytest.raises(UserError, match="failed in start: ValueError: the robot does not boot"):
-        make_vec(partial(make_broken_later, tmp_path / "mark"), 1, "thread", max_restarts=5)
+        make_vec(partial(make_broken_later, tmp_path / "mark"), 1, "process", max_restarts=5)
     assert "restarted" not in caplog.text
 
 
@@ -386,7 +347,7 @@ if __name__ == "__main__":
 
 
 def make_reporting(options, index: int) -> wrappers.Episode:
-    """An env whose space tells whether its process has torch."""
+    """An env whose space shows whether its process has imported torch."""
     env = envs.make_env(options, "train", index)
     env.obs_space = env.obs_space | {
         "image": spaces.Box(int("torch" in sys.modules), 255, (64, 64, 3), np.uint8)
@@ -397,12 +358,6 @@ def make_reporting(options, index: int) -> wrappers.Episode:
 def test_worker_processes_import_neither_torch_nor_the_main_program(tmp_path):
     done = run_script(tmp_path, WORKER_IMPORTS)
     assert done.stdout.split() == ["True", "0"], done.stderr
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "envs").glob("*.py")), ids=lambda path: path.name)
-def test_environments_take_nothing_from_modules_with_torch(path):
-    with_torch = "torch|tools|networks|models|distributions|replay|logger|dreamer"
-    assert not re.findall(rf"^(?:from|import) (?:{with_torch})\b.*", path.read_text("utf-8"), re.MULTILINE)
 
 
 def run_script(folder: Path, source: str) -> subprocess.CompletedProcess:
@@ -423,7 +378,7 @@ def test_envs_with_different_spaces_are_refused():
         make_vec(make_other_spaces, 2, "none")
 
 
-def test_close_leaves_nothing_behind(vecs):
+def test_close_ends_processes_and_frees_shared_memory(vecs):
     vec = vecs(factory("dummy_cue"), 1, "process")
     vec.reset()
     name, pids = vec._block.name, pids_of(vec)
@@ -438,7 +393,7 @@ import signal
 from test_parallel import factory, make_vec, pids_of, run
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     vec = make_vec(factory("dummy_cue"), 1, "process")
     vec.reset()
     print(vec._block.name, *pids_of(vec), flush=True)
@@ -449,7 +404,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of process groups are POSIX")
 @pytest.mark.parametrize("stop", ["SIGINT", "SIGKILL"])
-def test_nothing_is_left_behind_when_the_program_is_stopped(stop, tmp_path):
+def test_stopped_program_leaves_no_processes_or_memory(stop, tmp_path):
     script = tmp_path / "interrupted.py"
     script.write_text(INTERRUPTED)
     process = subprocess.Popen(
@@ -459,7 +414,7 @@ def test_nothing_is_left_behind_when_the_program_is_stopped(stop, tmp_path):
     name, *pids = process.stdout.readline().split()
     stop = signal.Signals[stop]
     if stop == signal.SIGINT:
-        os.killpg(process.pid, stop)  # as a terminal does: the workers get it as well
+        os.killpg(process.pid, stop)  # as a terminal does: workers receive it too
     else:
         os.kill(process.pid, stop)
     try:
@@ -480,13 +435,13 @@ def assert_gone(memory: str, pids: list[int]) -> None:
 
 
 def alive(pid: int) -> bool:
-    if os.name == "nt":  # kill would end the process there; its handle was waited for by close
+    if os.name == "nt":  # os.kill would end the process; close has waited for it
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    status = Path(f"/proc/{pid}/stat")  # without an init, an orphan that ended stays as a zombie
+    status = Path(f"/proc/{pid}/stat")  # without init, an ended orphan stays a zombie
     return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 

@@ -25,7 +25,7 @@ def no_ray_before_and_after():
 
 @pytest.fixture
 def close():
-    """Takes vecs, which it closes before Ray ends."""
+    """Registers vecs to close before Ray ends."""
     made = []
     yield lambda vec: made.append(vec) or vec
     for vec in made:
@@ -42,7 +42,6 @@ def test_actors_give_the_trajectories_of_the_main_process(close):
     there, here = close(make_ray(2)), make_vec(factory("dummy_continuous"), 2, "none")
     assert_same_trajectories(here, there, 40)
     state = there.state()
-    assert all(actions.flags.writeable for each in state for actions in each["actions"].values())
     current = run(there, 5)[-1]
     here.restore(there.state())
     assert_equal([current], [here._current()])
@@ -57,12 +56,11 @@ def test_more_envs_than_processors_get_their_actors(close):
     assert vec.reset()["is_first"].all() and len(run(vec, 3)) == 3
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there are no such signals")
-def test_a_killed_actor_is_restarted_and_the_others_go_on(close, caplog):
+def test_killed_actor_is_restarted_and_the_others_continue(close, caplog):
     vec = close(make_ray(2, "dummy_cue", max_restarts=1))
     vec.reset()
     run(vec, 3)
-    os.kill(ray.get(vec._workers[1]._actor.pid.remote()), signal.SIGKILL)
+    ray.kill(vec._workers[1]._actor)
     steps = run(vec, 20)
     assert [step["is_first"][1] for step in steps[:3]].count(True) == 1
     assert not any(step["is_first"][0] for step in steps[:13])
@@ -70,12 +68,12 @@ def test_a_killed_actor_is_restarted_and_the_others_go_on(close, caplog):
     assert [state["episode"] for state in vec.state()] == [1, 2]
 
 
-def test_a_cluster_gets_the_code_from_here(close, tmp_path, monkeypatch):
+def test_cluster_receives_this_code(close, tmp_path, monkeypatch):
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
-        monkeypatch.chdir(tmp_path)  # so that the code is not found by chance
+        monkeypatch.chdir(tmp_path)  # so that the code is not found in the working directory
         vec = close(make_ray(2, "dummy_cue", address=cluster.address))
         assert vec.reset()["is_first"].all()
         assert run(vec, 20)[-1]["image"].any()
@@ -89,31 +87,30 @@ def test_a_cluster_gets_the_code_from_here(close, tmp_path, monkeypatch):
     "address, reason",
     [("127.0.0.1:1", "no Ray at 127.0.0.1:1.*ray start --head"), ("here", "must be host:port")],
 )
-def test_a_wrong_address_is_a_user_error(address, reason):
+def test_wrong_address_is_a_user_error(address, reason):
     with pytest.raises(UserError, match=reason):
         make_ray(1, address=address)
 
 
-def test_a_run_with_ray_equals_one_without_and_resumes(tmp_path):
+def test_run_with_ray_equals_run_without_and_resumes(tmp_path):
     assert train(tmp_path / "none") == 0
     with signal_at(71):
         assert train(tmp_path / "ray", "--envs.parallel", "ray") == 143
     assert train(tmp_path / "ray", "--envs.parallel", "ray") == 0
     assert differences(metrics(tmp_path / "ray"), metrics(tmp_path / "none")) == []
     different = differences(moment(tmp_path / "ray"), moment(tmp_path / "none"))
-    # Ray draws from Python's global generator, and LoRe does not.
+    # Ray draws from Python's global generator; LoRe does not.
     assert [line for line in different if not line.startswith("/rng/python/")] == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signal to a process")
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_a_run_with_ray_cleanly(tmp_path, signum, code):
+def test_ctrl_c_stops_a_run_with_ray_cleanly(tmp_path):
     process = train_process(tmp_path, "--steps", "1e6", "--envs.parallel", "ray", start_new_session=True)
     with process:
         for line in process.stdout:
             if line.startswith("step 40"):
-                os.killpg(process.pid, signum)  # as a terminal does: Ray's processes get it as well
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes receive it too
         errors = process.stderr.read()
-    assert process.returncode == code, errors
-    assert f"Stopped by {signal.Signals(signum).name}" in log(tmp_path)
+    assert process.returncode == 130, errors
+    assert "Stopped by SIGINT" in log(tmp_path)
     assert np.isfinite(moment(tmp_path)["step"])

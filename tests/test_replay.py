@@ -17,8 +17,7 @@ import episodes
 import replay as replay_module
 from basics import UserError
 from episodes import EpisodeWriter, list_episodes, read_episode, step_layout
-from replay import NO_CLASS, Replay, keep_moment, plan, ring_layout
-from samplers import Curious, SumTree
+from replay import NO_CLASS, Curious, Replay, SumTree, keep_moment, plan, ring_layout
 
 SPACES = {
     "image": gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8),

@@ -1,4 +1,4 @@
-"""Real runs whose env workers are killed or hang: no finished step is lost, and the run goes on."""
+"""Runs whose env workers are killed or hang: no finished step is lost, and training continues."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ from evaluation import play_episodes
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 COMMAND = (
     "dreamer.py --configs crafter debug --device cpu --envs.amount 2 --envs.parallel process --steps 400 "
-    "--eval_every 0 --log_every 10"
+    "--eval_every 0 --log_every 10 --train_ratio 4"
 ).split()
 
 
@@ -39,7 +39,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
 
 
 def run_and_signal(logdir: Path, signum: int, *options: str, at: str = "step 150") -> tuple[int, str]:
-    """Run the command and send a signal to the second env's worker at a step; exit code and stderr."""
+    """Run the command and signal the second env's worker at a step; returns exit code and stderr."""
     with start(logdir, *options) as process:
         for line in process.stdout:
             if line.startswith(at):
@@ -49,7 +49,7 @@ def run_and_signal(logdir: Path, signum: int, *options: str, at: str = "step 150
 
 
 def steps_of(logdir: Path) -> list[dict[str, np.ndarray]]:
-    """The episodes of a run, [L, ...] by key: those in files, then the open ones of the checkpoint."""
+    """The episodes of a run, key -> [L, ...]: first the files, then the checkpoint's open ones."""
     state = checkpoints.load_checkpoint(logdir)[0]
     options = config.Config.load_saved(logdir / "config.yaml")
     env = make_env(options, "train", 0)
@@ -64,7 +64,7 @@ def steps_of(logdir: Path) -> list[dict[str, np.ndarray]]:
     "signum, reason",
     [
         (signal.SIGKILL, r"worker process of environment 1 died (killed by SIGKILL)"),
-        # Its new worker has as long for its start, which takes some seconds on a busy machine.
+        # The new worker's start has the same timeout, and takes seconds on a busy machine.
         pytest.param(signal.SIGSTOP, "1 gave no answer for 30 seconds; it hangs", marks=pytest.mark.slow),
     ],
 )
@@ -79,15 +79,15 @@ def test_killing_a_worker_in_a_real_run_loses_no_finished_step(tmp_path, signum,
     assert sum(len(rows["is_first"]) for rows in episodes) == state["transitions"] + state["episodes"]
     assert len(episodes) == state["episodes"]
     cut = [rows for rows in episodes[:-2] if len(rows["is_first"]) < 61 and not rows["is_terminal"][-1]]
-    assert len(cut) <= 1  # none if it was killed just between two episodes
+    assert len(cut) <= 1  # none if it was killed between two episodes
     assert all(rows["is_last"][-1] and not rows["is_last"][:-1].any() for rows in episodes[:-2])
-    # Each is a whole piece of another episode of the env, to its very last step.
+    # Each is one complete piece of a different episode of the env, up to its last step.
     origins = [origin(tmp_path, rows) for rows in episodes]
     assert len(set(origins)) == len(origins)
 
 
 def origin(logdir: Path, rows: dict[str, np.ndarray]) -> tuple[int, int]:
-    """Index of the env and number of the episode that give exactly these steps."""
+    """(env index, episode number) that give exactly these steps."""
     options = config.Config.load_saved(logdir / "config.yaml")
     for index in (0, 1):
         env = make_env(options, "train", index)
@@ -116,17 +116,16 @@ def test_too_many_restarts_stop_the_run_after_a_save(tmp_path):
     assert len(set(origins)) == len(origins)
 
 
-@pytest.mark.parametrize("kind", ["thread", "process"])
-def test_resumed_run_in_workers_equals_uninterrupted_run_without(tmp_path, kind):
+def test_resumed_run_with_workers_equals_uninterrupted_run_without(tmp_path):
     assert train(tmp_path / "none") == 0
     with signal_at(71):
-        assert train(tmp_path / kind, "--envs.parallel", kind) == 143
-    assert train(tmp_path / kind, "--envs.parallel", kind) == 0
-    assert_same_run(tmp_path / kind, tmp_path / "none")
+        assert train(tmp_path / "process", "--envs.parallel", "process") == 143
+    assert train(tmp_path / "process", "--envs.parallel", "process") == 0
+    assert_same_run(tmp_path / "process", tmp_path / "none")
 
 
 class Still:
-    """An agent that always does the same."""
+    """An agent that always takes the same action."""
 
     def initial_state(self, envs: int) -> int:
         return envs
@@ -135,8 +134,8 @@ class Still:
         return {"action": np.zeros(envs, np.int32)}, envs, {}
 
 
-def test_an_evaluation_episode_that_a_fault_broke_off_does_not_count(tmp_path):
-    vec = make_vec(partial(make_failing_once, tmp_path / "mark", "raises"), 2, "thread", max_restarts=1)
+def test_evaluation_episode_cut_by_a_fault_does_not_count(tmp_path):
+    vec = make_vec(partial(make_failing_once, tmp_path / "mark", "raises"), 2, "process", max_restarts=1)
     done = list(play_episodes(Still(), vec, 2, None))
     vec.close()
     assert len(done) == 4
