@@ -13,12 +13,12 @@ from torch import Tensor
 
 import checkpoint as checkpoints
 import cuda_graph
+import distributed
 import models
 import networks
 import tools
 from basics import UserError, derive_seed
 from config import Config
-from distributed import Ranks
 from exploration import EXPLORERS, Greedy, param_group
 from lore_llm import synthetic
 from lore_llm.captions import make_captioner
@@ -45,10 +45,8 @@ class Dreamer:
         act_space: Mapping[str, gymnasium.Space],
         config: Config,
         device: torch.device,
-        ranks: Ranks | None = None,
     ):
-        """`ranks` are the learners with which it shares its gradients; without, it learns alone."""
-        self.config, self.device, self.ranks = config, device, ranks or Ranks()
+        self.config, self.device = config, device
         check_actions(act_space, config.actor_dist)
         advised = advice_spaces(config, act_space)[0]
         obs_space = dict(obs_space) | {k: v for k, v in advised.items() if k == "llm_features"}
@@ -61,7 +59,7 @@ class Dreamer:
             self.explorer = EXPLORERS[config.expl_behavior](self.world_model, config).to(device)
         self.greedy = Greedy(self.world_model, config)  # who explores when nobody does any more
         names = ("act", "train", "explore", "report", "synthetic", "options", "features")
-        own = self.ranks.names()
+        own = distributed.seed_names()
         self.rngs = {name: tools.torch_rng(config.seed, name, *own, device=device) for name in names}
         self.obs_space = dict(obs_space)
         with torch.random.fork_rng(devices=[]):
@@ -93,16 +91,17 @@ class Dreamer:
     def _join(self, *parts: torch.nn.Module) -> None:
         """Let all ranks begin with the same weights, and see what they have to share in an update."""
         modules = [module for part in parts for module in part.modules()]
-        self.ranks.copy([value for part in parts for value in part.state_dict().values()])
+        distributed.broadcast([value for part in parts for value in part.state_dict().values()])
         self.trained = [p for group in self.opt.param_groups for p in group["params"]]
         self.averages = [getattr(m, name) for m in modules for name in getattr(m, "averages", ())]
-        for module in modules:
-            if isinstance(module, models.ReturnNorm):
-                module.gather = self.ranks.gather
 
     def _record(self) -> None:
         """On CUDA, record the update anew as a graph; not what several learners do together."""
-        if compiles(self.config, self.device) and self.device.type == "cuda" and self.ranks.size == 1:
+        if (
+            compiles(self.config, self.device)
+            and self.device.type == "cuda"
+            and distributed.world_size() == 1
+        ):
             drawn = [rng for name, rng in self.rngs.items() if name not in ("act", "report")]
             self.update = cuda_graph.GraphedUpdate(self._update, *drawn)
 
@@ -258,12 +257,12 @@ class Dreamer:
         losses |= expl_losses | policy_losses
         self.opt.zero_grad()
         total.backward()
-        for param in self.trained if self.ranks.size > 1 else ():
+        for param in self.trained if distributed.world_size() > 1 else ():
             if param.grad is None:  # perhaps it has one on another rank
                 param.grad = torch.zeros_like(param)
-        self.ranks.average([param.grad for param in self.trained])
+        distributed.all_reduce([param.grad for param in self.trained])
         outcome = self.opt.step()
-        self.ranks.average(self.averages)
+        distributed.all_reduce(self.averages)
         metrics |= more_metrics | expl_metrics | policy_metrics
         metrics |= {f"loss/{name}": loss.detach().mean() for name, loss in losses.items()}
         metrics |= {"opt/loss": total.detach()} | {f"opt/{name}": value for name, value in outcome.items()}
@@ -411,7 +410,7 @@ class Dreamer:
         else:
             notes.append("The checkpoint has weights alone, so the optimiser starts anew")
         self._record()  # a recorded update writes the moments that were replaced
-        if resume and self.ranks.leads:  # the others have their own
+        if resume and distributed.is_main():  # the others have their own
             self._set_rngs(state["rngs"])
         return notes
 

@@ -283,10 +283,9 @@ def check_device(config: Any) -> Iterator[Line]:
     """Where the run would compute, in which precision, and what it compiles with."""
     import distributed
     from agent import choose_device, compiles, count_gpus, precision
-    from dreamer import check_shares, device_name
+    from dreamer import device_name
 
-    check_shares(config, distributed.Ranks(config.parallel))
-    device = choose_device(distributed.place(config.device, config.parallel, count_gpus()))
+    device = choose_device(distributed.local_device(config.device, config.parallel, count_gpus()))
     yield ok("device", f"{device_name(device)} in {precision(config, device)}")
     if compiles(config, device) and sys.platform == "linux":
         compiler = next(filter(shutil.which, (os.environ.get("CC", "cc"), "cc", "gcc", "clang")), None)

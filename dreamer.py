@@ -38,7 +38,7 @@ from agent import (
 )
 from basics import UserError, derive_seed, first_line, numpy_rng, stop_signals
 from config import Config
-from distributed import LostRank, Ranks
+from distributed import LostRank
 from envs import make_env
 from episodes import EpisodeWriter
 from evaluation import AdvisedAgent, EvalEpisode, newest, play_episodes, shown, write_video
@@ -108,7 +108,6 @@ class Run:
         checkpoint: dict | None = None,
         resume: bool = False,
         notes: Sequence[str] = (),
-        ranks: Ranks | None = None,
         source: Path | None = None,
     ):
         """`checkpoint` is gone on with if `resume`, else only its weights and optimiser are taken, or what
@@ -117,18 +116,17 @@ class Run:
         It was read from the file `source`. `notes` are lines that the log begins with. Raises UserError; what
         can be wrong with the command is found before anything is written.
         """
-        self.config, self.logdir, self.ranks = config, logdir, ranks or Ranks()
+        self.config, self.logdir = config, logdir
         self.source = source
         if config.deterministic:
             tools.enable_determinism()
         if config.threads:
             torch.set_num_threads(config.threads)
-        elif self.ranks.size > 1:  # which share the cores of their machine
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.ranks.local_size))
-        tools.seed_everything(config.seed, *self.ranks.names())
-        self.device = choose_device(distributed.place(config.device, config.parallel, count_gpus()))
-        check_shares(config, self.ranks)
-        self.batch_size = self.ranks.share(config.batch_size, "batch_size")
+        elif distributed.world_size() > 1:  # which share the cores of their machine
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // distributed.local_world_size()))
+        tools.seed_everything(config.seed, *distributed.seed_names())
+        self.device = choose_device(distributed.local_device(config.device, config.parallel, count_gpus()))
+        self.batch_size = config.batch_size // distributed.world_size()
         self.step = self.transitions = self.episodes = self.evaluations = 0
         self.streak = self.timed_updates = 0
         self.eval_envs: VecEnv | None = None
@@ -157,7 +155,7 @@ class Run:
         act_space = self.envs.act_space
         advised, defaults = advice_spaces(config, act_space)
         obs_space = self.envs.obs_space
-        self.agent = Dreamer(obs_space, act_space, config, self.device, self.ranks)
+        self.agent = Dreamer(obs_space, act_space, config, self.device)
         if checkpoint:
             with checkpoints.content_of(self.source):
                 agent = checkpoint["agent"]
@@ -169,10 +167,12 @@ class Run:
         plan = self._plan_replay(stored, capacity)
         if config.llm.enabled:
             captioner = self.agent.policy.captioner
-            service, more = make_service(config, captioner, len(self.envs), self.logdir, self.ranks.size)
+            service, more = make_service(
+                config, captioner, len(self.envs), self.logdir, distributed.world_size()
+            )
             self._parts.callback(service.close)
             notes = [*notes, *more]
-        self.prefill = Random(act_space, numpy_rng(config.seed, "prefill", *self.ranks.names()))
+        self.prefill = Random(act_space, numpy_rng(config.seed, "prefill", *distributed.seed_names()))
         self.stats = EpisodeStats(len(self.envs), config.action_repeat)
         self.success = SuccessRates(config.task.partition("_")[0])
         self.hooks = NoAdvice()
@@ -192,7 +192,7 @@ class Run:
             )
         self.replay = self._make_replay(stored, plan, defaults)
         if config.llm.enabled:
-            parts = service, self.agent, self.replay, config, self.logdir, self.timer, self.ranks
+            parts = service, self.agent, self.replay, config, self.logdir, self.timer
             self.hooks = AdviceHooks(*parts)
             self._parts.callback(self._end_advice, service)  # before the logger is closed
         # Not earlier: the ring's memory is to be taken as it fills.
@@ -204,13 +204,13 @@ class Run:
         else:
             self._start()
         self._print_notes(self.envs)
-        if self.ranks.leads:
+        if distributed.is_main():
             config.save(self.logdir / "config.yaml")
 
     def _make_logger(self, logged: int | None, wandb_id: str | None) -> Logger:
         """Who tells of the run: the first learner; what was told after the step `logged` is told again."""
         config = self.config
-        if not self.ranks.leads:
+        if not distributed.is_main():
             return Collector()
         wandb = None
         if config.wandb.enabled:
@@ -220,7 +220,7 @@ class Run:
 
     def _about(self) -> str:
         """What runs here, in a line."""
-        config, learners = self.config, self.ranks.size
+        config, learners = self.config, distributed.world_size()
         shared = f", shared by {learners} learners" if learners > 1 else ""
         return (
             f"{config.task} on {device_name(self.device)} in {precision(config, self.device)}: "
@@ -232,8 +232,8 @@ class Run:
         video = mode == "eval" and self.config.eval_videos
         amount, first = options.eval_amount, 0
         if mode == "train":
-            amount = self.ranks.share(options.amount, "envs.amount")
-            first = self.ranks.rank * amount
+            amount = options.amount // distributed.world_size()
+            first = distributed.rank() * amount
         make = functools.partial(make_env, self.config, mode, video=video, first=first)
         envs = make_vec(
             make, amount, options.parallel,
@@ -260,7 +260,7 @@ class Run:
 
     def _gather_notes(self) -> None:
         """Let the first learner tell what the others have to say, and it has not said itself."""
-        for rank, lines in enumerate(self.ranks.collect(self.logger.take_notes())):
+        for rank, lines in enumerate(distributed.all_gather_object(self.logger.take_notes())):
             for line in lines:
                 if line not in self._noted:
                     self._noted.add(line)
@@ -274,9 +274,9 @@ class Run:
         if chosen and capacity == "auto":  # what was chosen once stays: the free memory differs each time
             capacity = chosen
         backend, sampler = config.replay.backend, config.replay.sampler
-        here = self.ranks.local_size  # learners that share this machine's memory
+        here = distributed.local_world_size()  # learners that share this machine's memory
         if capacity != "auto":
-            capacity = int(capacity) * here // self.ranks.size
+            capacity = int(capacity) * here // distributed.world_size()
         plan = replays.plan(
             layout,
             len(self.envs) * here,
@@ -286,22 +286,22 @@ class Run:
             self._own(self.logdir / REPLAY_RING),
             sampler,
         )
-        return plan._replace(capacity=self.ranks.tell(plan.capacity // here))
+        return plan._replace(capacity=distributed.broadcast_object(plan.capacity // here))
 
     def _own(self, folder: Path) -> Path:
         """The folder itself for the first learner, and one in it for each other."""
-        return folder if self.ranks.leads else folder / RANK_FOLDER.format(self.ranks.rank)
+        return folder if distributed.is_main() else folder / RANK_FOLDER.format(distributed.rank())
 
     def _make_replay(
         self, spaces: Mapping[str, gymnasium.Space], plan: replays.Plan, defaults: Mapping[str, float]
     ) -> Replay:
         config, rssm, c = self.config, self.config.rssm, self.config.replay
         folder = Path(config.traindir) if config.traindir else self.logdir / "train_eps"
-        if not self.ranks.leads:
-            self.ranks.wait()  # until the first has cleared what a kill has left, in folders of others too
+        if not distributed.is_main():
+            distributed.barrier()  # until rank 0 has cleared what a kill has left, of others too
         replay = Replay(
             spaces, len(self.envs), plan.capacity, config.batch_length, config.replay_context,
-            derive_seed(config.seed, *self.ranks.names()) if self.ranks.rank else config.seed,
+            derive_seed(config.seed, *distributed.seed_names()) if distributed.rank() else config.seed,
             deter_size=rssm.deter, stoch_size=rssm.stoch, classes=rssm.classes, backend=plan.backend,
             folder=self._own(self.logdir / REPLAY_RING), sampler=c.sampler, online=c.online,
             curious={k.removeprefix("curious_"): v for k, v in c.items() if k.startswith("curious_")},
@@ -309,17 +309,17 @@ class Run:
         )  # fmt: skip
         self._parts.callback(replay.close)
         self._parts.callback(self.sampler.shutdown)  # before the replay that it reads is closed
-        if self.ranks.leads:
-            self.ranks.wait()
-        self.ranks.wait()  # until all have cleared what a kill has left, and before anybody writes
+        if distributed.is_main():
+            distributed.barrier()
+        distributed.barrier()  # until all have cleared what a kill has left, and before anybody writes
         return replay
 
     def _start(self) -> None:
         """Begin a new run; episodes that are already in the training folder are learned from and counted."""
-        loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
+        loaded = self.replay.load_episodes(distributed.rank(), distributed.world_size())
         for line in loaded.lines:
             self._note(line)
-        steps, self.transitions = self.ranks.total(loaded.steps, loaded.transitions)
+        steps, self.transitions = distributed.total(loaded.steps, loaded.transitions)
         if steps:
             self.print(f"Loaded {steps:,} steps from {self.replay.writer.folder}")
         self.step = self.transitions * self.config.action_repeat
@@ -350,7 +350,7 @@ class Run:
         replay = self.replay.save(self._own(place), latents=clean)
         own = self._own_state_dict(replay, None if failed else self.envs.state())
         state = self._state_dict(own)
-        if self.ranks.leads:
+        if distributed.is_main():
             checkpoints.save_checkpoint(self.logdir, state, self.step, self.config.keep_checkpoints)
             for folder in place.parent.iterdir():
                 if not (self.logdir / checkpoints.CHECKPOINTS / f"{folder.name}.pt").exists():
@@ -358,10 +358,10 @@ class Run:
                 elif folder != place:
                     for latents in folder.rglob("latents.npz"):
                         latents.unlink()  # large, and of use to the last stop only
-        self.ranks.wait()  # until the checkpoint is there that the older files of this step do not belong to
+        distributed.barrier()  # until the checkpoint is there
         replays.keep_moment(self._own(place), replay["moment"])
         self.print(f"Saved {self.logdir / 'latest.pt'} at step {self.step:,}")
-        self.ranks.wait()
+        distributed.barrier()
 
     def _replay_state(self, step: int) -> Path:
         """Folder of what the replay keeps beside the checkpoint of an env step."""
@@ -394,13 +394,13 @@ class Run:
         told = {name: getattr(self, name).state_dict() for name in ("logger", "success")}
         told |= {"moment": replay["moment"], "open": list(replay["open"].values())}
         told |= {"next_episode": self.envs.next_episode}
-        told = self.ranks.collect(told)
+        told = distributed.all_gather_object(told)
         moments = [each["moment"] for each in told]
-        if not self.ranks.leads:
-            path = self._own_path(self.ranks.rank, moments)
+        if not distributed.is_main():
+            path = self._own_path(distributed.rank(), moments)
             checkpoints.save_tensors(path, own | {"agent": self.agent.own_state_dict()})
-        self.ranks.wait()  # a checkpoint is there when all that belongs to it is there
-        if self.ranks.size > 1:
+        distributed.barrier()  # a checkpoint is there when all that belongs to it is there
+        if distributed.world_size() > 1:
             replay |= {"newest": max(moments), "opened": [name for each in told for name in each["open"]]}
         return {
             "config": self.config.to_yaml(),
@@ -411,7 +411,7 @@ class Run:
             "next_episode": max(each["next_episode"] for each in told),
             "moments": moments,
             "agent": self.agent.state_dict(),
-            "capacity": self.replay.n_envs * self.replay.rows * self.ranks.size,
+            "capacity": self.replay.n_envs * self.replay.rows * distributed.world_size(),
             "logger": merged_logs([each["logger"] for each in told]),
             "success": merged_successes([each["success"] for each in told]),
             "every": {name: clock.state_dict() for name, clock in self.every.items()},
@@ -430,15 +430,15 @@ class Run:
         for name, clock in self.every.items():
             clock.load_state_dict(saved["every"][name])
         self.ratio.load_state_dict(saved["ratio"])
-        if self.ranks.leads:  # what had been counted by all until then
+        if distributed.is_main():  # what had been counted by all until then
             self.logger.load_state_dict(saved["logger"])
             self.success.load_state_dict(saved["success"])
         saved.setdefault("moments", [saved["replay"]["moment"]])  # from before there were several learners
-        if len(saved["moments"]) == self.ranks.size:
-            own = saved if self.ranks.leads else self._read_own(saved, self.ranks.rank)
+        if len(saved["moments"]) == distributed.world_size():
+            own = saved if distributed.is_main() else self._read_own(saved, distributed.rank())
             loaded = self._load_replay(own)
         else:
-            own = saved if self.ranks.leads else None
+            own = saved if distributed.is_main() else None
             loaded = self._divide_replay(saved)
         for line in loaded.lines:
             self._note(line)
@@ -454,7 +454,7 @@ class Run:
             self._reset_envs(saved["next_episode"])
         if own:
             tools.set_rng_state(own["rng"])  # nothing may draw after it
-        steps = self.ranks.total(loaded.steps)[0]
+        steps = distributed.total(loaded.steps)[0]
         self.print(f"Resumed at step {self.step:,} with {steps:,} steps in the replay")
 
     def _read_own(self, saved: dict, rank: int) -> dict | None:
@@ -466,39 +466,41 @@ class Run:
 
     def _load_replay(self, own: dict | None) -> replays.Loaded:
         """This learner's replay as it was; the first sets aside what the checkpoint does not know."""
-        if not self.ranks.leads:
-            self.ranks.wait()
+        if not distributed.is_main():
+            distributed.barrier()
         if own:
             loaded = self.replay.load(
-                own["replay"], self._own(self._replay_state(self.step)), self.ranks.leads
+                own["replay"], self._own(self._replay_state(self.step)), distributed.is_main()
             )
-            if not self.ranks.leads:
+            if not distributed.is_main():
                 self.agent.load_own_state_dict(own["agent"])
         else:
-            loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
-        if self.ranks.leads:
-            self.ranks.wait()
-        if self.ranks.size > 1 and not self.ranks.any(loaded.exact):  # each has taken what is of all
+            loaded = self.replay.load_episodes(distributed.rank(), distributed.world_size())
+        if distributed.is_main():
+            distributed.barrier()
+        if distributed.world_size() > 1 and not distributed.any_rank(
+            loaded.exact
+        ):  # each has taken what is of all
             loaded = self._part_of_episodes(loaded.lines)
         return loaded
 
     def _part_of_episodes(self, lines: Sequence[str]) -> replays.Loaded:
         """The episodes that are this learner's, where all look at the same files."""
-        loaded = self.replay.load_episodes(self.ranks.rank, self.ranks.size)
+        loaded = self.replay.load_episodes(distributed.rank(), distributed.world_size())
         return loaded._replace(lines=[*lines, *loaded.lines])
 
     def _divide_replay(self, saved: dict) -> replays.Loaded:
         """The episodes of a run of another number of learners, divided over those of today."""
         lines = []
-        if self.ranks.leads:
+        if distributed.is_main():
             place = self._replay_state(self.step)
-            now, before = self.ranks.size, len(saved["moments"])
+            now, before = distributed.world_size(), len(saved["moments"])
             lines = [f"The run had {before} learners and now has {now}: the replay is divided anew."]
             lines += self.replay.release(saved["replay"], place)
             for rank in range(1, before):
                 if own := self._read_own(saved, rank):
                     self.replay.release(own["replay"], place / RANK_FOLDER.format(rank), tidy=False)
-        self.ranks.wait()
+        distributed.barrier()
         return self._part_of_episodes(lines)
 
     def _restore_envs(self, saved: dict) -> bool:
@@ -547,14 +549,14 @@ class Run:
         try:
             yield
         except UserError as error:
-            if self.ranks.size == 1:
+            if distributed.world_size() == 1:
                 raise
-            self.failure = f"Learner {self.ranks.rank}: {error}"
+            self.failure = f"Learner {distributed.rank()}: {error}"
 
     def _count(self, obs: Arrays) -> None:
         """Count what was stored, and log the episodes that it ends."""
         first = int(obs["is_first"].sum())
-        first, moved = self.ranks.total(first, len(self.envs) - first)
+        first, moved = distributed.total(first, len(self.envs) - first)
         self.episodes += first
         self.transitions += moved
         self.step += moved * self.config.action_repeat
@@ -570,7 +572,7 @@ class Run:
         if self.step < self.config.prefill:
             return
         due = self.ratio(self.transitions)
-        if not self.ranks.any(not self.replay.can_sample(self.batch_size)):  # else it is not owed later
+        if not distributed.any_rank(not self.replay.can_sample(self.batch_size)):  # else it is not owed later
             self.due = due
         if self.due:
             self._draw()
@@ -632,7 +634,7 @@ class Run:
             return
         path = self.logdir / "diagnosis.pt"
         diagnosis = {"step": self.step, "batch": _tensors(batch), "agent": self.agent.state_dict()}
-        if self.ranks.leads:
+        if distributed.is_main():
             checkpoints.save_tensors(path, diagnosis)
         raise Diverged(
             f"The gradient was not finite in {self.streak} updates in a row, so the run stops. The batch and "
@@ -645,16 +647,17 @@ class Run:
         False if it was stopped in between; then nothing is kept of it, and it can be done anew. Other
         learners wait for the first.
         """
-        done = False
-        if self.ranks.leads:
+        episodes = []
+        if distributed.is_main():
             with self._failing_together():
-                done = self._evaluate(stop)
-        done = self.ranks.tell(done)
-        self.evaluations += done
-        self.hooks.copy_evaluation(self.ranks)
+                episodes = self._evaluate(stop)
+        done = distributed.broadcast_object(episodes is not None)
+        if done:
+            self.evaluations += 1
+            self.hooks.evaluated([episode.steps for episode in episodes])
         return done
 
-    def _evaluate(self, stop: Sequence[int]) -> bool:
+    def _evaluate(self, stop: Sequence[int]) -> list[EvalEpisode] | None:
         config = self.config
         if self.eval_envs is None:
             self.eval_envs = self._make_envs("eval")
@@ -668,19 +671,18 @@ class Run:
             curiosity = self.agent.curiosity
             for episode in play_episodes(self.agent, self.eval_envs, share, rng, first, curiosity):
                 if stop:
-                    return False
+                    return None
                 done.append(episode)
             if self.agent.policy.weighs():  # the same worlds once more, through the prior
                 rng = tools.torch_rng(config.seed, "eval_advised", self.evaluations, device=self.device)
                 follower = AdvisedAgent(self.agent)
                 for episode in play_episodes(follower, self.eval_envs, share, rng, first):
                     if stop:
-                        return False
+                        return None
                     advised.append(episode)
             self._write_eval_episodes(done)
             if config.eval_videos:
                 self._write_eval_videos(done)
-            self.hooks.evaluated([episode.steps for episode in done])
         for episode in advised:
             length = episode.length * config.action_repeat
             self.logger.add({"eval_advised/episode_return": episode.score})
@@ -689,7 +691,7 @@ class Run:
             length = episode.length * config.action_repeat
             self.logger.add({"eval/episode_return": episode.score, "eval/episode_length": length})
             self.logger.add({f"eval/{key[4:]}": share for key, share in episode.shares.items()})
-        return True
+        return done
 
     def _write_eval_episodes(self, done: "list[EvalEpisode]") -> None:
         folder = Path(self.config.evaldir) if self.config.evaldir else self.logdir / "eval_eps"
@@ -714,14 +716,14 @@ class Run:
 
     def log(self) -> None:
         """Write what was collected since the last time, by all learners."""
-        size = self.ranks.total(self.replay.size)[0]
+        size = distributed.total(self.replay.size)[0]
         self.logger.add({"replay/size": size, "opt/updates": self.agent.updates})
         advice = self.hooks.metrics()
         counted = {name: advice.pop(name) for name in list(advice) if is_count(name)}
         self.logger.add(advice | self.timer.shares())
-        told = self.ranks.collect((self.logger.state_dict(), self.success.state_dict(), counted))
+        told = distributed.all_gather_object((self.logger.state_dict(), self.success.state_dict(), counted))
         logs, successes, counts = zip(*told, strict=True)
-        if self.ranks.size > 1:
+        if distributed.world_size() > 1:
             self.logger.load_state_dict(merged_logs(logs))
         for name in dict.fromkeys(name for each in counts for name in each):
             self.logger.add({name: sum(each.get(name, 0.0) for each in counts)})
@@ -739,7 +741,7 @@ def train(run: Run, stop: Sequence[int] = ()) -> None:
     It ends between two steps when all are done, or soon after `stop` gets an entry or a learner fails. What
     is due then and not done is done first by the resumed run, so it sees the same numbers.
     """
-    while not run.ranks.any(stop or run.failure or run.ranks.orphaned()):
+    while not distributed.any_rank(stop or run.failure or distributed.orphaned()):
         if run.every["eval"].due(run.step) and not run.evaluate(stop):
             break
         run.every["eval"](run.step)
@@ -789,9 +791,9 @@ def read_command(argv: list[str]) -> Command:
     before = saved_in(logdir) if logdir else []
     checkpoint, path, notes = checkpoints.load_checkpoint(origin) if origin else (None, None, [])
     saved = checkpoint and Config.from_yaml(checkpoint["config"], f"the config in {path}")
-    config = configs.load(argv, has_cuda=cuda_works(), saved=saved)
+    config, raised = distributed.divisible(configs.load(argv, has_cuda=cuda_works(), saved=saved))
     changes = configs.resume_changes(saved, config) if resume else []
-    notes += [*config.notes, *(f"Changed since the run was saved: {line}" for line in changes)]
+    notes += [*config.notes, *raised, *(f"Changed since the run was saved: {line}" for line in changes)]
     folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
     return Command(config, folder, checkpoint, resume, notes, path, before)
 
@@ -830,60 +832,53 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = read_command(argv)
         if command.config.parallel > 1 and not distributed.launched():
-            distributed.place(command.config.device, command.config.parallel, count_gpus())
-            check_shares(command.config, Ranks(command.config.parallel))
+            distributed.local_device(command.config.device, command.config.parallel, count_gpus())
             return distributed.launch(command.config.parallel, [*argv, "--logdir", str(command.logdir)])
-        with stop_signals() as stop, memory_explained(), contextlib.closing(join(command.config)) as ranks:
-            command.logdir = Path(ranks.tell(str(command.logdir)))
-            return run_command(command, stop, ranks)
+        with stop_signals() as stop, memory_explained(), join(command.config):
+            command.logdir = Path(distributed.broadcast_object(str(command.logdir)))
+            return run_command(command, stop)
     except LostRank as error:
         if distributed.LAUNCHER in os.environ:  # it says what happened
             return distributed.LOST
         print(f"error: {error}", file=sys.stderr)
         return 2
     except UserError as error:
-        if distributed.has_the_word():  # the others mostly fail in the same way
+        if distributed.reports_errors():  # the others mostly fail in the same way
             print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
 
 
-def check_shares(config: Config, ranks: Ranks) -> None:
-    """Raise UserError for what several learners cannot share."""
-    ranks.share(config.batch_size, "batch_size")
-    ranks.share(config.envs.amount, "envs.amount")
+def join(config: Config) -> contextlib.AbstractContextManager:
+    """Within, this process is one of the learners."""
+    device = choose_device(distributed.local_device(config.device, config.parallel, count_gpus()))
+    return distributed.joined(device)
 
 
-def join(config: Config) -> Ranks:
-    """This process among the learners."""
-    device = choose_device(distributed.place(config.device, config.parallel, count_gpus()))
-    return distributed.join(device)
-
-
-def run_command(command: Command, stop: Sequence[int], ranks: Ranks) -> int:
+def run_command(command: Command, stop: Sequence[int]) -> int:
     """Train, and save at the end; the exit code. UserError if another run lives in the logdir."""
     with contextlib.ExitStack() as parts:
         notes = command.notes
-        if ranks.leads:
+        if distributed.is_main():
             notes = [*parts.enter_context(checkpoints.RunLock(command.logdir)).notes, *notes]
             if saved_in(command.logdir) != command.seen:
                 raise UserError(
                     f"Another run in {command.logdir} has just saved and ended. Start again to go on from it."
                 )
-        ranks.wait()
+        distributed.barrier()
         own = command.config, command.logdir, command.checkpoint, command.resume, notes
-        run = parts.enter_context(contextlib.closing(Run(*own, ranks, command.source)))
+        run = parts.enter_context(contextlib.closing(Run(*own, command.source)))
         try:
             with memory_explained():
                 train(run, stop)
         except (Diverged, LostRank):
             raise
         except UserError:
-            if ranks.size == 1:  # else the others would have to save theirs of the same moment
+            if distributed.world_size() == 1:  # else the others would have to save theirs of the same moment
                 run.save_after_failure()
             raise
-        if failures := [failure for failure in ranks.collect(run.failure) if failure]:
+        if failures := [failure for failure in distributed.all_gather_object(run.failure) if failure]:
             run.save_after_failure(failed=bool(run.failure))
             raise UserError(failures[0])
         run.save(clean=True)

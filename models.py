@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import audio
+import distributed
 import distributions as dists
 import networks
 from networks import Policy, State
@@ -138,14 +139,13 @@ class ReturnNorm(nn.Module):
     def __init__(self, rate: float, limit: float, low: float, high: float):
         super().__init__()
         self.rate, self.limit = rate, limit
-        self.gather: Callable[[Tensor], Tensor] = lambda ret: ret  # those of all learners [N] -> [ranks * N]
         self.register_buffer("quantiles", torch.tensor([low / 100, high / 100]), persistent=False)
         self.register_buffer("range", torch.zeros(2))  # low and high
 
     @torch.no_grad()
     def update(self, ret: Tensor) -> None:
         """Move towards the percentiles of `ret` (any shape)."""
-        new = torch.quantile(self.gather(ret.float().flatten()), self.quantiles)
+        new = torch.quantile(distributed.all_gather(ret.float().flatten()), self.quantiles)
         # An update that is not finite is skipped as a whole; it must not stay here either.
         new = torch.where(new.isfinite(), new, self.range)
         self.range.lerp_(new, self.rate)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+import distributed
 from basics import atomic_write, numpy_rng, write_error
-from distributed import Ranks
 from logger import Timer
 from lore_llm.advice import AdviceSpec
 from lore_llm.backends import make_adviser
@@ -103,10 +103,10 @@ class NoAdvice:
         return dict
 
     def evaluated(self, episodes: Sequence[Arrays]) -> None:
-        """Learn from evaluation episodes, each arrays [L, ...], how good the world model is."""
+        """Measure the world model on evaluation episodes, each arrays [L, ...].
 
-    def copy_evaluation(self, ranks: Ranks) -> None:
-        """Take over what the first of several learners found out in its evaluation."""
+        Only rank 0 has any; the other ranks take over its result.
+        """
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -142,7 +142,6 @@ class AdviceHooks(NoAdvice):
         config: Mapping,
         logdir: Path,
         timer: Timer,
-        ranks: Ranks,
     ):
         self.service, self.agent, self.replay = service, agent, replay
         self.config, self.logdir, self.timer = config, logdir, timer
@@ -152,21 +151,22 @@ class AdviceHooks(NoAdvice):
         self.until = config.steps / 2 if llm.until is None else llm.until
         self.actions = {name: index for index, name in enumerate(self.captioner.actions)}
         self._notes: list[str] = []
-        self.rng = numpy_rng(config.seed, "coach", *ranks.names())
+        self.rng = numpy_rng(config.seed, "coach", *distributed.seed_names())
         self.spaces = advice_spaces(config, agent.actions.space)
-        self.synthetic = SyntheticItems(config, numpy_rng(config.seed, "synthetic", *ranks.names()))
+        self.synthetic = SyntheticItems(
+            config, numpy_rng(config.seed, "synthetic", *distributed.seed_names())
+        )
         self.reliability = Reliability(config.prior.reliability_rate)  # of executed plans
         self.proposals: deque[Proposal] = deque(maxlen=max(JUDGED, self.n_envs))
         self.started: dict[int, int] = {}  # env -> place where a plan began in this step
         self.model_losses: list[float] = []  # of the last two evaluations
-        self.ranks, self.leads = ranks, ranks.leads
         self.library: SkillLibrary | None = None
         self.next_skills = self.next_poll = self.next_decision = 0
         if config.options.enabled:
-            path = logdir / SKILLS if self.leads else None
+            path = logdir / SKILLS if distributed.is_main() else None
             self.library = SkillLibrary(path, self.captioner, config.options)
             self.policy.set_skills(self.library)
-        self.keeps_library = self.library is not None and self.leads
+        self.keeps_library = self.library is not None and distributed.is_main()
         self.untold = self.keeps_library  # the other learners do not know yet what is in it
         self.counts: dict[str, list[float]] = {}
 
@@ -261,7 +261,7 @@ class AdviceHooks(NoAdvice):
                 self._share_skills()
             self._count("options/used_share", float((state["macro"] > 0).float().mean()))
         every = self.config.llm.log_decisions_every
-        if every and self.leads and step >= max(self.next_decision, self.config.prefill):
+        if every and distributed.is_main() and step >= max(self.next_decision, self.config.prefill):
             self.next_decision = step + every
             self._log_decisions(obs, state, step)
 
@@ -269,7 +269,11 @@ class AdviceHooks(NoAdvice):
         """Count this step's executions of skills, of all learners; whether there are any."""
         if self.library is None:
             return False
-        told = [Outcome(*each) for one in self.ranks.collect(list(map(tuple, outcomes))) for each in one]
+        told = [
+            Outcome(*each)
+            for one in distributed.all_gather_object(list(map(tuple, outcomes)))
+            for each in one
+        ]
         if self.keeps_library:
             for outcome in told:
                 self.library.record(outcome.uid, outcome.gain, outcome.success, outcome.length)
@@ -326,13 +330,11 @@ class AdviceHooks(NoAdvice):
         return gather
 
     def evaluated(self, episodes: Sequence[Arrays]) -> None:
-        if self.config.synthetic.enabled:
+        if episodes and self.config.synthetic.enabled:
             loss = self.agent.model_loss(self._sequences(episodes))
             self.model_losses = [*self.model_losses[-1:], loss]
             self._count("synthetic/eval_loss", loss)
-
-    def copy_evaluation(self, ranks: Ranks) -> None:
-        self.model_losses = ranks.tell(self.model_losses)
+        self.model_losses = distributed.broadcast_object(self.model_losses)
 
     def _sequences(self, episodes: Sequence[Arrays]) -> Arrays:
         """A batch of windows, evenly spread over the episodes, which lie one behind the other."""
@@ -367,14 +369,14 @@ class AdviceHooks(NoAdvice):
 
         All come here at the same points of a step, so from then on their weights are equal again.
         """
-        if self.ranks.size == 1 or self.library is None or not self.ranks.any(self.untold):
+        if distributed.world_size() == 1 or self.library is None or not distributed.any_rank(self.untold):
             return
         self.untold = False
-        state = self.ranks.tell(self.library.state_dict() if self.leads else None)
-        if not self.leads:
+        state = distributed.broadcast_object(self.library.state_dict() if distributed.is_main() else None)
+        if not distributed.is_main():
             self.library.load_state_dict(state)
             self.policy.set_skills(self.library)
-        self.ranks.copy(list(self.policy.options.out.state_dict().values()))
+        distributed.broadcast(list(self.policy.options.out.state_dict().values()))
 
     # --- What is told ----------------------------------------------------------------------------------
 
@@ -447,7 +449,7 @@ class AdviceHooks(NoAdvice):
         if self.keeps_library:  # the others hear of it before the first step
             self.library.load_state_dict(state["library"])
             self.policy.set_skills(self.library)
-        if self.leads:
+        if distributed.is_main():
             self._forget_decisions(step)
 
     def _forget_decisions(self, step: int) -> None:

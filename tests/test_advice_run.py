@@ -21,7 +21,6 @@ from run_helpers import (
 import checkpoint as checkpoints
 import episodes
 from agent import Dreamer
-from distributed import Ranks
 from episodes import EpisodeWriter
 from logger import Timer
 from lore_llm.advice import ActionPrior, Advice
@@ -363,7 +362,7 @@ def test_files_of_a_run_without_advice_are_learned_from_with_defaults(tmp_path):
 def test_coach_brings_answers_to_the_steps_that_asked(tmp_path):
     agent = make_agent(("prior",), "--prior.logit_clip", "2", "--llm.until", "1000")
     replay = late_replay()
-    hooks = AdviceHooks(SilentService(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
+    hooks = AdviceHooks(SilentService(), agent, replay, agent.config, tmp_path, Timer())
     add_steps(replay, 6)
     prior = ActionPrior(logits=(9.0, 0.0, 0.0, 0.0, -9.0))
     answers = [

@@ -1,6 +1,5 @@
 """Several learners: equal gradients, whole runs, stops, losses, resumes. Processes talk over gloo."""
 
-import contextlib
 import hashlib
 import os
 import shlex
@@ -12,7 +11,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import gymnasium
 import numpy as np
@@ -26,13 +24,10 @@ from torch.distributed.run import get_args_parser
 import checkpoint as checkpoints
 import config as configs
 import distributed
-import dreamer
-import replay as replays
 from agent import Dreamer
 from basics import UserError
-from distributed import JoinedRanks, Ranks
 from episodes import EpisodeWriter
-from logger import Collector, merged_logs
+from logger import merged_logs
 from lore_llm.hooks import is_count
 from models import ReturnNorm
 from replay import Replay
@@ -47,20 +42,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def as_rank(rank: int, size: int, port: int, folder: Path) -> None:
+def as_rank(index: int, size: int, port: int, folder: Path) -> None:
     """Do the `work` of one of `size` processes."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"RANK": str(index), "WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    ranks = JoinedRanks(torch.device("cpu"))
-    work(ranks, folder)
-    ranks.close()
+    with distributed.joined(torch.device("cpu")):
+        work(folder)
 
 
-def work(ranks: Ranks, folder: Path) -> None:
-    agent = make_agent(BATCH, ranks)
-    seen = gradients(agent, joint_batch(agent), ranks.rank, ranks.size)
-    torch.save({"exchanged": exchange(ranks), "gradients": seen}, folder / f"{ranks.rank}.pt")
+def work(folder: Path) -> None:
+    rank, agent = distributed.rank(), make_agent(BATCH)
+    seen = gradients(agent, joint_batch(agent), rank, distributed.world_size())
+    torch.save({"exchanged": exchange(rank), "gradients": seen}, folder / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +68,23 @@ def two_ranks(tmp_path_factory) -> list[dict]:
 # ---- What they exchange
 
 
-def exchange(ranks: Ranks) -> dict:
-    tensors = [torch.full((2, 3), float(ranks.rank)), torch.tensor(4.0 * ranks.rank)]
-    ranks.average(tensors)
-    ranks.average([])
-    own = torch.full((2,), float(ranks.rank))
-    ranks.copy([own])
+def exchange(rank: int) -> dict:
+    tensors = [torch.full((2, 3), float(rank)), torch.tensor(4.0 * rank)]
+    distributed.all_reduce(tensors)
+    distributed.all_reduce([])
+    own = torch.full((2,), float(rank))
+    distributed.broadcast([own])
     result = {
-        "average": [tensor.tolist() for tensor in tensors],
-        "copy": own.tolist(),
-        "gather": ranks.gather(torch.arange(2.0) + 10 * ranks.rank).tolist(),
-        "total": ranks.total(1, ranks.rank),
-        "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
-        "tell": ranks.tell({"rank": ranks.rank}),
-        "collect": ranks.collect(ranks.rank),
+        "all_reduce": [tensor.tolist() for tensor in tensors],
+        "broadcast": own.tolist(),
+        "all_gather": distributed.all_gather(torch.arange(2.0) + 10 * rank).tolist(),
+        "total": distributed.total(1, rank),
+        "any_rank": [distributed.any_rank(rank == 1), distributed.any_rank(False)],
+        "broadcast_object": distributed.broadcast_object({"rank": rank}),
+        "all_gather_object": distributed.all_gather_object(rank),
     }
     norm = ReturnNorm(rate=1.0, limit=1.0, low=0.0, high=100.0)
-    norm.gather = ranks.gather
-    norm.update(torch.tensor([1.0, 2.0]) + 10 * ranks.rank)
+    norm.update(torch.tensor([1.0, 2.0]) + 10 * rank)
     result["range"] = norm.range.tolist()
     return result
 
@@ -99,50 +92,25 @@ def exchange(ranks: Ranks) -> dict:
 def test_ranks_exchange_what_they_should(two_ranks):
     for told in two_ranks:
         assert told["exchanged"] == {
-            "average": [[[0.5] * 3] * 2, 2.0],
-            "copy": [0.0, 0.0],
-            "gather": [0.0, 1.0, 10.0, 11.0],
+            "all_reduce": [[[0.5] * 3] * 2, 2.0],
+            "broadcast": [0.0, 0.0],
+            "all_gather": [0.0, 1.0, 10.0, 11.0],
             "total": [2, 1],
-            "any": [True, False],
-            "tell": {"rank": 0},
-            "collect": [0, 1],
+            "any_rank": [True, False],
+            "broadcast_object": {"rank": 0},
+            "all_gather_object": [0, 1],
             "range": [1.0, 12.0],  # percentiles of the returns of both
         }
-
-
-def test_one_learner_alone_is_all_there_is():
-    ranks, tensor = Ranks(), torch.tensor([1.0, 2.0])
-    ranks.average([tensor])
-    assert tensor.tolist() == [1.0, 2.0] and ranks.gather(tensor) is tensor
-    assert ranks.total(3, 4) == [3, 4] and ranks.any([1]) and not ranks.any([])
-    assert ranks.tell(5) == 5 and ranks.collect(5) == [5] and ranks.names() == ()
 
 
 # ---- Gradients
 
 
-def make_agent(batch_size: int, ranks: Ranks | None = None) -> Dreamer:
-    argv = [
-        "--configs",
-        "debug",
-        "dummy_cue",
-        "--batch_size",
-        str(batch_size),
-        "--batch_length",
-        str(LENGTH),
-    ]
-    argv += [
-        "--imag_horizon",
-        str(HORIZON),
-        "--precision",
-        "float32",
-        "--opt.warmup",
-        "0",
-        "--opt.lr",
-        "1e-2",
-    ]
+def make_agent(batch_size: int) -> Dreamer:
+    argv = f"--configs debug dummy_cue --batch_size {batch_size} --batch_length {LENGTH}".split()
+    argv += f"--imag_horizon {HORIZON} --precision float32 --opt.warmup 0 --opt.lr 1e-2".split()
     space = {"action": gymnasium.spaces.Discrete(ACTIONS)}
-    agent = Dreamer(OBS, space, configs.load(argv), torch.device("cpu"), ranks)
+    agent = Dreamer(OBS, space, configs.load(argv), torch.device("cpu"))
     torch.manual_seed(1)
     for head in (agent.world_model.reward_head, agent.behavior.critic, agent.behavior.slow_critic):
         torch.nn.init.normal_(head.out.weight, std=0.1)  # or no gradient would pass
@@ -237,21 +205,20 @@ def test_logs_and_successes_of_several_are_added_up():
     assert both.metrics()["crafter/success_rate/x"] == 50.0
 
 
-# ---- What cannot be shared
+# ---- The command line
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ("--parallel 3", "--batch_size 2 cannot be divided over 3 learners: take 3"),
-        ("--parallel 2 --batch_size 5", "--batch_size 5 cannot be divided over 2 learners: take 4 or 6"),
-        ("--parallel 2 --envs.amount 3", "--envs.amount 3 cannot be divided over 2 learners: take 2 or 4"),
-    ],
+    ("parallel", "totals", "expected"),
+    [(1, (3, 5), (3, 5)), (2, (4, 6), (4, 6)), (4, (1, 16), (4, 16)), (3, (4, 2), (6, 3))],
 )
-def test_what_cannot_be_shared_is_refused_before_anything_is_written(options, told, tmp_path, capsys):
-    assert main(*TINY, *options.split(), "--logdir", str(tmp_path / "run")) == 2
-    assert told in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_totals_are_raised_to_a_multiple_of_the_learners(parallel, totals, expected):
+    command = [*TINY, "--envs.amount", str(totals[0]), "--batch_size", str(totals[1])]
+    config, lines = distributed.divisible(configs.load([*command, "--parallel", str(parallel)]))
+    assert (config.envs.amount, config.batch_size) == expected
+    assert len(lines) == sum(a != b for a, b in zip(totals, expected, strict=True))
+    if parallel == 4:
+        assert lines == ["--envs.amount 1 is raised to 4, a multiple of the 4 learners"]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +233,7 @@ def test_what_cannot_be_shared_is_refused_before_anything_is_written(options, to
         ("cuda", 1, 2, {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1}, "cuda:1"),
         ("auto", 4, 2, {}, "take --parallel 2, or --device cpu"),
         ("cuda", 2, 0, {}, "2 learners on this machine need 2 GPUs, and it has 0: take --device cpu"),
-        ("cuda:1", 2, 2, {}, "names one GPU for 2 learners"),
+        ("cuda:1", 2, 2, {}, "is one GPU for 2 learners"),
     ],
 )
 def test_each_learner_has_a_gpu_of_its_own(name, parallel, gpus, environment, place, monkeypatch):
@@ -274,9 +241,9 @@ def test_each_learner_has_a_gpu_of_its_own(name, parallel, gpus, environment, pl
         monkeypatch.setenv(key, str(value))
     if place is None or " " in place:
         with pytest.raises(UserError, match=place or "take --parallel 1"):
-            distributed.place(name, parallel, gpus)
+            distributed.local_device(name, parallel, gpus)
     else:
-        assert distributed.place(name, parallel, gpus) == place
+        assert distributed.local_device(name, parallel, gpus) == place
 
 
 def test_several_learners_need_to_know_of_each_other(monkeypatch):
@@ -284,7 +251,8 @@ def test_several_learners_need_to_know_of_each_other(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"):
-        distributed.join(torch.device("cpu"))
+        with distributed.joined(torch.device("cpu")):
+            pass
 
 
 def ending(what: str) -> subprocess.Popen:
@@ -318,17 +286,17 @@ def test_the_launcher_tells_why_the_learners_ended(ends, passed, code, told, cap
 
 @pytest.mark.parametrize(("passed", "whole"), [(1, True), (2, False)])
 def test_learners_that_stop_in_order_are_given_the_time(passed, whole, monkeypatch):
-    monkeypatch.setattr(distributed, "GRACE", 0)
+    monkeypatch.setattr(distributed, "GRACE_SECONDS", 0)
     ranks = [ending("sys.exit(130)"), ending("time.sleep(1); sys.exit(130)")]
     assert distributed._wait(ranks, [signal.SIGINT] * passed) == 130
     assert (ranks[1].poll() is not None) == whole
     ranks[1].wait()
 
 
-def test_one_learner_has_the_word(tmp_path, monkeypatch):
-    assert distributed.has_the_word() and distributed.has_the_word()
-    monkeypatch.setenv(distributed.WORD, str(tmp_path / "word"))
-    assert distributed.has_the_word() and not distributed.has_the_word()
+def test_one_learner_reports_errors(tmp_path, monkeypatch):
+    assert distributed.reports_errors() and distributed.reports_errors()
+    monkeypatch.setenv(distributed.REPORTED, str(tmp_path / "word"))
+    assert distributed.reports_errors() and not distributed.reports_errors()
 
 
 def test_what_advisers_count_is_added_up():
@@ -341,63 +309,48 @@ def test_what_advisers_count_is_added_up():
 # ---- Folders that they share
 
 
-class Threads(Ranks):
-    """A learner in a thread, which can wait for the others."""
+class Threads:
+    """Two learners as threads of this process, which exchange objects as ranks do."""
 
-    def __init__(self, rank: int, barrier: threading.Barrier):
-        super().__init__(barrier.parties)
-        self.rank, self.wait = rank, barrier.wait
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.own, self.board = threading.local(), [None, None]
+        self.barrier = threading.Barrier(2, timeout=60)
+        for name in ("world_size", "rank", "total", "broadcast_object", "all_gather_object", "broadcast"):
+            patch.setattr(distributed, name, getattr(self, name))
 
+    def together(self, act, items) -> list:
+        """Call `act(item)` in both threads, each with its own of two items."""
 
-def test_no_learner_clears_the_ring_of_another(tmp_path, monkeypatch):
-    barrier, config = threading.Barrier(2, timeout=30), configs.load(TINY)
+        def call(rank: int, item):
+            self.own.rank = rank
+            return act(item)
 
-    def make(space, envs, *args, folder, **options):
-        if folder.name == dreamer.REPLAY_RING:
-            time.sleep(0.3)  # the first is late
-        return Replay(space, envs, *args, folder=folder, **options)
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(call, range(2), items))
 
-    monkeypatch.setattr(dreamer, "Replay", make)
-    plan = replays.Plan(100, "memmap", 0, "")
+    def world_size(self) -> int:
+        return 2
 
-    def make_replay(rank: int) -> Replay:
-        run = SimpleNamespace(config=config, ranks=Threads(rank, barrier), logdir=tmp_path, envs=[None])
-        run._own = lambda folder: dreamer.Run._own(run, folder)
-        run._parts, run.sampler = contextlib.ExitStack(), ThreadPoolExecutor(1)
-        return dreamer.Run._make_replay(run, {**OBS, "action": gymnasium.spaces.Discrete(4)}, plan, {})
+    def rank(self) -> int:
+        return self.own.rank
 
-    with ThreadPoolExecutor(2) as pool:
-        rings = [replay.ring for replay in pool.map(make_replay, range(2))]
-    for folder, ring in zip(("", "rank-1"), rings, strict=True):
-        assert len(list((tmp_path / "replay_ring" / folder).glob("*.bin"))) == len(ring)
+    def all_gather_object(self, value):
+        self.board[self.rank()] = value
+        self.barrier.wait()
+        values = list(self.board)
+        self.barrier.wait()
+        return values
 
+    def total(self, *counts):
+        return [sum(column) for column in zip(*self.all_gather_object(counts), strict=True)]
 
-def test_notes_of_other_learners_reach_the_log_once():
-    barrier, printed, board = threading.Barrier(2, timeout=30), [], [None, None]
-    said = [["ours", "both"], ["both", "theirs", "theirs"]]
+    def broadcast_object(self, value):
+        return self.all_gather_object(value)[0]
 
-    def gather(rank: int) -> None:
-        ranks = Threads(rank, barrier)
-
-        def collect(value):
-            board[rank] = value
-            barrier.wait()
-            return board
-
-        ranks.collect = collect
-        logger = Collector() if rank else SimpleNamespace(note=printed.append, take_notes=list)
-        tell = logger.print if rank else printed.append
-        run = SimpleNamespace(ranks=ranks, logger=logger, print=tell, _noted=set(), envs=None)
-        run.hooks = SimpleNamespace(notes=lambda: said[rank])
-        run._note = lambda line: dreamer.Run._note(run, line)
-        dreamer.Run._print_notes(run)
-        dreamer.Run._gather_notes(run)
-        if rank:
-            logger.close()  # it listens to the log of the whole process
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(gather, range(2)))
-    assert printed == ["ours", "both", "Learner 1: theirs"]
+    def broadcast(self, tensors):
+        for mine, first in zip(tensors, self.broadcast_object(tensors), strict=True):
+            mine.copy_(first)
+        self.barrier.wait()
 
 
 def test_a_broken_file_moves_no_episode_to_another_learner(tmp_path):
@@ -567,7 +520,7 @@ def test_a_killed_learner_ends_the_run_in_one_line_and_it_goes_on_from_the_last_
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert err.strip().splitlines() == [
-        f"error: Learner {lost} was ended by SIGKILL. The same command goes on from the last checkpoint."
+        f"error: Learner {lost} was ended by SIGKILL. The same command resumes from the last checkpoint."
     ]
     step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
     assert step >= 40

@@ -4,9 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from test_advice_run import DOORKEY, FULL, late_replay
 from test_distributed import Threads, free_port, own_moment
 
 import checkpoint as checkpoints
+import distributed
 import dreamer
 import lore_llm.hooks as hooks_module
 from logger import Timer
@@ -38,55 +37,28 @@ MINE = """\
 # By this"""
 
 
-class Talking(Threads):
-    """A learner in a thread, which exchanges values with the others."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, board: list):
-        super().__init__(rank, barrier)
-        self.board = board
-
-    def collect(self, value):
-        self.board[self.rank] = value
-        self.wait()
-        values = list(self.board)
-        self.wait()
-        return values
-
-    def total(self, *counts):
-        return [sum(column) for column in zip(*self.collect(counts), strict=True)]
-
-    def tell(self, value):
-        return self.collect(value)[0]
-
-    def copy(self, tensors):
-        for mine, first in zip(tensors, self.tell(tensors), strict=True):
-            mine.copy_(first)
-        self.wait()
-
-
 class Learners:
-    """Two learners' all_hooks, which do each step together."""
+    """The advice hooks of two learners, which do each step together."""
 
-    def __init__(self, logdir: Path):
-        barrier, board = threading.Barrier(2, timeout=60), [None, None]
-        self.all_hooks = []
-        for rank in range(2):
-            agent = make_agent(("options",), *"--llm.until 1000 --options.option_min_tries 4".split())
-            agent.rngs["options"].manual_seed(rank)
-            parts = SilentService(), agent, late_replay(), agent.config, logdir, Timer()
-            self.all_hooks.append(AdviceHooks(*parts, Talking(rank, barrier, board)))
-
-    def together(self, act) -> list:
-        with ThreadPoolExecutor(2) as pool:
-            return list(pool.map(act, self.all_hooks))
+    def __init__(self, logdir: Path, patch: pytest.MonkeyPatch):
+        self.threads = Threads(patch)
+        self.all_hooks = self.threads.together(lambda rank: make_hooks(logdir, rank), (0, 1))
 
     def step(self, step: int, outcomes=((), ())) -> None:
-        def act(hooks: AdviceHooks) -> None:
+        def act(each: tuple[AdviceHooks, list]) -> None:
+            hooks, outcomes = each
             hooks.before(OBS, step)
-            hooks.policy.outcomes = list(outcomes[hooks.ranks.rank])
+            hooks.policy.outcomes = list(outcomes)
             hooks.after(OBS, CALM, step)
 
-        self.together(act)
+        self.threads.together(act, list(zip(self.all_hooks, outcomes, strict=True)))
+
+    def load(self, *states: dict) -> None:
+        def act(each: tuple[AdviceHooks, dict]) -> None:
+            if each[1]:
+                each[0].load_state_dict(each[1], 10, True)
+
+        self.threads.together(act, list(zip(self.all_hooks, states, strict=True)))
 
     def same(self) -> dict:
         """What both have of the skills, which must be the same."""
@@ -103,6 +75,12 @@ class Learners:
                 del skill["stats"]
         assert differences(*seen) == []
         return seen[0]
+
+
+def make_hooks(logdir: Path, rank: int) -> AdviceHooks:
+    agent = make_agent(("options",), *"--llm.until 1000 --options.option_min_tries 4".split())
+    agent.rngs["options"].manual_seed(rank)
+    return AdviceHooks(SilentService(), agent, late_replay(), agent.config, logdir, Timer())
 
 
 def skill(name: str, *actions: int) -> OptionSpec:
@@ -124,7 +102,7 @@ def answering(*specs: OptionSpec, asked: list | None = None):
 def learners(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(hooks_module, "POLL_STEPS", 1)
-    return Learners(tmp_path)
+    return Learners(tmp_path, monkeypatch)
 
 
 def test_learners_have_the_skills_of_the_first_and_equal_weights(learners):
@@ -160,7 +138,7 @@ def test_executions_of_all_learners_decide(learners):
     seen = learners.same()
     assert seen["names"] == [None, "fine", None]
     assert (seen["actor"]["out.weight"] != before).any(1).tolist() == [True, False, False]
-    told = [hooks.metrics() for hooks in learners.all_hooks]
+    told = learners.threads.together(AdviceHooks.metrics, learners.all_hooks)
     assert told[0]["options/removed"] == 1 and told[0]["options/fine/tries"] == 1
     assert [name for name in told[1] if name[:8] == "options/"] == ["options/used_share"]
     assert [len(hooks.counts) for hooks in learners.all_hooks] == [0, 0]
@@ -182,19 +160,18 @@ def test_what_a_person_edits_reaches_all_learners(learners, tmp_path):
     assert learners.same()["names"] == ["newer", "mine", None]
 
 
-def test_resumed_learners_have_the_skills_whatever_their_number_was(learners, tmp_path):
+def test_resumed_learners_have_the_skills_whatever_their_number_was(learners, tmp_path, monkeypatch):
     learners.all_hooks[0].service.ask = answering(skill("old", 1))
     learners.step(10)
-    states = [hooks.state_dict() for hooks in learners.all_hooks]
+    states = learners.threads.together(AdviceHooks.state_dict, learners.all_hooks)
     assert states[1]["library"] == {}
     (tmp_path / "skills.yaml").unlink()
-    later = Learners(tmp_path)
-    later.all_hooks[0].load_state_dict(states[0], 10, True)  # the second is new
+    later = Learners(tmp_path, monkeypatch)
+    later.load(states[0], {})  # the second is new
     later.step(11)
     assert later.same()["names"] == ["old", None, None]
-    later = Learners(tmp_path)
-    for hooks, state in zip(later.all_hooks, states, strict=True):
-        hooks.load_state_dict(state, 10, True)
+    later = Learners(tmp_path, monkeypatch)
+    later.load(*states)
     later.step(11)
     assert later.same()["names"] == ["old", None, None]
 
@@ -236,7 +213,7 @@ def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
     def learn_and_look(run: dreamer.Run) -> None:
         learn(run)
         seen.append(look(run))
-        if run.ranks.leads and run.step == 50:
+        if distributed.is_main() and run.step == 50:
             path = run.logdir / "skills.yaml"
             path.write_text(path.read_text().replace("# By this", MINE.format(action="forward")))
 

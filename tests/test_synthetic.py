@@ -20,7 +20,6 @@ from advice_helpers import (
 
 import distributions as dists
 import models
-from distributed import Ranks
 from logger import Timer
 from lore_llm import synthetic
 from lore_llm.advice import MAX_PLAN, Advice
@@ -352,7 +351,7 @@ def make_hooks(tmp_path, *options, paths=("synthetic",)):
         OBS | act | found, 2, 60, 6, 1, 0, deter_size=rssm.deter, stoch_size=rssm.stoch,
         classes=rssm.classes, defaults=defaults,
     )  # fmt: skip
-    return agent, AdviceHooks(SilentService(), agent, replay, agent.config, tmp_path, Timer(), Ranks())
+    return agent, AdviceHooks(SilentService(), agent, replay, agent.config, tmp_path, Timer())
 
 
 def judge_as(agent, *, plan=2.0, policy=1.0, disagreement=0.0):
