@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import audio
 import checkpoint as checkpoints
 import config as configs
 import distributed
@@ -41,7 +40,7 @@ from config import Config
 from distributed import LostRank
 from envs import make_env
 from episodes import EpisodeWriter
-from evaluation import AdvisedAgent, EvalEpisode, newest, play_episodes, shown, write_video
+from evaluation import Evaluation, NoEvaluation
 from exploration import Random
 from logger import Collector, Logger, Timer, WandbRun, merged_logs
 from lore_llm.hooks import AdviceHooks, NoAdvice, advice_spaces, is_count, make_service
@@ -127,9 +126,8 @@ class Run:
         tools.seed_everything(config.seed, *distributed.seed_names())
         self.device = choose_device(distributed.local_device(config.device, config.parallel, count_gpus()))
         self.batch_size = config.batch_size // distributed.world_size()
-        self.step = self.transitions = self.episodes = self.evaluations = 0
+        self.step = self.transitions = self.episodes = 0
         self.streak = self.timed_updates = 0
-        self.eval_envs: VecEnv | None = None
         self._noted: set[str] = set()
         self.failure = ""  # what ends the run as soon as all learners are between two steps
         self.due = 0  # updates to do in this step
@@ -195,6 +193,10 @@ class Run:
             parts = service, self.agent, self.replay, config, self.logdir, self.timer
             self.hooks = AdviceHooks(*parts)
             self._parts.callback(self._end_advice, service)  # before the logger is closed
+        self.evaluation = NoEvaluation()
+        if distributed.is_main():
+            parts = config, self.logdir, self.agent, self._make_eval_envs, self.logger, self.timer
+            self.evaluation = Evaluation(*parts)
         # Not earlier: the ring's memory is to be taken as it fills.
         if keeps_memory(config, self.device) and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
@@ -240,6 +242,11 @@ class Run:
             timeout=options.timeout, max_restarts=options.max_restarts, ray_address=options.ray_address,
         )  # fmt: skip
         self._parts.callback(envs.close)
+        return envs
+
+    def _make_eval_envs(self) -> VecEnv:
+        envs = self._make_envs("eval")
+        self._print_notes(envs)
         return envs
 
     def _end_advice(self, service: AdviceService) -> None:
@@ -407,7 +414,7 @@ class Run:
             "step": self.step,
             "transitions": self.transitions,
             "episodes": self.episodes,
-            "evaluations": self.evaluations,
+            "evaluation": self.evaluation.state_dict(),
             "next_episode": max(each["next_episode"] for each in told),
             "moments": moments,
             "agent": self.agent.state_dict(),
@@ -426,7 +433,8 @@ class Run:
     def _resume(self, saved: dict) -> None:
         """Go on from a checkpoint of this run, at the very moment at which it was written."""
         self.step, self.transitions = saved["step"], int(saved["transitions"])
-        self.episodes, self.evaluations = int(saved["episodes"]), int(saved["evaluations"])
+        self.episodes = int(saved["episodes"])
+        self.evaluation.load_state_dict(saved["evaluation"])
         for name, clock in self.every.items():
             clock.load_state_dict(saved["every"][name])
         self.ratio.load_state_dict(saved["ratio"])
@@ -642,77 +650,14 @@ class Run:
         )
 
     def evaluate(self, stop: Sequence[int] = ()) -> bool:
-        """Full episodes in the evaluation envs: returns, videos and episode files.
-
-        False if it was stopped in between; then nothing is kept of it, and it can be done anew. Other
-        learners wait for the first.
-        """
-        episodes = []
-        if distributed.is_main():
-            with self._failing_together():
-                episodes = self._evaluate(stop)
-        done = distributed.broadcast_object(episodes is not None)
+        """Evaluate on the first learner, while the others wait. False if it was stopped."""
+        played = None
+        with self._failing_together():
+            played = self.evaluation(self.step, self.last_batch, stop)
+        done = distributed.broadcast_object(played is not None)
         if done:
-            self.evaluations += 1
-            self.hooks.evaluated([episode.steps for episode in episodes])
+            self.hooks.evaluated(played)
         return done
-
-    def _evaluate(self, stop: Sequence[int]) -> list[EvalEpisode] | None:
-        config = self.config
-        if self.eval_envs is None:
-            self.eval_envs = self._make_envs("eval")
-            self._print_notes(self.eval_envs)
-        share = config.eval_episodes // config.envs.eval_amount
-        rng = tools.torch_rng(config.seed, "eval", self.evaluations, device=self.device)
-        first = self.evaluations * share  # each evaluation counts other episodes, with seeds of their own
-        done: list[EvalEpisode] = []
-        advised = []
-        with self.timer("eval"):
-            curiosity = self.agent.curiosity
-            for episode in play_episodes(self.agent, self.eval_envs, share, rng, first, curiosity):
-                if stop:
-                    return None
-                done.append(episode)
-            if self.agent.policy.weighs():  # the same worlds once more, through the prior
-                rng = tools.torch_rng(config.seed, "eval_advised", self.evaluations, device=self.device)
-                follower = AdvisedAgent(self.agent)
-                for episode in play_episodes(follower, self.eval_envs, share, rng, first):
-                    if stop:
-                        return None
-                    advised.append(episode)
-            self._write_eval_episodes(done)
-            if config.eval_videos:
-                self._write_eval_videos(done)
-        for episode in advised:
-            length = episode.length * config.action_repeat
-            self.logger.add({"eval_advised/episode_return": episode.score})
-            self.logger.add({"eval_advised/episode_length": length})
-        for episode in done:
-            length = episode.length * config.action_repeat
-            self.logger.add({"eval/episode_return": episode.score, "eval/episode_length": length})
-            self.logger.add({f"eval/{key[4:]}": share for key, share in episode.shares.items()})
-        return done
-
-    def _write_eval_episodes(self, done: "list[EvalEpisode]") -> None:
-        folder = Path(self.config.evaldir) if self.config.evaldir else self.logdir / "eval_eps"
-        spaces = self.eval_envs.obs_space | self.eval_envs.act_space
-        with contextlib.closing(EpisodeWriter(folder, spaces, 1)) as writer:
-            for episode in done:
-                for t in range(episode.length + 1):
-                    writer.add({key: episode.steps[key][t : t + 1] for key in spaces})
-
-    def _write_eval_videos(self, done: "list[EvalEpisode]") -> None:
-        config = self.config
-        heard = audio.waveform_keys(self.eval_envs.obs_space, config)
-        for index, episode in enumerate(done):
-            write_video(self.logdir / "videos" / f"eval_{self.step}_{index}.mp4", episode, config, heard)
-        if done[0].frames is not None:
-            frames = shown(done[0], config.frame_stack)
-            self.logger.video("eval_policy", frames[: config.video_frames], self.step)
-        if config.video_pred_log and self.last_batch is not None:
-            for key, frames in self.agent.report(self.last_batch).items():
-                name = "train_openl" if key == "image" else f"train_openl_{key}"
-                self.logger.video(name, newest(frames, config.frame_stack), self.step)
 
     def log(self) -> None:
         """Write what was collected since the last time, by all learners."""

@@ -1,5 +1,6 @@
 """Full episodes of an agent: played, counted and filmed, for training and `evaluate.py` alike."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 import audio
+import tools
 from agent import Dreamer
 from config import Config
-from logger import add_heat_strip, write_mp4, write_wav
+from episodes import EpisodeWriter
+from logger import Logger, Timer, add_heat_strip, write_mp4, write_wav
 from parallel import VecEnv
 from stats import ACHIEVEMENT
 
@@ -142,3 +145,106 @@ def play_episodes(
                 views[index].clear()
         if any(left):
             obs = envs.step(action)
+
+
+class Evaluation:
+    """Training's evaluation: full episodes of the task actor, with their returns, videos and files."""
+
+    def __init__(
+        self,
+        config: Config,
+        logdir: Path,
+        agent: Dreamer,
+        make_envs: Callable[[], VecEnv],
+        logger: Logger,
+        timer: Timer,
+    ):
+        """`make_envs` makes the evaluation envs, at the first evaluation."""
+        self.config, self.logdir, self.agent = config, logdir, agent
+        self.logger, self.timer = logger, timer
+        self.make_envs = make_envs
+        self.envs: VecEnv | None = None
+        self.count = 0  # finished evaluations
+
+    def __call__(self, step: int, batch: Arrays | None, stop: Sequence[int] = ()) -> list[Arrays] | None:
+        """Evaluate at env step `step`; returns the episodes, or None if `stop` got an entry meanwhile.
+
+        A stopped evaluation leaves no trace and is repeated by the resumed run. `batch` is the last training
+        batch, for the open-loop videos.
+        """
+        if self.envs is None:
+            self.envs = self.make_envs()
+        with self.timer("eval"):
+            played = self._play("eval", self.agent, stop, self.agent.curiosity)
+            advised = []
+            if played is not None and self.agent.policy.weighs():  # the same worlds, with the prior
+                advised = self._play("eval_advised", AdvisedAgent(self.agent), stop)
+            if played is None or advised is None:
+                return None
+            self._write_episodes(played)
+            if self.config.eval_videos:
+                self._write_videos(played, step, batch)
+        self._log("eval", played)
+        self._log("eval_advised", advised)
+        for episode in played:
+            self.logger.add({f"eval/{key[4:]}": share for key, share in episode.shares.items()})
+        self.count += 1
+        return [episode.steps for episode in played]
+
+    def _play(self, name: str, agent: Dreamer | AdvisedAgent, stop: Sequence[int], *curiosity):
+        """The finished episodes, or None if `stop` got an entry. `name` seeds the actions."""
+        config = self.config
+        share = config.eval_episodes // config.envs.eval_amount
+        rng = tools.torch_rng(config.seed, name, self.count, device=self.agent.device)
+        first = self.count * share  # each evaluation has other episode numbers, and so other seeds
+        episodes = []
+        for episode in play_episodes(agent, self.envs, share, rng, first, *curiosity):
+            if stop:
+                return None
+            episodes.append(episode)
+        return episodes
+
+    def _log(self, name: str, episodes: Sequence[EvalEpisode]) -> None:
+        for episode in episodes:
+            length = episode.length * self.config.action_repeat
+            self.logger.add({f"{name}/episode_return": episode.score, f"{name}/episode_length": length})
+
+    def _write_episodes(self, episodes: Sequence[EvalEpisode]) -> None:
+        folder = Path(self.config.evaldir) if self.config.evaldir else self.logdir / "eval_eps"
+        spaces = self.envs.obs_space | self.envs.act_space
+        with contextlib.closing(EpisodeWriter(folder, spaces, 1)) as writer:
+            for episode in episodes:
+                for t in range(episode.length + 1):
+                    writer.add({key: episode.steps[key][t : t + 1] for key in spaces})
+
+    def _write_videos(self, episodes: Sequence[EvalEpisode], step: int, batch: Arrays | None) -> None:
+        config = self.config
+        heard = audio.waveform_keys(self.envs.obs_space, config)
+        for index, episode in enumerate(episodes):
+            write_video(self.logdir / "videos" / f"eval_{step}_{index}.mp4", episode, config, heard)
+        if episodes[0].frames is not None:
+            frames = shown(episodes[0], config.frame_stack)
+            self.logger.video("eval_policy", frames[: config.video_frames], step)
+        if config.video_pred_log and batch is not None:
+            for key, frames in self.agent.report(batch).items():
+                name = "train_openl" if key == "image" else f"train_openl_{key}"
+                self.logger.video(name, newest(frames, config.frame_stack), step)
+
+    def state_dict(self) -> dict:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = int(state["count"])
+
+
+class NoEvaluation:
+    """Evaluation on every rank but the first: none."""
+
+    def __call__(self, step: int, batch: Arrays | None, stop: Sequence[int] = ()) -> list[Arrays]:
+        return []
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass

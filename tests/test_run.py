@@ -18,6 +18,7 @@ import basics
 import checkpoint as checkpoints
 import dreamer
 import envs
+import evaluation
 from agent import Dreamer
 from config import Config
 from envs.dummy import Dummy
@@ -205,7 +206,7 @@ def test_each_env_gives_the_same_number_of_evaluation_episodes(tmp_path, uneven)
 
 def test_no_world_is_seen_twice_in_training_and_evaluation(tmp_path, uneven, monkeypatch):
     play, firsts = play_episodes, []
-    monkeypatch.setattr(dreamer, "play_episodes", lambda *args: firsts.append(args[4]) or play(*args))
+    monkeypatch.setattr(evaluation, "play_episodes", lambda *args: firsts.append(args[4]) or play(*args))
     with signal_at(61):
         train(tmp_path, *uneven)
     assert train(tmp_path, *uneven) == 0
@@ -213,8 +214,8 @@ def test_no_world_is_seen_twice_in_training_and_evaluation(tmp_path, uneven, mon
     again = [seeds[1:] for seeds in envs_after[:2]]  # without the open episode, which was played again
     training = [seed for seeds in [*envs_before[:2], *again] for seed in seeds]
     assert len(training) > 15 and len(set(training)) == len(training)
-    evaluation = {seed for seeds in (*envs_before[2:], *envs_after[2:]) for seed in seeds}
-    assert len(evaluation) >= 12 and not evaluation & set(training)
+    evaluated = {seed for seeds in (*envs_before[2:], *envs_after[2:]) for seed in seeds}
+    assert len(evaluated) >= 12 and not evaluated & set(training)
     assert firsts == [0, 3]  # an evaluation counts three episodes of each env
 
 

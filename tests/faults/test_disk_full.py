@@ -15,6 +15,7 @@ import checkpoint as checkpoints
 import dreamer
 import tools
 from episodes import EpisodeWriter
+from evaluation import Evaluation
 from logger import EventFile, Logger
 from lore_llm.hooks import AdviceHooks
 from replay import Replay
@@ -30,7 +31,7 @@ WRITES = {
     "metrics": (Logger, "write", r"metrics\.jsonl"),
     "TensorBoard": (EventFile, "add", r"events\.out\.tfevents\.\d+"),
     "log": (Logger, "print", r"train\.log"),
-    "evaluation": (dreamer.Run, "_write_eval_episodes", r"eval_eps/.*\.npz"),
+    "evaluation": (Evaluation, "_write_episodes", r"eval_eps/.*\.npz"),
     "video": (dreamer, "write_mp4", r"videos/eval_\d+_0\.mp4"),
     "decisions": (AdviceHooks, "_log_decisions", r"decisions\.jsonl"),
 }

@@ -172,4 +172,4 @@ def test_fault_in_an_evaluation_ends_the_run_after_a_save_and_it_is_repeated(tmp
     assert is_sound(tmp_path)["step"] == 120 and not (tmp_path / "eval_eps").exists()
     assert train(tmp_path, *options) == 0
     assert len(list_episodes(tmp_path / "eval_eps")) == 2 * steps
-    assert is_sound(tmp_path)["evaluations"] == 1
+    assert is_sound(tmp_path)["evaluation"] == {"count": 1}
