@@ -1,8 +1,8 @@
 """Reads configs.yaml and the command line into one checked, nested, read-only Config.
 
 `load` merges the defaults, task presets, advice presets, scale presets and single options, in this order.
-What each option allows stands at the start of its comment in configs.yaml. Every mistake is a `UserError`
-of one line that names the nearest valid preset, option or value.
+The comment of each option in configs.yaml starts with its legal values. Every mistake is a `UserError` of
+one line that names the nearest valid preset, option or value.
 """
 
 import contextlib
@@ -16,14 +16,12 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
-from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.representer import SafeRepresenter
 
 from basics import CONTROL, UserError, atomic_write, first_line
@@ -31,176 +29,58 @@ from basics import CONTROL, UserError, atomic_write, first_line
 CONFIGS = Path(__file__).with_name("configs.yaml")
 CLASSES = ("task_presets", "advice_presets", "scale_presets")  # in the order of merging
 CPU_PRESET = "cpu"
-CPU_PRESET_TASKS = (
-    "crafter",
-    "audio",
-    "lpm_noisytv",
-)  # task presets that take CPU_PRESET on a CPU when no scale preset is named
+CPU_PRESET_TASKS = ("crafter", "audio", "lpm_noisytv")  # get CPU_PRESET on a CPU if no scale preset is named
 QUICK_ON_CPU = ("cpu", "cpu_vector", "debug", "doorkey")
 RUN_PATHS = ("logdir", "from_checkpoint", "transfer")  # where a run is and how it began, not what it is
-MAX_CHARS = 2**20  # of YAML; ours has a few thousand
-MAX_DEPTH = 10  # of its brackets and groups
 MAX_SHOWN = 100  # characters of a value or a name in a message
 
-# What a resumed run cannot change, and why.
+# Why an option with `[frozen: KEY]` in its comment cannot change when a run is resumed.
 FROZEN = {
-    "task": (
-        *("task", "action_repeat", "clip_reward", "obs", "dmc.*", "atari.*", "crafter.*", "minigrid.*"),
-        *("noisy_tv.enabled", "noisy_tv.actions", "noisy_tv.threshold", "noisy_tv.no*"),
-    ),
-    "network": (
-        *("grayscale", "frame_stack", "audio_dim"),
-        *("size", "actor_dist", "rssm.deter", "rssm.hidden", "rssm.stoch", "rssm.classes", "rssm.blocks"),
-        *("rssm.*_layers", "*coder.mlp_*", "*coder.cnn_*", "*coder.audio_*", "audio.*"),
-        *("*.strided", "*.bspace"),
-        *("*head.layers", "*head.units", "actor.layers", "actor.units", "critic.layers", "critic.units"),
-        *("*.bins", "reward_head.dist", "critic.dist"),
-    ),
-    "explorer": (
-        *("expl_behavior", "expl_task_actor", "disag_models", "disag_target", "disag_layers", "disag_units"),
-        *("lpm.layers", "lpm.units", "lpm.error", "lpm.error_floor"),
-    ),
-    "advice": (
-        *("llm.enabled", "llm.features", "prior.enabled", "prior.layers", "prior.units", "prior.logit_clip"),
-        *("synthetic.enabled", "options.enabled", "options.max_options", "options.option_max_length"),
-        *("options.layers", "options.units"),
-    ),
-}
-FROZEN_REASONS = {
     "task": "the replay and the step count belong to the old task",
-    "network": "the checkpoint's networks have the old shape",
-    "explorer": "the checkpoint's explorer is the old one",
-    "advice": "the checkpoint's agent has been advised otherwise",
+    "network": "the networks in the checkpoint have the old shape",
+    "explorer": "the checkpoint has the old explorer",
+    "advice": "the agent in the checkpoint was trained with other advice",
 }
-# Frozen options that only count for some explorers.
-ONLY_FOR = {"disag_*": ("plan2explore",), "lpm.*": ("lpm",)}
 
-# Names known from dreamerv3-torch, dreamerv3, r2dreamer and the older LoRe. A note may follow in brackets.
-RENAMED = {
+# What users of dreamerv3-torch, dreamerv3, r2dreamer and the older LoRe type. A note may follow in brackets.
+OLD_NAMES = {
     "total_frames": "steps",
-    "step": "steps",
     "log_dir": "logdir",
     "log_interval": "log_every",
     "save_every_frames": "save_every",
+    "replay_capacity": "replay.capacity",
+    "noisy-tv": "noisy_tv.enabled",
+    "use_llm": "llm.enabled",
+    "llm_use_cli": "llm.backend (gemini_cli)",
+    "enable_synthetic_replay": "synthetic.enabled",
+    "enable_hierarchical_options": "options.enabled",
     "deterministic_run": "deterministic",
     "eval_episode_num": "eval_episodes",
     "offline_traindir": "traindir",
-    "offline_evaldir": "evaldir",
-    "replay_capacity": "replay.capacity",
     "dataset_size": "replay.capacity",
     "dyn_hidden": "rssm.hidden",
     "dyn_deter": "rssm.deter",
     "dyn_stoch": "rssm.stoch",
     "dyn_discrete": "rssm.classes",
-    "dyn_rec_depth": "rssm.dyn_layers",
-    "dyn_min_std": "rssm.min_std",
-    "rssm.discrete": "rssm.classes",
-    "rssm.unimix_ratio": "rssm.unimix",
-    "unimix_ratio": "rssm.unimix",
     "kl_free": "rssm.free_nats",
     "dyn_scale": "loss_scales.dyn",
     "rep_scale": "loss_scales.rep",
-    "reward_head.loss_scale": "loss_scales.reward",
-    "cont_head.loss_scale": "loss_scales.cont",
-    "loss_scales.rec": "loss_scales.image (and loss_scales.vector)",
-    "loss_scales.recon": "loss_scales.image (and loss_scales.vector)",
-    "loss_scales.rew": "loss_scales.reward",
-    "loss_scales.con": "loss_scales.cont",
-    "encoder.kernel_size": "encoder.cnn_kernel",
-    "decoder.kernel_size": "decoder.cnn_kernel",
-    "actor.dist": "actor_dist",
     "actor.lr": "actor_lr",
-    "actor.eps": "opt.eps",
-    "actor.grad_clip": "opt.agc",
-    "actor.unimix_ratio": "actor.unimix",
     "critic.lr": "critic_lr",
-    "critic.eps": "opt.eps",
-    "critic.grad_clip": "opt.agc",
-    "critic.slow_target": "slow_value_target (or slow_reg, the pull of the critic to the slow one)",
-    "critic.slow_target_update": "slow_target_update",
-    "critic.slow_target_fraction": "slow_target_fraction",
-    "value.layers": "critic.layers",
-    "value.units": "critic.units",
-    "value.dist": "critic.dist",
-    "opt_eps": "opt.eps",
     "grad_clip": "opt.agc (adaptive clipping)",
     "discount": "horizon (discount = 1 - 1/horizon)",
-    "reward_EMA": "retnorm.rate (returns are always normalised)",
-    "run.steps": "steps",
-    "run.train_ratio": "train_ratio",
-    "run.log_every": "log_every (in env steps)",
-    "run.report_every": "eval_every (in env steps)",
-    "run.save_every": "save_every (in env steps)",
     "run.envs": "envs.amount",
-    "run.eval_envs": "envs.eval_amount",
-    "run.eval_eps": "eval_episodes",
-    "run.from_checkpoint": "from_checkpoint",
     "replay.size": "replay.capacity",
     "buffer.max_size": "replay.capacity",
     "jax.platform": "device",
     "jax.compute_dtype": "precision",
     "imag_length": "imag_horizon",
-    "agent.imag_length": "imag_horizon",
-    "lamb": "discount_lambda",
-    "agent.imag_loss.lam": "discount_lambda",
     "act_entropy": "actor.entropy",
-    "agent.imag_loss.actent": "actor.entropy",
-    "agent.imag_loss.slowtar": "slow_value_target",
-    "agent.imag_loss.slowreg": "slow_reg",
-    "agent.slowvalue.rate": "slow_target_fraction",
-    "agent.slowvalue.every": "slow_target_update",
-    "agent.retnorm.perclo": "retnorm.low",
-    "agent.retnorm.perchi": "retnorm.high",
-    "pmin": "opt.agc_floor",
-    "noisy-tv": "noisy_tv.enabled",
-    "use_llm": "llm.enabled",
-    "llm_use_cli": "llm.backend (gemini_cli)",
-    "llm_model": "llm.model",
-    "enable_synthetic_replay": "synthetic.enabled",
-    "enable_hierarchical_options": "options.enabled",
-    "stickey": "atari.sticky",
-    "env.atari.repeat": "action_repeat",
-    "env.dmc.repeat": "action_repeat",
-    "env.dmc.image": "obs (pixels)",
-    "env.dmc.proprio": "obs (native)",
-}
-
-# Values of dreamerv3-torch whose spelling does not tell the new one.
-OLD_VALUES = {("envs.parallel", "True"): "process", ("envs.parallel", "False"): "none"}
-
-# Old names without a successor, and why.
-_SILU = "activations are always SiLU, as in the Nature version"
-_NORM = "layers are always normalised by RMSNorm, as in the Nature version"
-_STD = "set actor.min_std and actor.max_std"
-_MINRES = "the smallest resolution is size / 2**(number of cnn_mults)"
-GONE = {
-    **dict.fromkeys(["act", "encoder.act", "decoder.act"], _SILU),
-    **dict.fromkeys(["norm", "encoder.norm", "decoder.norm"], _NORM),
-    **dict.fromkeys(["actor.std", "actor.temp", "dyn_std_act", "dyn_mean_act"], _STD),
-    **dict.fromkeys(["encoder.minres", "decoder.minres"], _MINRES),
-    "lives": "lives are not looked at: an episode ends with the game",
-    "resize": "images are always shrunk by OpenCV's area method",
-    "break_speed": "blocks break as fast as the game has it; an attack is held instead",
-    "decoder.cnn_sigmoid": "images always end in a sigmoid, as in the Nature version",
-    "disag_offset": "the ensemble always predicts the next step",
-    "disag_action_cond": "the ensemble always sees the action taken in the state",
-    "reset_every": "networks are never reset",
-    "weight_decay": "there is none, as in the Nature version",
-    "initial": "the first state is always zeros, as in the Nature version",
-    "pretrain": "training starts after prefill and keeps to train_ratio",
-    "eval_state_mean": "the latent state is always sampled",
+    "lamb": "discount_lambda",
 }
 
 
-class _Constructor(SafeConstructor):
-    """Reads `1e6` as the whole number that it is; `1e-3` and `1.0` stay floats."""
-
-    def construct_yaml_float(self, node: Any) -> int | float:
-        value = super().construct_yaml_float(node)
-        return int(value) if "." not in node.value and value.is_integer() else value
-
-
-_Constructor.add_constructor("tag:yaml.org,2002:float", _Constructor.construct_yaml_float)
+# YAML and text
 
 
 class _Representer(SafeRepresenter):
@@ -213,26 +93,22 @@ _Representer.add_representer(
 
 
 class PlainComposer(Composer):
-    """Refuses what our files do not need: aliases, by which a small one can become huge, and tags."""
+    """Refuses anchors, and thus aliases, by which a small file can become huge."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.parser.peek_event()
         if event.anchor is not None:
             reason = "anchors (&name) and aliases (*name) are refused"
             raise ComposerError(None, None, reason, event.start_mark)
-        if getattr(event, "tag", None) is not None:
-            raise ComposerError(None, None, "tags (!name) are refused", event.start_mark)
         return super().compose_node(parent, index)
 
 
 def _parse_yaml(text: str, where: str) -> Any:
-    if len(text) > MAX_CHARS:
-        raise UserError(f"{where}: not valid YAML: longer than {MAX_CHARS} characters")
     yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor, yaml.Composer, yaml.max_depth = _Constructor, PlainComposer, MAX_DEPTH
+    yaml.Composer = PlainComposer
     try:
         return yaml.load(text)
-    except Exception as error:  # of any kind: ruamel has others than YAMLError for some nonsense
+    except Exception as error:  # of any kind: ruamel raises more than YAMLError for some nonsense
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         why = getattr(error, "problem", None) or first_line(error)
@@ -260,11 +136,8 @@ def _written(value: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    """A value in a message."""
-    return _cut(_written(value))
-
-
-def _cut(text: str) -> str:
+    """A value or a name in a message."""
+    text = _written(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
@@ -316,12 +189,6 @@ def _to_int(value: Any) -> int:
     return value if isinstance(value, int) else int(number)
 
 
-def _to_list(value: Any) -> list:
-    if not isinstance(value, list):
-        raise ValueError
-    return value
-
-
 def _to_str(value: Any) -> str:
     if not isinstance(value, str) or CONTROL.search(value):
         raise ValueError
@@ -334,23 +201,49 @@ READERS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "bool": (_to_bool, "True or False"),
     "int": (_to_int, "a whole number"),
     "float": (_to_float, "a number"),
-    "list": (_to_list, "a list"),
     "str": (_to_str, "text in UTF-8 on one line"),
 }
+# What a comment may start with: (a|b|int), [low, high] and [frozen: why].
+_CONSTRAINT = re.compile(
+    r"(?:\((?P<words>[^()\s]+)\)\s*)?"
+    r"(?:\[(?P<low>[^\[\],:]+),(?P<high>[^\[\],]+)\]\s*)?"
+    r"(?:\[frozen: (?P<frozen>\w+)\]\s*)?"
+)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of configs.yaml: its default and what it allows. For a list, `types` are its items'."""
+    """One option of configs.yaml: its default and its legal values. For a list, `types` are its items'."""
 
     name: str
     default: Any
     types: tuple[str, ...]
     words: tuple[str, ...]
     bounds: tuple[float, float] | None
+    frozen: str | None  # key of FROZEN: cannot change when a run is resumed
     allowed: str  # the constraint as written
     help: str
     section: str
+
+    @classmethod
+    def read(cls, name: str, default: Any, comment: str, section: str) -> "Option":
+        """Raises ValueError if the comment's constraint is malformed or the type is unclear."""
+        match = _CONSTRAINT.match(comment)
+        words, text = (match["words"] or "").split("|"), comment[match.end() :]
+        if text.startswith(("(", "[")):
+            raise ValueError(f"not a constraint: {text}")
+        if (match["frozen"] or "task") not in FROZEN:
+            raise ValueError(f"frozen is one of {', '.join(FROZEN)}, not {match['frozen']}")
+        bounds = (float(match["low"]), float(match["high"])) if match["low"] else None
+        types = [word for word in words if word in READERS] + ["bool"] * ("True" in words)
+        if words == [""]:
+            sample = (default or [None])[0] if isinstance(default, list) else default
+            types = [type(sample).__name__]
+        if not set(types) <= set(READERS):
+            raise ValueError("without a constraint the default must be a bool, number, text or list of these")
+        words = [word for word in words if word and word not in READERS and word not in ("True", "False")]
+        allowed = comment[: match.end()].strip()
+        return cls(name, default, tuple(types), tuple(words), bounds, match["frozen"], allowed, text, section)
 
     @property
     def is_list(self) -> bool:
@@ -358,7 +251,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What is allowed, in words."""
+        """The legal values in words."""
         phrases = [f"one of {', '.join(self.words)}"] if self.words else []
         return " or ".join(phrases + [phrase for name, (_, phrase) in READERS.items() if name in self.types])
 
@@ -381,8 +274,7 @@ class Option:
                     continue  # not of this type: try the next
         hint = f"the default is {_show(self.default)}"
         if self.words:
-            near = OLD_VALUES.get((self.name, str(value))) or _nearest(str(value), self.words)
-            hint = f"the nearest is {near}"
+            hint = f"the nearest is {_nearest(str(value), self.words)}"
         raise UserError(f"{where}: must be {self.expected}; {hint}")
 
     def _in_bounds(self, value: Any, where: str) -> Any:
@@ -392,32 +284,6 @@ class Option:
                 near = type(value)(min(max(value, low), high))
                 raise UserError(f"{where}: must be in [{low:.12g}, {high:.12g}]; the nearest is {near}")
         return value
-
-
-def _read_constraint(comment: str) -> tuple[list[str], tuple[float, float] | None, str, str]:
-    """Splits `(a|int) [1, inf] text` into words, bounds, the constraint itself and the text."""
-    words, bounds, rest = [], None, comment
-    if match := re.match(r"\(([^()\s]+)\)\s*", rest):
-        words, rest = match[1].split("|"), rest[match.end() :]
-    if match := re.match(r"\[([^\[\],]+),([^\[\],]+)\]\s*", rest):
-        bounds, rest = (float(match[1]), float(match[2])), rest[match.end() :]
-    if rest.startswith(("(", "[")):
-        raise ValueError(f"not a constraint: {rest}")
-    return words, bounds, comment[: len(comment) - len(rest)].strip(), rest
-
-
-def _make_option(name: str, default: Any, comment: str, section: str) -> Option:
-    """Raises ValueError if the constraint is malformed or names no type."""
-    words, bounds, allowed, help_text = _read_constraint(comment)
-    types = [word for word in words if word in READERS]
-    types += ["bool"] if "True" in words else []
-    if not words:
-        sample = (default or [None])[0] if isinstance(default, list) else default
-        types = [type(sample).__name__]
-    words = [word for word in words if word not in READERS and word not in ("True", "False")]
-    if not set(types) <= set(READERS):
-        raise ValueError("without a constraint the default must be a bool, number, text or list of these")
-    return Option(name, default, tuple(types), tuple(words), bounds, allowed, help_text, section)
 
 
 # configs.yaml
@@ -438,12 +304,21 @@ class Schema:
         for kind, presets in self.presets.items():
             if preset in presets:
                 return kind
-        names = [name for presets in self.presets.values() for name in presets]
-        near = _nearest(preset, names)
-        raise UserError(f"--configs {_cut(preset)}: there is no such preset; the nearest is {near}")
+        near = _nearest(preset, [name for presets in self.presets.values() for name in presets])
+        raise UserError(f"--configs {_show(preset)}: there is no such preset; the nearest is {near}")
+
+    def is_preset(self, name: str) -> bool:
+        return any(name in presets for presets in self.presets.values())
 
     def preset(self, name: str) -> dict[str, Any]:
         return self.presets[self.class_of(name)][name]
+
+    def merged(self, presets: list[str]) -> dict[str, Any]:
+        """The defaults with presets applied in the order given, by full name."""
+        values = {name: option.default for name, option in self.options.items()}
+        for preset in presets:
+            values |= self.preset(preset)
+        return values
 
     def leaves(self, leaf: str) -> list[str]:
         return [name for name in self.options if name.rpartition(".")[2] == leaf]
@@ -451,17 +326,17 @@ class Schema:
     def unknown(self, name: str, where: str) -> UserError:
         """The error for an option that does not exist."""
         dashes = "--" if where.startswith("--") else ""
-        name = name if name in RENAMED else name.replace("-", "_")
-        if name in RENAMED:
-            return UserError(f"{where} is not an option: its successor is {dashes}{RENAMED[name]}")
-        if name in GONE:
-            return UserError(f"{where} is not an option: {GONE[name]}")
-        if any(name in presets for presets in self.presets.values()):
+        name = name if name in OLD_NAMES else name.replace("-", "_")
+        if name in OLD_NAMES:
+            return UserError(f"{where} is not an option; use {dashes}{OLD_NAMES[name]}")
+        if self.is_preset(name):
             return UserError(f"{where} is not an option but a preset: write --configs {name}")
-        near = {full.rpartition(".")[2]: full for full in self.options} | {full: full for full in self.groups}
-        near |= {full: full for full in (*self.options, "configs", "help", "print_config")}
-        found = _nearest(name, near)
-        names = self.leaves(found) or [near[found]]
+        names = self.leaves(name.rpartition(".")[2])  # `run.steps` of dreamerv3
+        if not names:
+            near = {full.rpartition(".")[2]: full for full in self.options}
+            near |= {full: full for full in (*self.groups, *self.options, "configs", "help", "print_config")}
+            found = _nearest(name, near)
+            names = self.leaves(found) or [near[found]]
         names = " or ".join(dashes + name for name in names)
         return UserError(f"{where} is not an option; the nearest is {names}")
 
@@ -471,7 +346,7 @@ class Schema:
             raise UserError(f"{where}must hold options as name: value")
         values = {}
         for name, value in _flatten(tree):
-            place = f"{where}{_cut(name)}"
+            place = f"{where}{_show(name)}"
             if name in self.options:
                 if isinstance(value, Mapping):
                     raise UserError(f"{place} is one option, not a group")
@@ -484,7 +359,7 @@ class Schema:
 
 
 def _scan_comments(text: str) -> tuple[dict[tuple[str, ...], str], dict[tuple[str, ...], str]]:
-    """The comment on each key's line, and the block of comment lines that stands above it, by path."""
+    """The comment on each key's line, and the block of comment lines above it, by path."""
     comments, headings = {}, {}
     stack: list[tuple[int, str]] = []
     block: list[str] = []
@@ -511,14 +386,12 @@ def _read_options(
 ) -> tuple[dict[str, Option], dict[str, str]]:
     options, groups = {}, {}
     for name, default in _flatten(defaults):
-        *parents, _ = parts = name.split(".")
+        parts = name.split(".")
         for depth in range(1, len(parts)):
             groups.setdefault(".".join(parts[:depth]), comments.get(("defaults", *parts[:depth]), ""))
-        comment = comments.get(("defaults", *parts))
+        comment = comments.get(("defaults", *parts), "")
         try:
-            if comment is None:  # a group on one line: its constraint holds for all its options
-                comment = _read_constraint(comments.get(("defaults", *parents), ""))[2]
-            option = _make_option(name, default, comment, headings.get(("defaults", parts[0]), ""))
+            option = Option.read(name, default, comment, headings.get(("defaults", parts[0]), ""))
         except ValueError as error:
             raise UserError(f"{path}, defaults {name}: {error}") from None
         option.convert(default, f"{path}, defaults {name} {_show(default)}")
@@ -534,10 +407,10 @@ def read(path: Path = CONFIGS) -> Schema:
     parts = ("defaults", *CLASSES)
     if not isinstance(tree, dict) or set(tree) != set(parts):
         raise UserError(f"{path}: must hold exactly {', '.join(parts)}")
-    comments, headings = _scan_comments(text)
     for part in parts:
         if not isinstance(tree[part], dict):
             raise UserError(f"{path}, {part}: must be a mapping of names, {{}} if empty")
+    comments, headings = _scan_comments(text)
     schema = Schema(path, *_read_options(path, tree["defaults"], comments, headings))
     for kind in CLASSES:
         schema.preset_help[kind] = headings.get((kind,), "")
@@ -557,8 +430,8 @@ class Config(Mapping):
     """Options by name: `config.rssm.deter`, `config['rssm']`, `dict(**config.rssm)`. Read only.
 
     presets: applied presets in order, those that were added automatically last
-    added: the ones of them that were added automatically
-    notes: lines for the log about what was decided
+    added: the presets that were added automatically
+    notes: lines for the log about these decisions
     """
 
     presets: list[str]
@@ -593,9 +466,6 @@ class Config(Mapping):
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a Config is read only: use replace({{'{name}': ...}})")
 
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError("a Config is read only")
-
     def __repr__(self) -> str:
         return f"Config({self.to_dict()})"
 
@@ -626,15 +496,12 @@ class Config(Mapping):
         yaml.dump({"configs": self.presets, "configs_added": self.added, **self.to_dict()}, stream)
         return (
             "# All options of this run, with every preset and override applied.\n"
-            "# configs: the presets in the order applied; configs_added: those that LoRe added by itself.\n"
+            "# configs: the presets in the order applied; configs_added: those that LoRe added.\n"
         ) + stream.getvalue()
 
     def overrides(self) -> dict[str, Any]:
-        """The options that are not as the presets say, by full name."""
-        schema = read()
-        values = {name: option.default for name, option in schema.options.items()}
-        for preset in self.presets:
-            values |= schema.preset(preset)
+        """The options that differ from the presets, by full name."""
+        values = read().merged(self.presets)
         return {name: value for name, value in _flatten(self) if value != values[name]}
 
     def to_argv(self) -> list[str]:
@@ -660,19 +527,16 @@ class Config(Mapping):
 
     @classmethod
     def from_yaml(cls, text: str, where: str) -> "Config":
-        """Reads what `to_yaml` gave; what is not in it takes its default. Raises UserError naming `where`."""
-        schema = read()
+        """Reads what `to_yaml` gave; missing options take their defaults. Raises UserError naming `where`."""
         tree = _parse_yaml(text, where)
         if not isinstance(tree, dict):
             raise UserError(f"{where}: must hold options as name: value")
-        lists = [tree.pop(name, []) for name in ("configs", "configs_added")]
-        for names in lists:
-            try:
-                [_to_str(name) for name in _to_list(names)]
-            except ValueError:
-                raise UserError(f"{where}: configs and configs_added must be lists of presets") from None
-        values = {name: option.default for name, option in schema.options.items()}
-        config = cls(_nest(values | schema.flat_values(tree, f"{where}: ")), *lists)
+        presets, added = tree.pop("configs", []), tree.pop("configs_added", [])
+        for names in (presets, added):
+            if not isinstance(names, list) or not all(isinstance(n, str) and n.isidentifier() for n in names):
+                raise UserError(f"{where}: configs and configs_added must be lists of presets")
+        schema = read()
+        config = cls(_nest(schema.merged([]) | schema.flat_values(tree, f"{where}: ")), presets, added)
         check(config, f"{where}: ")
         return config
 
@@ -686,19 +550,19 @@ class Command:
 
     presets: list[str] | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    flags: set[str] = field(default_factory=set)
+    print_config: bool = False
 
 
 def _find(schema: Schema, name: str) -> str:
-    """The full name of an option or a group that was given as it is or by its unique last part."""
+    """The full name of an option or a group that was given in full or by its unique last part."""
     if name in schema.options or name in schema.groups:
         return name
     found = schema.leaves(name)
     if not found:
-        raise schema.unknown(name, f"--{_cut(name)}")
+        raise schema.unknown(name, f"--{_show(name)}")
     if len(found) > 1:
         candidates = ", ".join(f"--{full}" for full in found)
-        raise UserError(f"--{name} stands in several groups; write one of {candidates}")
+        raise UserError(f"--{name} is in several groups; write one of {candidates}")
     return found[0]
 
 
@@ -708,60 +572,48 @@ def _value(option: Option, words: list[str], where: str) -> Any:
         plain = isinstance(option.default, bool) or option.default is None
         example = "" if plain else f", for example {_show(option.default)}"
         raise UserError(f"--{option.name} needs a value: write {option.expected}{example}")
-    takes_list = option.is_list or "list" in option.types
-    if takes_list and text.startswith("["):
-        return option.convert(_parse_yaml(text, where), where)
-    if option.is_list and option.words:  # names have no comma in them
-        words = [name for word in words for name in word.split(",")]
-    if option.is_list or (takes_list and not (len(words) == 1 and words[0] in option.words)):
-        return option.convert(words, where)
+    if option.is_list:
+        return option.convert(re.sub(r"^\[|\]$|,", " ", text).split(), where)
     if len(words) > 1:
-        raise UserError(f"{where}: takes one value; unexpected {_cut(' '.join(words[1:]))}")
+        raise UserError(f"{where}: takes one value; unexpected {_show(' '.join(words[1:]))}")
     return option.convert(text, where)
 
 
-def _group_values(schema: Schema, group: str, words: list[str], where: str) -> dict[str, Any]:
-    text = " ".join(words)
-    if text.startswith("{"):
-        tree = _parse_yaml(text, where)
-        for part in reversed(group.split(".")):
-            tree = {part: tree}
-        return schema.flat_values(tree, "--")
+def _group_error(schema: Schema, group: str, words: list[str], where: str) -> UserError:
     names = [name for name in schema.options if name.startswith(f"{group}.")]
     hint = f"its options are {', '.join(f'--{name}' for name in names)}"
     with contextlib.suppress(UserError):
         _value(schema.options[names[0]], words, where)
-        hint = f"the nearest is --{names[0]} {text}"  # `--envs 4` of old commands
-    if not words and any(group in presets for presets in schema.presets.values()):
+        hint = f"the nearest is --{names[0]} {' '.join(words)}"  # `--envs 4` of dreamerv3-torch
+    if not words and schema.is_preset(group):
         hint += f"; for the preset of that name write --configs {group}"
-    raise UserError(f"{where}: {group} is a group of options; {hint}")
+    return UserError(f"{where}: {group} is a group of options; {hint}")
 
 
 def _parse(schema: Schema, argv: list[str]) -> Command:
-    """Splits the command line; options and values are checked, presets only for being there."""
+    """Splits the command line and checks options and values; `_merge` checks the presets."""
     command = Command()
-    rest = ["--help" if word == "-h" else word for word in argv]
+    rest = list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            known = any(word in presets for presets in schema.presets.values())
-            hint = f"write --configs {word}" if known else "options are written --name value"
-            raise UserError(f"unexpected word {_cut(word)}: {hint}")
+            hint = f"write --configs {word}" if schema.is_preset(word) else "options are written --name value"
+            raise UserError(f"unexpected word {_show(word)}: {hint}")
         name, equals, inline = word[2:].partition("=")
         words = [inline] if equals else []
         while rest and not rest[0].startswith("--"):
             words.append(rest.pop(0))
-        where = _cut(" ".join([f"--{name}", *words]))
-        if name in ("help", "print_config"):
+        where = _show(" ".join([f"--{name}", *words]))
+        if name == "print_config":
             if words:
-                raise UserError(f"{where}: takes no value; unexpected {_cut(' '.join(words))}")
-            command.flags.add(name)
+                raise UserError(f"{where}: takes no value; unexpected {_show(' '.join(words))}")
+            command.print_config = True
         elif name == "configs":
             if not words:
                 raise UserError("--configs needs at least one preset, for example --configs crafter")
             command.presets = [*(command.presets or []), *words]
         elif (full := _find(schema, name)) in schema.groups:
-            command.options.update(_group_values(schema, full, words, where))
+            raise _group_error(schema, full, words, where)
         else:
             command.options[full] = _value(schema.options[full], words, where)
     return command
@@ -776,37 +628,30 @@ def _on_cpu(device: str, has_cuda: bool | None) -> bool:
 
 def _merge(schema: Schema, command: Command, has_cuda: bool | None, saved: Config | None) -> Config:
     scales = schema.presets["scale_presets"]
+    notes, why = [], "the saved run has it"
     if saved is not None and command.presets is None and "from_checkpoint" in command.options:
-        values = dict(_flatten(saved))
-        # The command says where the run is; episodes of the old run are not written to by a new one.
+        presets, added, values = saved.presets, saved.added, dict(_flatten(saved))
+        # The command says where the run is; a new run does not write into the old run's episodes.
         new = "logdir" in command.options or command.options.get("transfer")
-        paths = (*RUN_PATHS, "traindir", "evaldir") if new else RUN_PATHS
-        values |= {name: schema.options[name].default for name in paths}
-        presets, added = saved.presets, saved.added
+        values |= {
+            name: schema.options[name].default
+            for name in (*RUN_PATHS, *(["traindir", "evaldir"] if new else []))
+        }
     else:
-        values = {name: option.default for name, option in schema.options.items()}
-        presets = sorted(
-            dict.fromkeys(command.presets or []), key=lambda p: CLASSES.index(schema.class_of(p))
-        )
-        for preset in presets:
-            values |= schema.preset(preset)
+        named = dict.fromkeys(command.presets or [])
+        presets = sorted(named, key=lambda preset: CLASSES.index(schema.class_of(preset)))
+        device = command.options.get("device", "auto")
         added = []
-        if not any(preset in scales for preset in presets):
-            if saved is not None:  # decided once, kept on any machine
+        if not set(presets) & set(scales):
+            if saved is not None:  # decided once, the same on any machine
                 added = saved.added
-            elif _on_cpu(command.options.get("device", values["device"]), has_cuda):
-                added = [CPU_PRESET] if any(preset in CPU_PRESET_TASKS for preset in presets) else []
-        for preset in added:
-            values |= schema.preset(preset)
+            elif _on_cpu(device, has_cuda) and set(presets) & set(CPU_PRESET_TASKS):
+                added = [CPU_PRESET]
+                why = "there is no GPU and no size is named, e.g. size12m"
         presets = [*presets, *added]
+        values = schema.merged(presets)
     values |= command.options
-    notes = []
     if added:
-        why = (
-            "the saved run has it"
-            if saved is not None
-            else f"there is no GPU and no size is named, e.g. {_a_size(scales)}"
-        )
         notes.append(f"Preset {', '.join(added)} added: {why}.")
     elif _on_cpu(values["device"], has_cuda) and not set(presets) & set(QUICK_ON_CPU):
         size = next((preset for preset in presets if preset in scales), "the default size")
@@ -814,14 +659,10 @@ def _merge(schema: Schema, command: Command, has_cuda: bool | None, saved: Confi
     return Config(_nest(values), presets, added, notes)
 
 
-def _a_size(scales: Mapping[str, Any]) -> str:
-    return next(name for name in scales if name.startswith("size12"))
-
-
 def _print_and_exit(text: str) -> NoReturn:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `--help | head`: nobody reads the rest, and Python flushes once more at exit
+    except BrokenPipeError:  # `--help | head`; Python flushes once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 
@@ -829,9 +670,9 @@ def _print_and_exit(text: str) -> NoReturn:
 def load(argv: list[str], *, has_cuda: bool | None = None, saved: Config | None = None) -> Config:
     """The config that the command line asks for, checked.
 
-    has_cuda: whether CUDA works here; None if unknown: then no preset is added and no speed is judged
-    saved: the config of the run (or of the checkpoint's run) that is gone on with. It decides which preset
-        is added automatically. With `--from_checkpoint` and no `--configs`, it is what options are applied to
+    has_cuda: whether CUDA works here; None if unknown: then no preset is added and no speed is estimated
+    saved: the config of the run that is resumed, or of the checkpoint's run. It decides which preset is
+        added automatically. With `--from_checkpoint` and no `--configs`, the options are applied to it
     Raises UserError for mistakes, SystemExit(0) after `--help` and `--print_config`.
     """
     schema = read()
@@ -840,15 +681,15 @@ def load(argv: list[str], *, has_cuda: bool | None = None, saved: Config | None 
     command = _parse(schema, argv)
     config = _merge(schema, command, has_cuda, saved)
     check(config)
-    if "print_config" in command.flags:
+    if command.print_config:
         _print_and_exit(config.to_yaml())
     return config
 
 
 def run_paths(argv: list[str]) -> tuple[str | None, str | None, list[str] | None]:
-    """(logdir, from_checkpoint, transfer) as the command line gives them: which run to go on with, if any.
+    """(logdir, from_checkpoint, transfer) as the command line gives them: which run to resume, if any.
 
-    Prints nothing and judges no combination of options, as these may depend on the run's saved config.
+    Prints nothing and checks no combination of options, as these may depend on the run's saved config.
     """
     argv = [word for word in argv if word not in ("--help", "-h")]
     options = _parse(read(), argv).options
@@ -856,27 +697,21 @@ def run_paths(argv: list[str]) -> tuple[str | None, str | None, list[str] | None
 
 
 def resume_changes(saved: Config, config: Config) -> list[str]:
-    """Lines `name: old -> new` for a run that goes on with `config` instead of `saved`.
+    """Lines `name: old -> new` for a run that resumes with `config` instead of `saved`.
 
-    Raises UserError if an option differs that cannot: the task, or what gives the networks their shapes.
+    Raises UserError if a frozen option differs.
     """
-    old, new = dict(_flatten(saved)), dict(_flatten(config))
+    old, new, options = dict(_flatten(saved)), dict(_flatten(config)), read().options
     changed = {
         name: f"{name}: {_show(old[name])} -> {_show(new[name])}"
         for name in new
         if name not in RUN_PATHS and old[name] != new[name]
     }
-    idle = [p for p, explorers in ONLY_FOR.items() if config.expl_behavior not in explorers]
-    for reason, patterns in FROZEN.items():
-        refused = [
-            text
-            for name, text in changed.items()
-            if any(fnmatchcase(name, p) for p in patterns) and not any(fnmatchcase(name, p) for p in idle)
-        ]
-        if refused:
+    for key, reason in FROZEN.items():
+        if refused := [text for name, text in changed.items() if options[name].frozen == key]:
             more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
             raise UserError(
-                f"Cannot resume with {', '.join(refused[:3])}{more}: {FROZEN_REASONS[reason]}; "
+                f"Cannot resume with {', '.join(refused[:3])}{more}: {reason}; "
                 "a new --logdir starts a fresh run"
             )
     return list(changed.values())
@@ -990,40 +825,32 @@ def _size_problems(size: list[int], layers: int) -> Iterator[str]:
 # Help
 
 
-def _entry(head: str, text: str, width: int) -> str:
-    column = 38
-    text = text or "-"
-    body = textwrap.wrap(text, width - column, break_long_words=False)
-    first = (
-        f"  {head:<{column - 3}} {body[0]}"
-        if len(head) < column - 2
-        else f"  {head}\n{' ' * column}{body[0]}"
-    )
-    return "\n".join([first, *(" " * column + line for line in body[1:])])
-
-
-def help_text(schema: Schema | None = None) -> str:
+def help_text(schema: Schema) -> str:
     """Usage, presets by class and options by section, each with its comment."""
-    schema = schema or read()
-    width = max(80, shutil.get_terminal_size((110, 24)).columns)
+    width, column = max(80, shutil.get_terminal_size((110, 24)).columns), 38
+
+    def entry(head: str, text: str) -> str:
+        first = f"  {head:<{column - 3}} "
+        return textwrap.fill(
+            text or "-",
+            width,
+            initial_indent=first,
+            subsequent_indent=" " * column,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
     lines = [
         "usage: python3 dreamer.py [--configs PRESET ...] [--OPTION VALUE ...]",
         "",
-        _entry("--configs PRESET [PRESET ...]", "presets, in any order; single options win over them", width),
-        _entry(
-            "--OPTION VALUE, --OPTION=VALUE",
-            "nested as --group.name; a unique name may be given alone",
-            width,
-        ),
-        _entry('--GROUP "{name: VALUE, ...}"', "several options of a group at once", width),
-        _entry("--print_config", "show all options as they would run", width),
-        _entry("--help, -h", "show this", width),
+        entry("--configs PRESET [PRESET ...]", "presets, in any order; single options win over them"),
+        entry("--OPTION VALUE, --OPTION=VALUE", "nested as --group.name; a unique name may be given alone"),
+        entry("--print_config", "show all options with presets and options applied"),
+        entry("--help, -h", "show this"),
     ]
     for kind, presets in schema.presets.items():
         lines += ["", f"{kind.replace('_', ' ').capitalize()}: {schema.preset_help[kind]}"]
-        lines += [
-            _entry(name, schema.preset_help[name] or _summary(body), width) for name, body in presets.items()
-        ]
+        lines += [entry(name, schema.preset_help[name]) for name in presets]
     section, group = None, ""
     for name, option in schema.options.items():
         if option.section != section:
@@ -1032,12 +859,5 @@ def help_text(schema: Schema | None = None) -> str:
         if name.rpartition(".")[0] != group:
             group = name.rpartition(".")[0]
             lines += [f"  {group}: {schema.groups[group]}"] if schema.groups.get(group) else []
-        lines.append(
-            _entry(f"--{name} {_show(option.default)}", f"{option.allowed} {option.help}".strip(), width)
-        )
+        lines.append(entry(f"--{name} {_show(option.default)}", f"{option.allowed} {option.help}".strip()))
     return "\n".join(lines)
-
-
-def _summary(values: Mapping[str, Any]) -> str:
-    shown = [f"{name} {_show(value)}" for name, value in values.items()]
-    return ", ".join(shown[:3] + ["..."] * (len(shown) > 3))
