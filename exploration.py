@@ -496,7 +496,7 @@ class LPM(Surprise):
         # No warm-up: as long as the predictor has not learned the errors' level, that level would look like
         # progress.
         index = self.models().index(self.predictor)
-        groups[index] |= {"lr": self.config.lpm.lr, "warmup": 0}
+        groups[index] |= {"lr": self.config.lpm.error_lr, "warmup": 0}
         return groups
 
     def adopt(self, weights: Mapping[str, Tensor], resume: bool) -> dict[str, Tensor]:

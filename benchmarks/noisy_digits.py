@@ -138,7 +138,7 @@ class Progress:
         self.predictor = ErrorPredictor(inputs, LPM.layers, LPM.units)
         self.fifo = ErrorFifo(capacity, {"state": ((inputs,), torch.float32), "error": ((), torch.float32)})
         self._generator = generator
-        self._optimizer = torch.optim.Adam(self.predictor.parameters(), LPM.lr)
+        self._optimizer = torch.optim.Adam(self.predictor.parameters(), LPM.error_lr)
 
     def learn(self, state: Tensor, error: Tensor) -> None:
         """Remember the errors [n] at the states, then take one step on as many remembered ones."""
@@ -288,7 +288,7 @@ def study(seeds: Sequence[int], updates: int, out: Path) -> dict:
         "updates": updates,
         "seeds": list(seeds),
         "variance": interval([Digits(numpy_rng(seed, "digits")).variance() for seed in seeds]),
-        "lpm": {name: LPM[name] for name in ("layers", "units", "eta", "lr", "error_floor")},
+        "lpm": {name: LPM[name] for name in ("layers", "units", "eta", "error_lr", "error_floor")},
         "bands": BANDS,
         "summary": summary(results),
     }

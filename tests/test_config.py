@@ -163,7 +163,7 @@ def test_preset_keeps_the_rest_of_a_group():
 def test_nested_option_by_full_name_and_unique_leaf_alone():
     assert load("--encoder.mlp_units 32").encoder.mlp_units == 32
     assert load("--encoder.mlp_units 32").decoder.mlp_units == 256
-    assert load("--bspace=4").decoder.bspace == 4
+    assert load("--lr 3e-4").opt.lr == 3e-4
 
 
 def test_leaf_of_several_groups_lists_the_candidates():

@@ -405,7 +405,9 @@ def test_slow_critic_of_a_separate_actor_critic_follows():
 
 
 def test_error_predictor_has_its_own_rate_and_no_warmup():
-    agent = explorer_agent("lpm", "--lpm.lr", "0.5", "--expl_task_actor", "separate", "--model_lr", "0.25")
+    agent = explorer_agent(
+        "lpm", "--lpm.error_lr", "0.5", "--expl_task_actor", "separate", "--model_lr", "0.25"
+    )
     rates = {id(p): (g["lr"], g["warmup"]) for g in agent.opt.param_groups for p in g["params"]}
     assert len(rates) == agent_parameters(agent)
     for param in agent.explorer.predictor.parameters():
