@@ -343,7 +343,7 @@ def test_what_may_change_on_resume_and_what_not(tmp_path, capfd):
     assert train(tmp_path / "run", *options, "--steps", "50", "--beta_max", "0.1") == 0
     for option in ("--max_options", "--option_max_length", "--llm.features"):
         assert train(tmp_path / "run", *options, "--steps", "60", option, "3") == 2
-        assert "advised otherwise" in capfd.readouterr().err
+        assert "trained with other advice" in capfd.readouterr().err
 
 
 def test_what_the_limits_refuse_is_refused(tmp_path, capfd):
