@@ -12,7 +12,6 @@ from test_models import CONTINUOUS, OBS, make_agent, make_batch, unsettle
 
 import checkpoint as checkpoints
 import config as configs
-import dreamer
 import exploration
 import networks
 from agent import Dreamer
