@@ -1,4 +1,4 @@
-"""An environment of your own: change this one, or put yours beside it. docs/custom_env.md explains it."""
+"""An example environment. Change it or add your own: docs/custom_env.md."""
 
 import numpy as np
 from gymnasium import spaces
