@@ -528,8 +528,3 @@ def compiles(config: Config, device: torch.device) -> bool:
     if config.compile != "auto":
         return config.compile
     return device.type == "cuda" and sys.platform == "linux"
-
-
-def keeps_memory(config: Config, device: torch.device) -> bool:
-    """What `keep_memory: auto` means: on the CPU, where updates take their memory from the system."""
-    return device.type == "cpu" if config.keep_memory == "auto" else config.keep_memory

@@ -64,7 +64,7 @@ PARTS = {
 }
 MODULES = ("world_model", "behavior", "explorer", "policy")
 # Options that say where something is on the machine that trained, or in its network.
-PLACES = ("logdir", "from_checkpoint", "traindir", "evaldir", "llm.base_url", "llm.cache", "envs.ray_address")
+PLACES = ("logdir", "from_checkpoint", "traindir", "llm.base_url", "llm.cache", "envs.ray_address")
 
 
 def _check_plain(value, where: str) -> None:

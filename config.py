@@ -634,8 +634,7 @@ def _merge(schema: Schema, command: Command, has_cuda: bool | None, saved: Confi
         # The command says where the run is; a new run does not write into the old run's episodes.
         new = "logdir" in command.options or command.options.get("transfer")
         values |= {
-            name: schema.options[name].default
-            for name in (*RUN_PATHS, *(["traindir", "evaldir"] if new else []))
+            name: schema.options[name].default for name in (*RUN_PATHS, *(["traindir"] if new else []))
         }
     else:
         named = dict.fromkeys(command.presets or [])

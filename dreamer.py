@@ -32,7 +32,6 @@ from agent import (
     choose_device,
     count_gpus,
     cuda_works,
-    keeps_memory,
     precision,
 )
 from basics import UserError, derive_seed, first_line, numpy_rng, stop_signals
@@ -42,7 +41,7 @@ from envs import make_env
 from episodes import EpisodeWriter
 from evaluation import Evaluation, NoEvaluation
 from exploration import Random
-from logger import Collector, Logger, Timer, WandbRun, merged_logs
+from logger import VIDEO_FPS, Collector, Logger, Timer, WandbRun, merged_logs
 from lore_llm.hooks import AdviceHooks, NoAdvice, advice_spaces, is_count, make_service
 from lore_llm.service import AdviceService
 from parallel import VecEnv, make_vec
@@ -64,6 +63,7 @@ LOWER_IN_RAM = (
     f"Lower {LOWER}, --replay.capacity or --envs.amount, put the replay into files with "
     "--replay.backend memmap or, for a new run, take a smaller preset as size1m."
 )
+MAX_NONFINITE = 10  # skipped updates in a row (gradient not finite) after which the run stops
 ESTIMATE_UPDATES = 20  # updates after which the run's duration is estimated
 
 Arrays = dict[str, np.ndarray]
@@ -198,8 +198,8 @@ class Run:
             parts = config, self.logdir, self.agent, self._make_eval_envs, self.logger, self.timer
             self.evaluation = Evaluation(*parts)
         # Not earlier: the ring's memory is to be taken as it fills.
-        if keeps_memory(config, self.device) and tools.keep_freed_memory():
-            self.print("Freed memory is kept for the next update (--keep_memory False gives it back)")
+        if self.device.type == "cpu" and tools.keep_freed_memory():
+            self.print("Freed memory is kept for the next update")
         if saved:
             with checkpoints.content_of(self.source):
                 self._resume(saved)
@@ -217,8 +217,7 @@ class Run:
         wandb = None
         if config.wandb.enabled:
             wandb = WandbRun(self.logdir, config.wandb.project, config.to_dict(), wandb_id)
-        steps, fps = config.steps, config.video_fps
-        return Logger(self.logdir, total_steps=steps, fps=fps, resume_step=logged, wandb=wandb)
+        return Logger(self.logdir, total_steps=config.steps, fps=VIDEO_FPS, resume_step=logged, wandb=wandb)
 
     def _about(self) -> str:
         """What runs here, in a line."""
@@ -311,7 +310,6 @@ class Run:
             derive_seed(config.seed, *distributed.seed_names()) if distributed.rank() else config.seed,
             deter_size=rssm.deter, stoch_size=rssm.stoch, classes=rssm.classes, backend=plan.backend,
             folder=self._own(self.logdir / REPLAY_RING), sampler=c.sampler, online=c.online,
-            curious={k.removeprefix("curious_"): v for k, v in c.items() if k.startswith("curious_")},
             writer=EpisodeWriter(folder, spaces, len(self.envs), c.keep_steps), defaults=defaults,
         )  # fmt: skip
         self._parts.callback(replay.close)
@@ -638,7 +636,7 @@ class Run:
     def _count_nonfinite(self, batch: Arrays) -> None:
         """A streak of skipped updates ends the run; the last good checkpoint stays as it is."""
         self.streak += 1
-        if self.streak < self.config.max_nonfinite:
+        if self.streak < MAX_NONFINITE:
             return
         path = self.logdir / "diagnosis.pt"
         diagnosis = {"step": self.step, "batch": _tensors(batch), "agent": self.agent.state_dict()}

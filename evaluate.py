@@ -31,7 +31,7 @@ from dreamer import memory_explained, run_folder
 from envs import make_env
 from evaluation import AdvisedAgent, Arrays, EvalEpisode, newest, play_episodes, write_video
 from exploration import Random
-from logger import write_mp4
+from logger import VIDEO_FPS, write_mp4
 from lore_llm.captions import Captioner, make_captioner
 from lore_llm.panel import decision_panel
 from parallel import VecEnv, make_vec
@@ -200,7 +200,7 @@ def write_explained(path: Path, episode: EvalEpisode, config: Config) -> Path:
     pictures = (
         decision_panel(frame, view, PANEL_PIXELS) for frame, view in zip(frames, episode.views, strict=True)
     )
-    write_mp4(path, pictures, config.video_fps)
+    write_mp4(path, pictures, VIDEO_FPS)
     return path
 
 

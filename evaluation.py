@@ -15,11 +15,13 @@ import tools
 from agent import Dreamer
 from config import Config
 from episodes import EpisodeWriter
-from logger import Logger, Timer, add_heat_strip, write_mp4, write_wav
+from logger import VIDEO_FPS, Logger, Timer, add_heat_strip, write_mp4, write_wav
 from parallel import VecEnv
 from stats import ACHIEVEMENT
 
 Arrays = dict[str, np.ndarray]
+
+VIDEO_FRAMES = 500  # of a video in TensorBoard; the mp4 files hold all
 
 
 class AdvisedAgent:
@@ -87,7 +89,7 @@ def write_video(path: Path, episode: EvalEpisode, config: Config, heard: Sequenc
     at its pace: a step lasts as long as its waveform. What an episode lacks is not written. Returns the
     files.
     """
-    frames, fps, files = episode.frames, config.video_fps, []
+    frames, fps, files = episode.frames, VIDEO_FPS, []
     sound, rate = None, config.audio.sample_rate
     if heard:
         sound = audio.track(episode.steps[heard[0]])
@@ -210,9 +212,8 @@ class Evaluation:
             self.logger.add({f"{name}/episode_return": episode.score, f"{name}/episode_length": length})
 
     def _write_episodes(self, episodes: Sequence[EvalEpisode]) -> None:
-        folder = Path(self.config.evaldir) if self.config.evaldir else self.logdir / "eval_eps"
         spaces = self.envs.obs_space | self.envs.act_space
-        with contextlib.closing(EpisodeWriter(folder, spaces, 1)) as writer:
+        with contextlib.closing(EpisodeWriter(self.logdir / "eval_eps", spaces, 1)) as writer:
             for episode in episodes:
                 for t in range(episode.length + 1):
                     writer.add({key: episode.steps[key][t : t + 1] for key in spaces})
@@ -224,7 +225,7 @@ class Evaluation:
             write_video(self.logdir / "videos" / f"eval_{step}_{index}.mp4", episode, config, heard)
         if episodes[0].frames is not None:
             frames = shown(episodes[0], config.frame_stack)
-            self.logger.video("eval_policy", frames[: config.video_frames], step)
+            self.logger.video("eval_policy", frames[:VIDEO_FRAMES], step)
         if config.video_pred_log and batch is not None:
             for key, frames in self.agent.report(batch).items():
                 name = "train_openl" if key == "image" else f"train_openl_{key}"

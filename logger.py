@@ -41,6 +41,7 @@ EVENTS = "events.out.tfevents."  # a number follows
 HEAT_SHARE = 16  # the heat strip under a video is so many times lower than the frame
 MAX_NOTES = 20  # of a learner beside the first, between two logs
 MAX_NOTE = 4000  # characters of one
+VIDEO_FPS = 15
 MIN_VIDEO_PIXELS = 256  # shorter side of an mp4
 CONSOLE_METRICS = {  # what the console shows, and how it is called there
     "env/episode_return": "return",

@@ -286,7 +286,7 @@ class Replay:
         seed: of the draws.
         deter_size, stoch_size, classes: of the latents; classes 0 means Gaussian ones.
         backend: tensor (RAM) or memmap (files in `folder`, deleted by `close`).
-        sampler: uniform or curious, with `curious` = its options c, beta, alpha, eps.
+        sampler: uniform or curious.
         online: serve each fresh window once before the sampler fills the batch.
         writer: gets every step too, and is needed to save and load; `close` closes it.
         defaults: values of keys that a step or a file may lack.
@@ -307,7 +307,6 @@ class Replay:
         backend: str = "tensor",
         folder: str | os.PathLike | None = None,
         sampler: str = "uniform",
-        curious: Mapping[str, float] | None = None,
         online: bool = True,
         writer: EpisodeWriter | None = None,
         defaults: Mapping[str, float] | None = None,
@@ -333,8 +332,7 @@ class Replay:
         self.online = online
         self.offsets = np.arange(n_envs) * self.rows  # slot 0 of each stream
         if sampler == "curious":
-            options = curious or {}
-            self.make_sampler = lambda: Curious(n_envs, self.rows, self.window, context, **options)
+            self.make_sampler = lambda: Curious(n_envs, self.rows, self.window, context)
         else:
             self.make_sampler = lambda: Uniform(self.rows, self.window)
         self.clear()

@@ -8,6 +8,7 @@ from gymnasium.wrappers import AtariPreprocessing
 
 import envs
 
+MAX_NOOPS = 30  # at the start of an episode, as is usual (Machado et al. 2018)
 MAX_FRAMES = 108_000  # of an episode: half an hour of play, as is usual (Machado et al. 2018)
 STICKY = 0.25  # probability that a sticky action is kept for one more frame (Machado et al. 2018)
 
@@ -29,7 +30,7 @@ def make(name: str, config: Any) -> "Atari":
     return Atari(
         AtariPreprocessing(
             env,
-            noop_max=config.atari.noops,
+            noop_max=MAX_NOOPS,
             frame_skip=config.action_repeat,
             screen_size=(width, height),
             grayscale_obs=False,

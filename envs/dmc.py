@@ -22,7 +22,7 @@ def make(name: str, config: Any) -> "DMC":
             raise envs.unknown_task("dmc", name, tasks)
         domain, task = tasks[name]
         env = suite.load(domain, task, task_kwargs={"random": 0})
-    camera = CAMERAS.get(domain, 0) if config.dmc.camera == "auto" else config.dmc.camera
+    camera = CAMERAS.get(domain, 0)
     return DMC(env, config.size if images else None, camera, config.action_repeat, config.obs != "pixels")
 
 

@@ -28,7 +28,7 @@ MAX_POINTS = 200  # of a curve over seeds
 MAX_STEP = 2**53  # up to here floats count exactly
 LARGEST = 1e38  # about the largest float32
 LABEL_LENGTH = 60
-PLACES = ("logdir", "traindir", "evaldir")  # options without influence on the results
+PLACES = ("logdir", "traindir")  # options without influence on the results
 
 
 # One run

@@ -382,7 +382,8 @@ def test_skipped_update_changes_neither_weights_nor_optimiser_nor_replay(tmp_pat
             seen.append(differences(before, state(run)))
 
     monkeypatch.setattr(dreamer.Run, "learn", compared)
-    assert train(tmp_path, "--steps", "64", "--eval_every", "0", "--max_nonfinite", "1000") == 0
+    monkeypatch.setattr(dreamer, "MAX_NONFINITE", 1000)
+    assert train(tmp_path, "--steps", "64", "--eval_every", "0") == 0
     assert seen and not any(seen)
 
 
@@ -395,10 +396,11 @@ def test_returns_that_are_not_finite_do_not_reach_the_normaliser():
 
 
 def test_streak_of_skipped_updates_stops_the_run_with_a_diagnosis_beside_the_last_good_checkpoint(
-    tmp_path, capfd, spoil_losses
+    tmp_path, capfd, monkeypatch, spoil_losses
 ):
+    monkeypatch.setattr(dreamer, "MAX_NONFINITE", 5)
     spoil_losses(lambda update: update > 10)
-    message = refusal(capfd, tmp_path, "--save_every", "40", "--max_nonfinite", "5", "--eval_every", "0")
+    message = refusal(capfd, tmp_path, "--save_every", "40", "--eval_every", "0")
     assert "5 updates in a row" in message and "diagnosis.pt" in message
     checkpoint = checkpoints.load_checkpoint(tmp_path)[0]
     assert checkpoint["step"] == 40
@@ -408,9 +410,10 @@ def test_streak_of_skipped_updates_stops_the_run_with_a_diagnosis_beside_the_las
     assert diagnosis["agent"].keys() == checkpoint["agent"].keys()
 
 
-def test_streak_is_one_of_updates_in_a_row(tmp_path, spoil_losses):
+def test_streak_is_one_of_updates_in_a_row(tmp_path, monkeypatch, spoil_losses):
+    monkeypatch.setattr(dreamer, "MAX_NONFINITE", 5)
     spoil_losses(lambda update: update % 5)
-    assert train(tmp_path, "--eval_every", "0", "--max_nonfinite", "5") == 0
+    assert train(tmp_path, "--eval_every", "0") == 0
 
 
 def test_config_that_a_run_saved_can_be_read(trained):

@@ -476,7 +476,7 @@ def test_with_other_envs_the_learners_divide_the_episodes(tmp_path):
 
 @pytest.mark.slow
 def test_what_fails_for_all_learners_is_told_once(tmp_path):
-    options = "--opt.lr 1e30 --opt.warmup 0 --opt.agc 0 --max_nonfinite 2 --steps 1000".split()
+    options = "--opt.lr 1e30 --opt.warmup 0 --opt.agc 0 --steps 1000".split()
     process = run(tmp_path, *options)
     assert process.returncode == 2
     assert process.err.count("The gradient was not finite") == 1 and len(process.err.splitlines()) == 1

@@ -194,7 +194,7 @@ def test_pendulum_shows_it_as_pixels_and_says_how():
 
 def test_off_is_off(monkeypatch):
     monkeypatch.delattr(wrappers, "NoisyTV")  # it is not touched
-    options = ["--noisy_tv.actions", "3", "--noisy_tv.threshold", "0", "--noisy_tv.data", "/no/such/file"]
+    options = ["--noisy_tv.actions", "3", "--noisy_tv.data", "/no/such/file"]
     env, plain = make("--task", "dummy_mixed", *options), make("--task", "dummy_mixed")
     assert env.obs_space == plain.obs_space and env.act_space == plain.act_space
     for act in [lambda e: e.reset()[0], *[lambda e, a=a: e.step({"action": a})[0] for a in (0, 1, 2, 3)]]:

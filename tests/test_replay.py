@@ -262,7 +262,9 @@ def test_sum_tree_finds_slots_by_weight_and_never_one_without():
 
 
 def test_curious_draws_are_proportional_to_the_priorities_of_valid_starts():
-    replay = make(n_envs=2, capacity=40, sampler="curious", curious=dict(c=2.0, beta=0.5, alpha=1.0, eps=0.5))
+    replay = make(n_envs=2, capacity=40, sampler="curious")
+    options = {"c": 2.0, "beta": 0.5, "alpha": 1.0, "eps": 0.5, "largest": np.float32(2.5)}
+    vars(replay.sampler).update(options)
     source = Source(n_envs=2)
     rng = np.random.default_rng(0)
     priority = {}

@@ -243,15 +243,6 @@ def test_time_limit_counts_env_steps_where_a_suite_repeats_actions_itself():
         assert len(play(env, actions(env, 10))) == 1 + length
 
 
-def test_dmc_camera_is_chosen_by_the_option(needs_opengl):
-    views = [
-        make("dmc_walker_walk", ("dmc_vision",), "--dmc.camera", camera).reset()[0]["image"]
-        for camera in ("auto", "0", "1")
-    ]
-    np.testing.assert_array_equal(views[0], views[1])
-    assert (views[0] != views[2]).any()
-
-
 PROPRIO = """
 import logging, os, sys
 import dreamer
@@ -324,13 +315,10 @@ def test_a_backend_that_does_not_exist_does_not_work_and_leaves_this_process_alo
 # Atari
 
 
-def test_no_ops_differ_by_the_seed_and_off_means_off():
-    starts = [[], []]
-    for noops, images in zip(("30", "0"), starts, strict=True):
-        env = make("atari_space_invaders", ("atari100k",), "--atari.noops", noops)
-        images += [env.reset()[0]["image"] for _ in range(6)]
-    assert any((image != starts[0][0]).any() for image in starts[0])
-    assert all((image == starts[1][0]).all() for image in starts[1])
+def test_no_ops_differ_by_the_seed():
+    env = make("atari_space_invaders", ("atari100k",))
+    images = [env.reset()[0]["image"] for _ in range(6)]
+    assert any((image != images[0]).any() for image in images)
 
 
 def test_atari_actions_and_stickiness_are_the_options():
