@@ -202,23 +202,6 @@ def check_logdir(folder: Path) -> Iterator[Line]:
     yield ok("logdir", f"{folder} can be written" + ("" if folder.exists() else ", and will be made"))
 
 
-def check_lock(folder: Path) -> Iterator[Line]:
-    """Whether another run lives in the logdir, or has died there."""
-    import checkpoint as checkpoints
-
-    try:
-        owner, held = checkpoints.look(folder)
-    except (FileNotFoundError, NotADirectoryError):  # the line about the logdir tells of a file there
-        return
-    who = owner or "nobody signed"
-    if held:
-        yield todo("lock", f"another run is in {folder} ({who}): stop it, or give another --logdir")
-    elif held is None:
-        yield tip("lock", f"another machine has left a lock ({who}): a run first looks whether it lives")
-    else:
-        yield ok("lock", f"left by a run that did not end by itself ({who}); the next run takes it over")
-
-
 # --- With torch ----------------------------------------------------------------------------------------
 
 
@@ -446,7 +429,6 @@ def examine(asked: Asked | None) -> Iterator[Line]:
             yield from attempt("adviser", check_adviser, config, spaces)
             yield from attempt("memory", check_room, asked, spaces)
         yield from attempt("logdir", check_logdir, asked.logdir)
-        yield from attempt("lock", check_lock, asked.logdir)
     yield from attempt("extra", check_extras, config)
     yield from check_keys()
 

@@ -709,7 +709,6 @@ class Command:
     resume: bool  # the checkpoint's run is gone on with
     notes: list[str]  # lines that the log begins with
     source: Path | None  # the file that it was read from
-    seen: list[tuple[Path, int]]  # what `saved_in` told before the checkpoint was read
 
 
 def read_command(argv: list[str]) -> Command:
@@ -731,19 +730,13 @@ def read_command(argv: list[str]) -> Command:
     else:
         resume = logdir is not None and bool(checkpoints.find_checkpoints(logdir))
         origin = logdir if resume else source
-    before = saved_in(logdir) if logdir else []
     checkpoint, path, notes = checkpoints.load_checkpoint(origin) if origin else (None, None, [])
     saved = checkpoint and Config.from_yaml(checkpoint["config"], f"the config in {path}")
     config, raised = distributed.divisible(configs.load(argv, has_cuda=cuda_works(), saved=saved))
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *raised, *(f"Changed since the run was saved: {line}" for line in changes)]
     folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
-    return Command(config, folder, checkpoint, resume, notes, path, before)
-
-
-def saved_in(logdir: str | Path) -> list[tuple[Path, int]]:
-    """The checkpoints and their times, by which one is told that was written meanwhile."""
-    return [(path, path.stat().st_mtime_ns) for path in checkpoints.find_checkpoints(logdir)]
+    return Command(config, folder, checkpoint, resume, notes, path)
 
 
 def run_folder(checkpoint: Path) -> Path:
@@ -804,11 +797,7 @@ def run_command(command: Command, stop: Sequence[int]) -> int:
     with contextlib.ExitStack() as parts:
         notes = command.notes
         if distributed.is_main():
-            notes = [*parts.enter_context(checkpoints.RunLock(command.logdir)).notes, *notes]
-            if saved_in(command.logdir) != command.seen:
-                raise UserError(
-                    f"Another run in {command.logdir} has just saved and ended. Start again to go on from it."
-                )
+            notes = [*parts.enter_context(checkpoints.run_lock(command.logdir)), *notes]
         distributed.barrier()
         own = command.config, command.logdir, command.checkpoint, command.resume, notes
         run = parts.enter_context(contextlib.closing(Run(*own, command.source)))

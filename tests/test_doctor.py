@@ -3,7 +3,6 @@
 import ast
 import json
 import os
-import socket
 import subprocess
 import sys
 import types
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 from run_helpers import TINY, train
 
-import checkpoint as checkpoints
 import doctor
 import replay
 
@@ -334,23 +332,6 @@ def test_an_unwritable_logdir(capsys):
     assert told["logdir"][0] == "todo" and "cannot write to /proc" in told["logdir"][1]
 
 
-def test_a_logdir_in_use_and_one_whose_run_was_killed(capsys, tmp_path):
-    with checkpoints.RunLock(tmp_path / "run"):
-        told = lines(capsys, "--logdir", "run", code=1)
-        assert told["lock"][0] == "todo" and f"process {os.getpid()} on" in told["lock"][1]
-        left = (tmp_path / "run" / checkpoints.LOCK).read_bytes()
-    assert "lock" not in lines(capsys, "--logdir", "run")
-    (tmp_path / "run").mkdir(exist_ok=True)
-    path = tmp_path / "run" / checkpoints.LOCK
-    path.write_bytes(left)
-    told = lines(capsys, "--logdir", "run")
-    assert told["lock"][0] == "ok" and "did not end by itself" in told["lock"][1]
-    assert path.read_bytes() == left
-    path.write_bytes(left.replace(socket.gethostname().encode(), b"elsewhere"))
-    told = lines(capsys, "--logdir", "run")
-    assert told["lock"][0] == "tip" and "on elsewhere" in told["lock"][1]
-
-
 def test_more_learners_than_the_batch_has_sequences(capsys):
     told = lines(capsys, "--parallel", "3", code=1)
     assert told["device"][0] == "todo" and "batch_size" in told["device"][1]
@@ -360,4 +341,3 @@ def test_a_logdir_that_is_a_file(capsys, tmp_path):
     (tmp_path / "run").write_text("")
     told = lines(capsys, "--logdir", "run", code=1)
     assert told["logdir"][0] == "todo" and "is a file" in told["logdir"][1]
-    assert "lock" not in lines(capsys, "--logdir", "run/below", code=1)

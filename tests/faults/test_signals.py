@@ -6,8 +6,8 @@ import pytest
 from killing import check_agreement
 from run_helpers import log, metrics, signal_at, train
 
+import checkpoint as checkpoints
 import dreamer
-import tools
 from replay import Replay
 
 slow = pytest.mark.slow
@@ -15,8 +15,8 @@ OPTIONS = ("--save_every", "20", "--eval_every", "0")
 # What a run does when the second signal comes: the first one has it save all that exact resume needs.
 WORK = {
     "the replay is saved": (Replay, "_latents"),
-    "the checkpoint is written": (tools.torch, "save"),
-    "it gets its second name": (tools, "_link_or_copy"),
+    "the checkpoint is written": (checkpoints.torch, "save"),
+    "it gets its second name": (checkpoints, "_link_or_copy"),
     "older ones are deleted": (dreamer.shutil, "rmtree"),
 }
 
