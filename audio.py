@@ -1,7 +1,7 @@
-"""Hearing: waveforms become log-mel spectra for the model, and sound and pictures for people.
+"""Audio: waveforms as log-mel spectra for the model, and as sound tracks and images for videos.
 
-Letters of the shapes: B batch, T time, C channels (ears), L samples, F frequency bands, N frames of a
-spectrogram; `...` are batch dimensions.
+Letters of the shapes: B batch, T time, C channels, L samples, F frequency bands, N frames of a spectrogram;
+`...` are batch dimensions.
 """
 
 import math
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from basics import UserError
 
 INT16_FULL_SCALE = 32768
-PICTURE_ENLARGED = 2  # pixels a side of a spectrogram's cell
-SMALLEST_RANGE = 1e-6  # of values in it: silence is black
+PICTURE_ENLARGED = 2  # pixels per side of a spectrogram's cell
+SMALLEST_RANGE = 1e-6  # of its values: silence is black
 GREY, WHITE = 128, 255
 
 
 def waveform_keys(obs_space: Mapping[str, gymnasium.Space], config: Mapping) -> list[str]:
     """The audio keys that hold waveforms, (samples,) or (channels, samples).
 
-    These are all audio keys if `audio.sample_rate` is set, and else none. Raises UserError for an audio key
-    that cannot be what the config says it is.
+    These are all audio keys if `audio.sample_rate` is set, otherwise none. Raises UserError for an audio key
+    that does not fit the config.
     """
     patterns = (config.encoder.audio_keys, config.decoder.audio_keys)
     keys = [key for key in sorted(obs_space) if any(re.fullmatch(p, key) for p in patterns)]
@@ -35,7 +35,7 @@ def waveform_keys(obs_space: Mapping[str, gymnasium.Space], config: Mapping) -> 
             if obs_space[key].dtype == np.int16:
                 raise UserError(
                     f"Audio key {key!r} is int16, a waveform: set --audio.sample_rate to its rate in Hz, or "
-                    "give float32 if it is a vector or a spectrogram."
+                    "use float32 if it is a vector or a spectrogram."
                 )
         return []
     for key in keys:
@@ -50,9 +50,9 @@ def waveform_keys(obs_space: Mapping[str, gymnasium.Space], config: Mapping) -> 
 
 
 class Hearing(nn.Module):
-    """Turns the waveforms among observations into log-mel spectra; everything else passes as it is.
+    """Turns the waveforms among the observations into log-mel spectra and leaves the rest unchanged.
 
-    `obs_space` is the space of what comes out.
+    `obs_space` is the space of its output.
     """
 
     def __init__(self, obs_space: Mapping[str, gymnasium.Space], config: Mapping):
@@ -67,7 +67,7 @@ class Hearing(nn.Module):
             self.obs_space[key] = gymnasium.spaces.Box(0, np.inf, shape, np.float32)
 
     def forward(self, obs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """obs of [..., C, L] or [..., L] for each waveform -> the same with [..., C, F, N] in its place."""
+        """Replace each waveform [..., C, L] or [..., L] in `obs` by its spectra [..., C, F, N]."""
         if not self.keys:
             return obs
         batch = obs["is_first"].dim()
@@ -84,9 +84,9 @@ class LogMel(nn.Module):
 
     Args:
         sample_rate: in Hz.
-        n_fft: samples of a Hann window.
+        n_fft: samples per Hann window.
         hop_length: samples from one window to the next; the first is centred on the first sample.
-        n_mels: bands.
+        n_mels: number of bands.
         floor: power that counts as silence.
     """
 
@@ -96,15 +96,17 @@ class LogMel(nn.Module):
         window = torch.hann_window(n_fft)
         self.register_buffer("window", window, persistent=False)
         self.register_buffer("mel", mel_matrix(sample_rate, n_fft, n_mels), persistent=False)
-        self.scale = (2 / window.sum().item()) ** 2  # a tone's two halves, positive and negative frequency
+        self.scale = (
+            2 / window.sum().item()
+        ) ** 2  # positive and negative frequencies have half of a tone each
 
     def shape(self, samples: int) -> tuple[int, int]:
-        """Bands and frames of a waveform of so many samples."""
+        """Bands and frames of the spectrogram of a waveform."""
         return self.n_mels, 1 + samples // self.hop_length
 
     @torch.no_grad()
     def forward(self, wave: Tensor) -> Tensor:
-        """int16, or float with full scale 1, [..., L] -> [..., F, N]. Too loud is clipped, NaN is silence."""
+        """int16, or float with full scale 1, [..., L] -> [..., F, N]. Values are clipped; NaN is silence."""
         with torch.autocast(wave.device.type, enabled=False):
             x = wave.float() if wave.is_floating_point() else wave.float() / INT16_FULL_SCALE
             x = x.nan_to_num().clamp(-1, 1)
@@ -125,7 +127,7 @@ class LogMel(nn.Module):
 def mel_matrix(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
     """[n_mels, n_fft / 2 + 1]: triangles of height 1, evenly spaced in mel from 0 Hz to half the sample rate.
 
-    mel = 2595 log10(1 + Hz / 700), as HTK has it. Raises UserError for bands that no frequency falls into.
+    mel = 2595 log10(1 + Hz / 700), as in HTK. Raises UserError if a band contains no frequency.
     """
 
     def to_mel(hertz: float) -> float:
@@ -138,17 +140,17 @@ def mel_matrix(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
     matrix = torch.minimum((hertz - low) / (peak - low), (high - hertz) / (high - peak)).clamp(min=0)
     if empty := int((matrix.sum(1) == 0).sum()):
         raise UserError(
-            f"audio.n_mels {n_mels} is too many for audio.n_fft {n_fft}: {empty} bands lie between two "
-            "frequencies. Take fewer bands or a longer window."
+            f"audio.n_mels {n_mels} is too many for audio.n_fft {n_fft}: {empty} bands contain no frequency. "
+            "Use fewer bands or a longer window."
         )
     return matrix.float()
 
 
-# --- For people ----------------------------------------------------------------------------------------
+# --- Videos --------------------------------------------------------------------------------------------
 
 
 def track(wave: np.ndarray) -> np.ndarray:
-    """The waveforms of an episode [T, L] or [T, C, L] one after another: int16 [T * L, C]."""
+    """The concatenated waveforms of an episode, [T, L] or [T, C, L] -> int16 [T * L, C]."""
     wave = wave[:, None] if wave.ndim == 2 else wave
     if wave.dtype != np.int16:
         clipped = np.nan_to_num(wave.astype(np.float32)).clip(-1, 1)
@@ -157,11 +159,10 @@ def track(wave: np.ndarray) -> np.ndarray:
 
 
 def picture(truth: Tensor, prediction: Tensor, context: int) -> Tensor:
-    """Spectra [B, T, ..., F, N] or vectors [B, T, F] as a picture, uint8 [H, W, 1].
+    """Spectra [B, T, ..., F, N] or vectors [B, T, F] as an image, uint8 [H, W, 1].
 
-    A row for each sequence: left what was heard, in the middle the prediction, right the error (grey is
-    none). In each, time goes to the right, frequency upwards, and the ears are one above the other. A white
-    line shows where the `context` steps end.
+    One row per sequence: truth, prediction and error (grey: none) from left to right. In each, time runs to
+    the right, frequency upwards, and channels are stacked. A white line marks the end of the `context` steps.
     """
     strips = []
     for values in (truth, prediction):

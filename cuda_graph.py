@@ -1,4 +1,4 @@
-"""A training step recorded as a CUDA graph: its thousands of kernels are launched as one."""
+"""A training step recorded as a CUDA graph, which launches its thousands of kernels at once."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-WARMUP = 3  # calls before the recording, in which torch compiles, tunes and allocates
+WARMUP = 3  # calls before the recording, during which torch compiles, tunes and allocates
 
 Values = dict[str, Tensor]
 Step = Callable[[Mapping[str, Tensor]], tuple[Values, Values]]
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 
 class GraphedUpdate:
-    """`step` with the same results, launched by the GPU itself from the fourth call on.
+    """`step` with the same results, replayed as a CUDA graph from the fourth call on.
 
-    `step(data)` returns two dicts of tensors. Its shapes must stay the same, it must not wait for the GPU,
-    and draw from `generators` only. Where it cannot be recorded, it is called as before and the log says why.
-    Launching, not computing, is what limits a DreamerV3 update on a GPU (pytorch/rl #4216).
+    `step(data)` returns two dicts of tensors. Its shapes must not change, it must not wait for the GPU, and
+    it may draw from `generators` only. If it cannot be recorded, it is called as before, with a warning.
+    A DreamerV3 update on a GPU is limited by kernel launches, not by computation (pytorch/rl #4216).
     """
 
     def __init__(self, step: Step, *generators: torch.Generator):
@@ -44,7 +44,7 @@ class GraphedUpdate:
         return first, second
 
     def _on_side_stream(self, data: Mapping[str, Tensor]) -> tuple[Values, Values]:
-        """A call that leaves nothing on the default stream, as recording asks for."""
+        """Call the step without using the default stream, as the recording requires."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -59,12 +59,12 @@ class GraphedUpdate:
             graph.register_generator_state(generator)
         current, states = torch.cuda.current_stream(), [rng.get_state() for rng in self.generators]
         try:
-            # The thread that draws the next batch may copy meanwhile: it must not spoil the recording.
+            # The thread that draws the next batch may copy meanwhile, which must not end the recording.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.outputs = self.step(self.inputs)
         except RuntimeError as error:
             log.warning("The update cannot be recorded as a CUDA graph and runs without: %s", error)
-            # torch leaves its own stream set, and generators in the state of a recording (before 2.13).
+            # torch (before 2.13) leaves its own stream set, and generators in the recording's state.
             torch.cuda.set_stream(current)
             for generator, state in zip(self.generators, states, strict=True):
                 if generator.device.type == "cuda":

@@ -1,7 +1,7 @@
 """The output distributions of heads and latents.
 
 Each is built from a network's raw outputs and computes in float32, whatever the precision of the network.
-Sampling takes its noise as an argument, so that the caller owns every random draw.
+Sampling takes its noise as an argument, so that the caller controls every random draw.
 Letters: S latent variables, K classes, A action size; `...` are batch dimensions.
 """
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW_CLASSES = 16  # fewer than torch's vectorised softmax needs to be worth its overhead
+import fast
 
 
 def symlog(x: Tensor) -> Tensor:
@@ -25,21 +25,10 @@ def symexp(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.expm1(torch.abs(x))
 
 
-def softmax(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension [..., K].
-
-    torch vectorises along that dimension on a CPU, which does nothing for a handful of classes: then it is
-    8 times faster along another one.
-    """
-    if logits.shape[-1] >= FEW_CLASSES or logits.dim() < 2:
-        return F.softmax(logits, -1)
-    return F.softmax(logits.transpose(-1, -2).contiguous(), -2).transpose(-1, -2)
-
-
 class OneHot:
-    """Categorical over one-hot vectors [..., K], a share `unimix` of the uniform distribution mixed in.
+    """Categorical over one-hot vectors [..., K], mixed with a share `unimix` of the uniform distribution.
 
-    Gradients pass a sample straight through to the mixed probabilities. With `dims=1` log-probability,
+    Samples have straight-through gradients to the mixed probabilities. With `dims=1` log-probability,
     entropy and KL are summed over the last batch dimension, as for the S latents of a state.
     """
 
@@ -48,7 +37,7 @@ class OneHot:
 
     @cached_property
     def probs(self) -> Tensor:
-        probs = softmax(self.logits)  # [..., K]
+        probs = fast.softmax(self.logits)  # [..., K]
         if not self.unimix:
             return probs
         return (1 - self.unimix) * probs + self.unimix / probs.shape[-1]
@@ -62,7 +51,7 @@ class OneHot:
 
     def sample(self, noise: Tensor) -> Tensor:
         """One-hot sample [..., K] from uniform noise [..., 1] in [0, 1), by the cumulative sum."""
-        # Only K - 1 boundaries: rounding of the last sum cannot lead past the last class.
+        # Only K - 1 boundaries: rounding of the last sum cannot exceed the last class.
         index = (self.probs.detach().cumsum(-1)[..., :-1] <= noise).sum(-1)
         return self.straight_through(F.one_hot(index, self.probs.shape[-1]).to(self.probs.dtype))
 
@@ -91,15 +80,15 @@ class OneHot:
 
     def detach(self) -> "OneHot":
         copy = OneHot(self.logits.detach(), self.unimix, self.dims)
-        # Computed already; the properties would do it again.
+        # These are already computed; the properties would compute them again.
         copy.__dict__.update(probs=self.probs.detach(), log_probs=self.log_probs.detach())
         return copy
 
 
 class MaskedOneHot(OneHot):
-    """Categorical over those classes that are `available` (bool [..., K]); the others have probability 0.
+    """Categorical over the `available` classes (bool [..., K]); the others have probability 0.
 
-    The last class must be available. The uniform share is spread on what is available only.
+    The last class must be available. The uniform share covers the available classes only.
     """
 
     def __init__(self, logits: Tensor, unimix: float, available: Tensor):
@@ -109,12 +98,12 @@ class MaskedOneHot(OneHot):
     @cached_property
     def probs(self) -> Tensor:
         uniform = self.available / self.available.sum(-1, keepdim=True)
-        return (1 - self.unimix) * softmax(self.logits) + self.unimix * uniform
+        return (1 - self.unimix) * fast.softmax(self.logits) + self.unimix * uniform
 
     @cached_property
     def log_probs(self) -> Tensor:
-        """0 where nothing is available: nobody chooses it, and its probability is 0."""
-        if not self.unimix:  # probabilities may vanish
+        """0 for classes that are not available: they are never chosen and their probability is 0."""
+        if not self.unimix:  # probabilities may underflow
             return torch.where(self.available, F.log_softmax(self.logits, -1), 0.0)
         return torch.where(self.available, self.probs, 1.0).log()
 
@@ -166,7 +155,7 @@ def bounded_normal(raw_mean: Tensor, raw_std: Tensor, min_std: float, max_std: f
 
 
 class Binary:
-    """Bernoulli over a logit [...]; the target may be soft, as the discounted continuation is."""
+    """Bernoulli from a logit [...]; the target may be soft, like the discounted continuation."""
 
     def __init__(self, logit: Tensor):
         self.logit = logit.float()
@@ -182,7 +171,7 @@ class Binary:
 def symexp_bins(count: int) -> Tensor:
     """`count` bins [count] at symexp of even steps in [-20, 20], exactly symmetric around 0."""
     steps = (count + 1) // 2 if count % 2 else count // 2
-    # The reference's float32 arithmetic, step by step: at symexp(20) = 5e8 one rounding more is seen.
+    # The reference's float32 arithmetic, step by step: at symexp(20) = 5e8 an extra rounding matters.
     share = torch.arange(steps, dtype=torch.float32) * torch.tensor(1 / (steps - 1), dtype=torch.float32)
     half = symexp(-20 * (1 - share))
     half[-1] = 0 if count % 2 else half[-1]
@@ -190,9 +179,9 @@ def symexp_bins(count: int) -> Tensor:
 
 
 class TwoHot:
-    """A scalar as a categorical over bins [K]; a target is spread on its two neighbours (DreamerV3, eq. 10).
+    """A scalar as a categorical over bins [K]; targets are split between two neighbours (DreamerV3, eq. 10).
 
-    `symlog_space` is the older form: the bins lie evenly in symlog space and the mean is taken there.
+    `symlog_space` is the older form: bins are evenly spaced in symlog space and the mean is taken there.
     """
 
     def __init__(self, logits: Tensor, bins: Tensor, symlog_space: bool = False):
@@ -206,8 +195,8 @@ class TwoHot:
     def mean(self) -> Tensor:
         """The expected value [...]; exactly 0 for uniform probabilities, as at the start of training.
 
-        The bins are symmetric, so each term is added to that of its mirror image first, as the reference
-        does: large terms cancel before they are summed.
+        The bins are symmetric, so each term is first added to its mirror image, as in the reference: large
+        terms cancel before they are summed.
         """
         terms, half = F.softmax(self.logits, -1) * self.bins, self.bins.shape[-1] // 2
         pairs = terms[..., :half].flip(-1) + terms[..., -half:]
@@ -216,10 +205,10 @@ class TwoHot:
 
     @property
     def spread(self) -> Tensor:
-        """How uncertain the value is [...]: half of what lies between its 16 % and its 84 % quantile.
+        """The uncertainty of the value [...]: half the distance between its 16 % and 84 % quantiles.
 
-        For a Gaussian that is the standard deviation. The bins' own one would be ruled by the outermost: a
-        millionth of the probability at 5e8 makes half a million of it.
+        For a Gaussian that is the standard deviation. The standard deviation over the bins would be dominated
+        by the outermost: a probability of 1e-6 at 5e8 makes it half a million.
         """
         cumulative = F.softmax(self.logits, -1).cumsum(-1)
         low, high = ((cumulative < share).sum(-1).clamp(max=len(self.bins) - 1) for share in (0.16, 0.84))
@@ -240,8 +229,8 @@ class TwoHot:
         above = above.clamp(0, last)
         to_below = (self.bins[below] - target).abs()
         to_above = (self.bins[above] - target).abs()
-        # Outside the bins both neighbours are the outermost bin, and all mass belongs there. A NaN lies
-        # outside as well; adding it lets the loss become NaN, so that the update is skipped.
+        # Outside the bins both neighbours are the outermost bin, which gets all the mass. A NaN counts as
+        # outside as well; adding it makes the loss NaN, so that the update is skipped.
         weight_above = torch.where(below == above, 0.5 + 0 * target, to_below / (to_below + to_above))
         neighbours = torch.stack([below, above], -1)  # [..., 2]
         weights = torch.stack([1 - weight_above, weight_above], -1)  # [..., 2]

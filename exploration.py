@@ -1,9 +1,9 @@
-"""Explorers: who acts while a run explores, and for which reward besides the task's.
+"""Explorers: the actor that explores, and the intrinsic reward that is added to the task's.
 
-An explorer is a class in EXPLORERS. `Greedy` is the one that does nothing, and the base of all. `Curious` is
-the base of those that reward what the world model does not know: they say what the intrinsic reward of real
-transitions is, and what it is expected to be in imagination. They learn from the world model's states and
-send no gradient back.
+An explorer is a class in EXPLORERS. `Greedy` does nothing and is the base class. `Curious` is the base class
+of explorers that reward what the world model does not know. Their subclasses define the intrinsic reward of
+real transitions and its expectation in imagination. They learn from the world model's states and send no
+gradient back.
 Letters: B batch, T time, N rows, A actions, F feat, M ensemble members.
 """
 
@@ -23,8 +23,8 @@ from models import Data, ImagBehavior, Losses, Metrics, WorldModel, frozen, task
 from networks import State, action_classes
 
 FIFO_BATCHES = 16  # what lpm.fifo auto holds
-ROWS = 1024  # of an ensemble at a time: what it predicts for all imagined states would take gigabytes
-SMALLEST_STD = 1e-6  # of ensemble members: its square root still has a gradient, and its logarithm is finite
+ROWS = 1024  # of an ensemble at a time: its predictions for all imagined states would take gigabytes
+SMALLEST_STD = 1e-6  # of ensemble members: its gradient and its logarithm are finite
 
 
 class Random:
@@ -42,7 +42,7 @@ class Random:
                 index = [self.rng.integers(n, size=amount, dtype=np.int32) for n in classes]
                 index = np.stack(index, -1).reshape(amount, *space.shape)
                 out[key] = (index + space.start).astype(np.int32)
-            else:  # make_env has made its range [-1, 1]
+            else:  # make_env has scaled its range to [-1, 1]
                 values = self.rng.uniform(space.low, space.high, (amount, *space.shape))
                 out[key] = values.astype(np.float32)
         return out
@@ -52,9 +52,9 @@ class Random:
 
 
 class ErrorPredictor(nn.Module):
-    """g of LPM: an MLP with ELU, x [..., inputs] -> the error that is expected, [...].
+    """g of LPM: an MLP with ELU, x [..., inputs] -> the expected error [...].
 
-    Computed in float32 whatever the precision around it: progress is a small difference of its outputs.
+    Always in float32: progress is a small difference of its outputs.
     """
 
     def __init__(self, inputs: int, layers: int, units: int):
@@ -72,10 +72,10 @@ class ErrorPredictor(nn.Module):
 
 
 class ErrorFifo(nn.Module):
-    """The last `capacity` transitions, oldest out first, with the errors that were made when they came.
+    """The last `capacity` transitions, with the prediction errors at the time when they were added.
 
-    `shapes` gives the shape and dtype of each value of a transition. Its buffers are part of checkpoints.
-    Everything has a fixed shape and nothing waits for a GPU.
+    `shapes` gives the shape and dtype of each value of a transition. The buffers are part of checkpoints.
+    All shapes are fixed and nothing waits for a GPU.
     """
 
     def __init__(self, capacity: int, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]):
@@ -83,7 +83,7 @@ class ErrorFifo(nn.Module):
         self.capacity, self.names = capacity, list(shapes)
         for name, (shape, dtype) in shapes.items():
             self.register_buffer(name, torch.zeros(capacity, *shape, dtype=dtype))
-        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))  # in all, ever
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))  # in total
 
     @property
     def size(self) -> Tensor:
@@ -104,7 +104,7 @@ class ErrorFifo(nn.Module):
         self.pushed += rows
 
     def sample(self, rows: int, generator: torch.Generator | None) -> dict[str, Tensor]:
-        """{name: [rows, ...]}, uniformly, with repetitions; zeros as long as it is empty."""
+        """{name: [rows, ...]}, drawn uniformly with replacement; zeros while it is empty."""
         draws = torch.rand(rows, device=self.pushed.device, generator=generator)
         places = (draws * self.size).long().clamp(max=self.capacity - 1)  # rounding may reach the size
         return {name: getattr(self, name)[places] for name in self.names}
@@ -113,20 +113,20 @@ class ErrorFifo(nn.Module):
 def learning_progress(
     predicted: Tensor, error: Tensor, *, eta: float, floor: float, space: str = "log"
 ) -> Tensor:
-    """The intrinsic reward of LPM (arXiv 2509.25438): by how much the error fell, [...].
+    """The intrinsic reward of LPM (arXiv 2509.25438): the decrease of the error, [...].
 
-    `predicted` is of log(error + floor), learned from earlier errors. In `log` space progress counts in
-    ratios, in `linear` space (the authors' code) in units of the error.
+    `predicted` is a prediction of log(error + floor), learned from earlier errors. In `log` space progress is
+    a log ratio of errors, in `linear` space (the authors' code) their difference.
     """
     if space == "log":
         return eta * (predicted - (error + floor).log())
-    return eta * (predicted.exp() - floor) - error  # so that what is as expected brings nothing
+    return eta * (predicted.exp() - floor) - error  # 0 if the error is as predicted
 
 
 class Ensemble(nn.Module):
-    """M MLPs with ELU side by side, each initialised apart: x [N, inputs] -> [N, M, outputs].
+    """M MLPs with ELU, initialised independently: x [N, inputs] -> [N, M, outputs].
 
-    One product over all members in each layer. `layers` counts the hidden ones.
+    Each layer is one product for all members. `layers` counts the hidden layers.
     """
 
     def __init__(self, inputs: int, outputs: int, members: int, layers: int, units: int):
@@ -145,7 +145,7 @@ class Ensemble(nn.Module):
         return x.unflatten(-1, (self.members, -1))
 
     def spread(self, x: Tensor) -> Tensor:
-        """`spread` of the members' predictions for x [..., inputs]: [...]."""
+        """The `spread` [...] of the members' predictions for x [..., inputs]."""
         rows = x.flatten(0, -2)
         parts = [rows] if torch.is_grad_enabled() else rows.split(ROWS)
         return torch.cat([spread(self(part)) for part in parts]).unflatten(0, x.shape[:-1])
@@ -159,19 +159,19 @@ def spread(predictions: Tensor) -> Tensor:
 
 
 class RewardNorm(nn.Module):
-    """Divides by the running standard deviation where it is above 1, so that nothing is ever amplified."""
+    """The running standard deviation of rewards, at least 1, so that dividing by it never amplifies."""
 
     averages = ("moments",)  # buffers that are means over all learners
 
     def __init__(self, rate: float):
         super().__init__()
         self.rate = rate
-        # Running means of 1, x and x^2: the first one says how much of the zeros is still in the others.
+        # Running means of 1, x and x^2: the first corrects the bias of the initial zeros.
         self.register_buffer("moments", torch.zeros(3))
 
     @torch.no_grad()
     def update(self, mean: Tensor, square: Tensor) -> None:
-        """Move towards the mean of x and of x^2."""
+        """Update the running means with the means of x and x^2."""
         new = torch.stack([torch.ones_like(mean), mean, square])
         self.moments.lerp_(torch.where(new.isfinite().all(), new, self.moments), self.rate)
 
@@ -182,7 +182,7 @@ class RewardNorm(nn.Module):
 
 
 class Uniform:
-    """Continuous actions [..., A] from all of [-1, 1]."""
+    """Continuous actions [..., A], uniform in [-1, 1]."""
 
     def __init__(self, batch: torch.Size):
         self.batch = batch
@@ -193,10 +193,10 @@ class Uniform:
 
 
 class RandomActor:
-    """The interface of an `Actor` that takes every action alike: what `Random` is beside the agent."""
+    """An `Actor` whose actions are uniformly random."""
 
     def __init__(self, actions: networks.ActionVector):
-        self.parts = []  # the classes of each index, or the negative size of continuous actions
+        self.parts = []  # the number of classes of each index, or minus the size of continuous actions
         for key, size in actions.sizes.items():
             self.parts += actions.classes[key] or (-size,)
         self.sizes = [abs(part) for part in self.parts]
@@ -219,7 +219,7 @@ class RandomActor:
 
 
 class Greedy(nn.Module):
-    """No exploration: the task's actor acts, for the task's reward. The base of all explorers."""
+    """No exploration: the task's actor acts for the task's reward. The base class of all explorers."""
 
     curious = False  # whether there is an intrinsic reward
 
@@ -227,36 +227,36 @@ class Greedy(nn.Module):
         super().__init__()
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """All that the optimiser is to train of it, as `param_group` makes it."""
+        """The explorer's parameter groups for the optimiser, each from `param_group`."""
         return []
 
     def actor(self, task: ImagBehavior) -> Any:
-        """Who acts in training; `task` is the task's actor-critic."""
+        """The actor that acts in training; `task` is the task's actor-critic."""
         return task.actor
 
     def task_reward(self, feat: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-        """What the task's actor seeks in imagination: a `models.RewardSum`."""
+        """The task actor's reward in imagination: a `models.RewardSum`."""
         return task_reward(feat, action, reward)
 
     def loss(
         self, world_model: WorldModel, post: State, data: Data, generator: torch.Generator
     ) -> tuple[Losses, Metrics, Data]:
-        """Its losses (scalars), metrics, and `data` with the reward that the task's critic is to learn."""
+        """Its losses (scalars), metrics, and `data` with the reward that the task's critic learns."""
         return {}, {}, data
 
     def update_slow_critic(self) -> None:
-        """Move the slow critic of its own actor-critic, where it has one."""
+        """Update the slow critic of the explorer's own actor-critic, if it has one."""
 
     def adopt(self, weights: Mapping[str, Tensor], resume: bool) -> dict[str, Tensor]:
-        """Those `weights` of a checkpoint's explorer that this one goes on with.
+        """The `weights` of a checkpoint's explorer as this explorer loads them.
 
-        Without `resume` it begins a new run, perhaps of another task.
+        Without `resume` they start a new run, perhaps of another task.
         """
         return dict(weights)
 
 
 class RandomActions(Greedy):
-    """Uniformly random actions; what is learned from them is the task's actor."""
+    """Uniformly random actions, from which the task's actor learns."""
 
     def __init__(self, world_model: WorldModel, config: Mapping):
         super().__init__(world_model, config)
@@ -267,18 +267,18 @@ class RandomActions(Greedy):
 
 
 class Curious(Greedy):
-    """The base of explorers with an intrinsic reward, which is of a state and the action taken in it.
+    """The base class of explorers with an intrinsic reward, a function of a state and the action in it.
 
-    An heir gives `models` (what it learns), `learn` (its losses, and the intrinsic reward of real
+    A subclass defines `models` (its networks), `learn` (their losses, and the intrinsic reward of real
     transitions) and `expected` (that reward in imagination). The sum
 
         expl_extr_scale * task reward + expl_intr_scale * intrinsic reward / scale
 
-    is sought by the task's actor-critic (`expl_task_actor: shared`), or by one of its own (`separate`).
+    is maximised by the task's actor-critic (`expl_task_actor: shared`), or by a second one (`separate`).
     """
 
     curious = True
-    normalize = True  # what expl_normalize auto means
+    normalize = True  # the meaning of expl_normalize auto
 
     def __init__(self, world_model: WorldModel, config: Mapping):
         super().__init__(world_model, config)
@@ -292,20 +292,20 @@ class Curious(Greedy):
             self.behavior = ImagBehavior(rssm.feat_size, world_model.actions, config)
 
     def models(self) -> list[nn.Module]:
-        """Its networks but for actor and critic."""
+        """Its networks, except actor and critic."""
         raise NotImplementedError
 
     def learn(
         self, world_model: WorldModel, post: State, data: Data, action: Tensor, generator: torch.Generator
     ) -> tuple[Losses, Metrics, Tensor, Tensor]:
-        """Losses of its models, metrics, the intrinsic reward of real transitions [N] and which count [N].
+        """Losses of its models, metrics, the intrinsic reward of real transitions [N] and their mask [N].
 
-        post and data [B, T, ...], without a way for gradients; action [B, T-1, A], taken at each step.
+        post and data [B, T, ...], detached; action [B, T-1, A], taken at each step.
         """
         raise NotImplementedError
 
     def expected(self, x: Tensor) -> Tensor:
-        """The intrinsic reward [...] that is expected of `state_action` rows x [..., F + A]."""
+        """The expected intrinsic reward [...] of `state_action` rows x [..., F + A]."""
         raise NotImplementedError
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -320,13 +320,13 @@ class Curious(Greedy):
         return task.actor if self.shared else self.behavior.actor
 
     def intrinsic(self, feat: Tensor, action: Tensor) -> Tensor:
-        """The intrinsic reward [...], scaled, that is expected of states [..., F] and actions [..., A]."""
+        """The expected intrinsic reward [...], scaled, of states [..., F] and actions [..., A]."""
         with frozen(*self.models()):
             reward = self.expected(state_action(feat, action))
         return reward / self.norm.scale if self.normalized else reward
 
     def reward_sum(self, feat: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-        """What is sought: a `models.RewardSum`. A reward arrives with the state after its action."""
+        """The sum of both rewards: a `models.RewardSum`. A reward arrives with the state after its action."""
         bonus = self.intrinsic(feat[:, :-1], action)
         return self.config.expl_extr_scale * reward + self.config.expl_intr_scale * F.pad(bonus, (1, 0))
 
@@ -362,25 +362,25 @@ class Curious(Greedy):
 
 
 def param_group(module: nn.Module, lr: float | None) -> dict[str, Any]:
-    """A group of parameters for the optimiser; without `lr`, its own."""
+    """A parameter group for the optimiser; without `lr`, with the optimiser's learning rate."""
     return {"params": list(module.parameters())} | ({} if lr is None else {"lr": lr})
 
 
 def state_action(feat: Tensor, action: Tensor) -> Tensor:
-    """feat [..., F] and action [..., A] as one vector; actions are bounded as the RSSM does it."""
+    """feat [..., F] and action [..., A] as one vector; actions are bounded as in the RSSM."""
     return torch.cat([feat, (action / action.detach().abs().clamp(min=1)).to(feat.dtype)], -1)
 
 
 def masked_mean(x: Tensor, live: Tensor) -> Tensor:
-    """The mean of x where `live`; 0 where nothing is."""
+    """The mean of x where `live`; 0 if `live` is nowhere true."""
     return torch.where(live, x, 0.0).sum() / live.sum().clamp(min=1)
 
 
 class Plan2Explore(Curious):
-    """Rewards what an ensemble of next-state models disagrees about (Plan2Explore, arXiv 2005.05960).
+    """Rewards the disagreement of an ensemble of next-state models (Plan2Explore, arXiv 2005.05960).
 
-    Its members predict the next `disag_target` from a state and the action taken in it. What is noise to all
-    of them they agree about in the end: each predicts the mean.
+    Its members predict the next `disag_target` from a state and the action taken in it. Noise is no lasting
+    reward: in the end all members predict its mean.
     """
 
     def __init__(self, world_model: WorldModel, config: Mapping):
@@ -409,15 +409,15 @@ class Plan2Explore(Curious):
         return disagreement.log() if self.config.disag_log else disagreement
 
     def disagreement(self, feat: Tensor, action: Tensor) -> Tensor:
-        """The ensemble's spread [...] about what follows states [..., F] and actions [..., A]."""
+        """The spread [...] of the ensemble's predictions for states [..., F] and actions [..., A]."""
         return self.ensemble.spread(state_action(feat, action))
 
 
 class Surprise(Curious):
-    """Rewards today's prediction error itself: the foil, which noise catches for ever.
+    """Rewards the prediction error itself: the baseline, which noise attracts for ever.
 
-    The error needs the observation that followed, which imagination does not have. So a head learns the
-    reward from state and action.
+    The error depends on the next observation, which imagination does not have. So a head learns the reward
+    from state and action.
     """
 
     def __init__(self, world_model: WorldModel, config: Mapping):
@@ -425,10 +425,10 @@ class Surprise(Curious):
         if config.lpm.error == "image" and not any(world_model.decoder.keys):
             raise UserError(
                 "--lpm.error image measures reconstructed observations, and no pattern of --decoder.*_keys "
-                "fits any: use --lpm.error latent or kl"
+                "matches any: use --lpm.error latent or kl"
             )
         self.head = networks.TwoHotHead(self.inputs, config.reward_head)
-        # Sequences of a batch whose error is measured, and the transitions in them.
+        # The number of sequences of a batch whose error is measured, and of their transitions.
         self.sequences = max(1, round(config.lpm.share * config.batch_size))
         self.rows = self.sequences * (config.batch_length - 1)
 
@@ -445,18 +445,18 @@ class Surprise(Curious):
         live = ~data["is_first"][:, 1:].flatten()
         state = {k: post[k][:, :-1].flatten(0, 1) for k in ("deter", "stoch")}  # [N, ...]
         action = action.flatten(0, 1)
-        losses, metrics, reward = self.judge(world_model.rssm, state, action, error, live, generator)
+        losses, metrics, reward = self.real_reward(world_model.rssm, state, action, error, live, generator)
         predicted = self.head(state_action(world_model.rssm.feat(state), action))
         losses["expl_head"] = masked_mean(predicted.loss(reward), live)
         metrics["expl/error"] = masked_mean(error, live)
         metrics["expl/reward_pred"] = masked_mean(predicted.mean.detach(), live)
         return losses, metrics, reward, live
 
-    def judge(
+    def real_reward(
         self, rssm: networks.RSSM, state: State, action: Tensor, error: Tensor, live: Tensor,
         generator: torch.Generator,
     ) -> tuple[Losses, Metrics, Tensor]:  # fmt: skip
-        """The reward [N] of transitions from `state` [N, ...] by `action` [N, A] that had `error` [N]."""
+        """Losses, metrics and reward [N] of real transitions: state [N, ...], action [N, A], error [N]."""
         return {}, {}, error
 
     def expected(self, x: Tensor) -> Tensor:
@@ -464,13 +464,13 @@ class Surprise(Curious):
 
 
 class LPM(Surprise):
-    """Learning Progress Monitoring (Hou, An, Du, arXiv 2509.25438): rewards by how much the error fell.
+    """Learning Progress Monitoring (Hou, An, Du, arXiv 2509.25438): rewards the decrease of the error.
 
-    `predictor` regresses the log of errors made in earlier updates, from a FIFO, so it speaks for the model
-    as it was. It learns the level of what cannot be learned, noise, as well: there is no progress in it.
+    `predictor` regresses the log errors of earlier updates, kept in a FIFO, so it represents the earlier
+    model. It also learns the level of noise, which brings no progress.
     """
 
-    normalize = False  # progress that has vanished must stay vanished
+    normalize = False  # dividing by a small deviation would bring back progress that has vanished
 
     def __init__(self, world_model: WorldModel, config: Mapping):
         super().__init__(world_model, config)
@@ -493,19 +493,18 @@ class LPM(Surprise):
 
     def param_groups(self) -> list[dict[str, Any]]:
         groups = super().param_groups()
-        # No warm-up: as long as the predictor has not learned the errors' level, that level would look like
-        # progress.
+        # No warm-up: until the predictor has learned the level of the errors, that level looks like progress.
         index = self.models().index(self.predictor)
         groups[index] |= {"lr": self.config.lpm.error_lr, "warmup": 0}
         return groups
 
     def adopt(self, weights: Mapping[str, Tensor], resume: bool) -> dict[str, Tensor]:
         own = {f"fifo.{name}": value for name, value in self.fifo.state_dict().items()}
-        # Errors of another run, or as many as other batches have, are no past of this one.
+        # Errors of another run, or for another batch size, say nothing about this one.
         keep = resume and all(key in weights and weights[key].shape == own[key].shape for key in own)
         return dict(weights) if keep else {**weights, **own}
 
-    def judge(self, rssm, state, action, error, live, generator):
+    def real_reward(self, rssm, state, action, error, live, generator):
         c = self.config.lpm
         with torch.no_grad():
             predicted = self._predict(rssm, state, action)
@@ -518,7 +517,7 @@ class LPM(Surprise):
         losses = {"expl_model": masked_mean((expected - past["error"]).square(), past["live"])}
         deter, stoch = rssm.pack(state)
         errors = (error + c.error_floor).log()
-        # What is not finite skips this update, and must not come back in those that draw it.
+        # An update with values that are not finite is skipped; later updates must not draw them either.
         known = {"error": errors.nan_to_num(0, 0, 0), "live": live & errors.isfinite()}
         self.fifo.push({"deter": deter.nan_to_num(), "stoch": stoch, "action": action.nan_to_num(), **known})
         metrics = {"expl/error_pred": masked_mean(predicted.exp() - c.error_floor, live)}
@@ -530,7 +529,7 @@ class LPM(Surprise):
         return self.predictor(state_action(feat, action))
 
 
-# Adding an explorer is a class and a line here.
+# To add an explorer, add its class here.
 EXPLORERS: dict[str, type[Greedy]] = {
     "greedy": Greedy,
     "random": RandomActions,

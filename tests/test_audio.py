@@ -168,7 +168,7 @@ def test_what_an_audio_key_may_be():
         make_agent(audio=box((2, 512), np.int16))
     with pytest.raises(UserError, match="must be a waveform"):
         make_agent("--audio.sample_rate", "8000", audio=box((2, 3, 512)))
-    with pytest.raises(UserError, match="Take fewer bands or a longer window"):
+    with pytest.raises(UserError, match="Use fewer bands or a longer window"):
         make_agent("--audio.sample_rate", "8000", "--n_mels", "200", "--n_fft", "256", audio=box((512,)))
     with pytest.raises(UserError, match="2 halvings are too many for the 8 bands x 3 frames of 'audio'"):
         make_agent("--audio_net", "cnn", audio=box((8, 3)))

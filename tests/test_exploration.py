@@ -203,11 +203,11 @@ def test_error_of_the_next_step_belongs_to_the_state_and_the_action_taken_in_it(
     agent = explorer_agent(name)
     model, seen = agent.world_model, {}
 
-    def judge(rssm, state, action, error, live, generator):
+    def real_reward(rssm, state, action, error, live, generator):
         seen.update(state=state, action=action, error=error, live=live)
         return {}, {}, error
 
-    monkeypatch.setattr(agent.explorer, "judge", judge)
+    monkeypatch.setattr(agent.explorer, "real_reward", real_reward)
     batch = make_batch(agent)
     batch["is_first"][:, 3] = True
     post, data = model.observe(agent.upload(batch), agent.rngs["train"])
@@ -461,7 +461,7 @@ class Source:
         self.opt, self.rng = self.agent.opt, torch.Generator().manual_seed(0)
 
     def reward(self, error: torch.Tensor) -> float:
-        losses, _, reward = self.lpm.judge(
+        losses, _, reward = self.lpm.real_reward(
             self.agent.rssm, self.state, self.action, error, self.live, self.rng
         )
         self.opt.zero_grad()
@@ -501,7 +501,7 @@ def test_lpm_takes_eta_and_space_from_the_config(space):
     source.reward(torch.full((64,), 0.2))
     expected = source.lpm._predict(source.agent.rssm, source.state, source.action)
     error = torch.full((64,), 0.1)
-    _, _, reward = source.lpm.judge(
+    _, _, reward = source.lpm.real_reward(
         source.agent.rssm, source.state, source.action, error, source.live, source.rng
     )
     by_hand = {"log": 3 * (expected - math.log(0.11)), "linear": 3 * (expected.exp() - 0.01) - 0.1}
@@ -513,8 +513,8 @@ def test_lpm_learns_nothing_from_masked_transitions_and_none_that_is_not_finite_
     source.live[:32] = False
     error = torch.full((64,), 0.1)
     error[:32], error[40] = 1e6, float("nan")
-    source.lpm.judge(source.agent.rssm, source.state, source.action, error, source.live, source.rng)
-    losses, _, _ = source.lpm.judge(
+    source.lpm.real_reward(source.agent.rssm, source.state, source.action, error, source.live, source.rng)
+    losses, _, _ = source.lpm.real_reward(
         source.agent.rssm, source.state, source.action, error, source.live, source.rng
     )
     state = {k: v[32:33] for k, v in source.state.items()}

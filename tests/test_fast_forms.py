@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import config as configs
+import fast
 import networks
 import replay
 from agent import precision
@@ -20,7 +21,7 @@ ROWS = {"vectors": (3, 7, 24), "one row": (1, 24), "more than a chunk": (50, 24)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(networks, "CHUNK", 256)
+    monkeypatch.setattr(fast, "CHUNK", 256)
 
 
 def gradients(function, *inputs):
@@ -40,8 +41,8 @@ def assert_same(fast, plain, rtol=1e-5, atol=1e-5):
 def test_chunked_norm_is_the_plain_one(shape):
     torch.manual_seed(0)
     x, weight = 3 * torch.randn(shape), torch.rand(shape[-1]) + 0.5
-    fast = gradients(lambda x, w: networks.ChunkedNormSiLU.apply(x, w, torch.float32), x, weight)
-    assert_same(fast, gradients(networks.rms_norm_silu, x, weight))
+    chunked = gradients(lambda x, w: fast.ChunkedNormSiLU.apply(x, w, torch.float32), x, weight)
+    assert_same(chunked, gradients(fast.plain_rms_norm_silu, x, weight))
 
 
 def test_chunked_norm_over_channels_and_of_zeros():
@@ -51,7 +52,7 @@ def test_chunked_norm_over_channels_and_of_zeros():
     norm = networks.RMSNormSiLU(12)
 
     def plain(x):
-        return networks.rms_norm_silu(x.permute(0, 2, 3, 1), norm.weight).permute(0, 3, 1, 2)
+        return fast.plain_rms_norm_silu(x.permute(0, 2, 3, 1), norm.weight).permute(0, 3, 1, 2)
 
     assert_same(gradients(lambda x: networks.channel_norm_silu(norm, x), x), gradients(plain, x))
 
@@ -62,7 +63,7 @@ def test_chunked_norm_rounds_once_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         out = norm(x)
     assert out.dtype == torch.bfloat16
-    exact = networks.rms_norm_silu(x.double().float(), norm.weight)
+    exact = fast.plain_rms_norm_silu(x.double().float(), norm.weight)
     torch.testing.assert_close(out.float(), exact, rtol=2**-8, atol=1e-6)
 
 
@@ -79,8 +80,8 @@ def test_chunked_pooling_is_the_plain_one_where_pixels_tie_too(dtype):
     torch.manual_seed(0)
     x = torch.randint(-2, 3, (7, 3, 8, 6)).to(dtype)  # few values, so that many pixels are equal
     x = x.contiguous(memory_format=torch.channels_last)
-    fast, plain = (gradients(f, x) for f in (networks.ChunkedMaxPool.apply, lambda x: F.max_pool2d(x, 2)))
-    assert_same(fast, plain, rtol=0, atol=0)
+    chunked, plain = (gradients(f, x) for f in (fast.ChunkedMaxPool.apply, lambda x: F.max_pool2d(x, 2)))
+    assert_same(chunked, plain, rtol=0, atol=0)
 
 
 def test_imagination_with_weights_rounded_beforehand_is_the_same_to_the_bit():
@@ -96,8 +97,8 @@ def test_imagination_with_weights_rounded_beforehand_is_the_same_to_the_bit():
         with torch.no_grad():
             weights = rssm.split_weights()
             assert weights.dyn_state.dtype == torch.bfloat16
-            fast = rssm.imagine(state, action, noise, weights)
-    assert all(torch.equal(fast[key], plain[key]) for key in plain)
+            rounded = rssm.imagine(state, action, noise, weights)
+    assert all(torch.equal(rounded[key], plain[key]) for key in plain)
 
 
 @pytest.mark.parametrize(("hidden", "rounded"), [(16, False), (128, True)])
