@@ -1,8 +1,8 @@
-"""The replay: steps in a ring, drawn as windows, uniformly or by curiosity.
+"""The replay: a ring of steps from which windows are drawn, uniformly or by curiosity.
 
-Each environment has its own stream of `rows` steps with one write head. A position counts the steps of a
-stream from its start and never goes back; its slot in the ring is position % rows. A window is
-`context + batch_length` steps in a row (L), so it never crosses the head, but it may run over a reset.
+Each environment writes its own stream of `rows` steps with one write head. A position counts the steps of a
+stream from its start and never decreases; its slot in the ring is position % rows. A window is
+`context + batch_length` consecutive steps (L). It never crosses the head, but may cross a reset.
 
 Letters: B batch, T batch_length, L window, N all slots of all streams, D deter, S stoch.
 """
@@ -22,191 +22,32 @@ from basics import UserError, free_disk, free_memory, numpy_rng
 from episodes import BrokenEpisode, EpisodeFile, EpisodeWriter, Layout, Rows, step_layout, step_limits
 
 MOMENT = re.compile(r"\d{8}T\d{6}-[0-9a-f]+")  # folders that `save` makes
-NO_CLASS = 255  # stoch of a step without latents: no class is set, the agent makes a zero state of it
-MAX_CAPACITY = 1_000_000  # steps that `auto` takes at most
-AUTO_SHARE = 0.5  # of the free memory that `auto` takes at most
-FULL_SHARE = 0.9  # of the free memory that an explicit capacity may take
+NO_CLASS = 255  # stoch of a step without latents: no class is set, which the agent reads as a zero state
+MAX_CAPACITY = 1_000_000  # largest capacity, in steps, that `auto` chooses
+AUTO_SHARE = 0.5  # largest share of the free memory that `auto` uses
+FULL_SHARE = 0.9  # largest share of the free memory that an explicit capacity may use
 GIB = 2**30
 
 
-# --- Sampling ------------------------------------------------------------------------------------------
-
-
-def window_counts(heads: np.ndarray, rows: int, window: int) -> np.ndarray:
-    """How many windows each stream holds. [n_envs]"""
-    return np.maximum(np.minimum(heads, rows) - window + 1, 0)
-
-
-class Uniform:
-    """Draws each window of each stream with the same probability."""
-
-    nbytes = 0
-
-    def __init__(self, rows: int, window: int):
-        self.rows, self.window = rows, window
-
-    def draw(self, amount: int, heads: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(stream, start) of `amount` windows. int64 [amount, 2]"""
-        ends = np.cumsum(window_counts(heads, self.rows, self.window))
-        index = rng.integers(ends[-1], size=amount)
-        env = np.searchsorted(ends, index, side="right")
-        # The last window of a stream is the last of its share of the indices.
-        start = heads[env] - self.window - (ends[env] - 1 - index)
-        return np.stack([env, start], 1)
-
-    def add(self, slots: np.ndarray) -> None:
-        """All steps are alike."""
-
-    def update(self, slots: np.ndarray, loss: np.ndarray) -> None:
-        """All losses are alike."""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Nothing to keep."""
-        return {}
-
-    def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Nothing was kept."""
-
-
-class Curious:
-    """Curious Replay (arXiv 2306.15934): draws what was seen seldom or is predicted badly.
-
-    The priority of a step that was trained on v times, last with the loss l, is
-    c * beta**v + (|l| + eps)**alpha. A new step gets the largest priority so far. A window is drawn by the
-    priority of its first step after the context.
-
-    Priorities are kept for every step. The tree holds only those of steps at which a window can begin, and
-    learns what has changed just before a draw: O(log N) for each changed step.
-    """
-
-    def __init__(self, n_envs, rows, window, context, *, c=1e4, beta=0.7, alpha=0.7, eps=0.01):
-        self.rows, self.window, self.context = rows, window, context
-        self.c, self.beta, self.alpha, self.eps = c, beta, alpha, eps
-        self.priority = np.zeros(n_envs * rows, np.float32)  # [N]
-        self.visits = np.zeros(n_envs * rows, np.int32)  # [N]
-        self.largest = np.float32(c + eps**alpha)
-        self.tree = SumTree(n_envs * rows)
-        self.offsets = np.arange(n_envs) * rows
-        self.synced = np.zeros(n_envs, np.int64)  # heads that the tree knows
-        self.changed: list[np.ndarray] = []  # slots with new priorities that it does not know
-
-    @staticmethod
-    def bytes_for(steps: int) -> int:
-        """What the sampler needs for so many steps."""
-        return 8 * steps + SumTree.bytes_for(steps)
-
-    @property
-    def nbytes(self) -> int:
-        return self.bytes_for(len(self.priority))
-
-    def add(self, slots: np.ndarray) -> None:
-        """Take new steps."""
-        self.priority[slots] = self.largest
-        self.visits[slots] = 0
-
-    def update(self, slots: np.ndarray, loss: np.ndarray) -> None:
-        """Count a visit of these steps and take their losses [n]. Those that are not finite are skipped."""
-        finite = np.isfinite(loss)
-        slots, loss = slots[finite], loss[finite]
-        np.add.at(self.visits, slots, 1)  # a step may be in several windows of the batch
-        novelty = self.c * self.beta ** self.visits[slots].astype(np.float64)
-        self.priority[slots] = novelty + (np.abs(loss) + self.eps) ** self.alpha
-        self.largest = max(self.largest, self.priority[slots].max(initial=0))
-        self.changed.append(slots)
-
-    def draw(self, amount: int, heads: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(stream, start) of `amount` windows. int64 [amount, 2]"""
-        self._sync(heads)
-        slots = self.tree.find(rng.random(amount))
-        env = slots // self.rows
-        return np.stack([env, self._position(slots, heads) - self.context], 1)
-
-    def _position(self, slots: np.ndarray, heads: np.ndarray) -> np.ndarray:
-        """Position of the step that each slot holds; negative for none yet."""
-        last = heads[slots // self.rows] - 1
-        return last - (last - slots) % self.rows  # stream offsets are multiples of rows
-
-    def _sync(self, heads: np.ndarray) -> None:
-        changed = self.changed
-        for env in np.flatnonzero(heads != self.synced):
-            # New steps complete windows that begin before them, and evict one that begins after them.
-            start = max(self.synced[env], heads[env] - self.rows) - self.window
-            moved = np.arange(start, heads[env] + self.context)[-self.rows :]
-            changed.append(moved % self.rows + self.offsets[env])
-        if changed:
-            slots = np.concatenate(changed)
-            start = self._position(slots, heads) - self.context
-            env = slots // self.rows
-            valid = (start >= np.maximum(heads[env] - self.rows, 0)) & (start + self.window <= heads[env])
-            self.tree.set(slots, np.where(valid, self.priority[slots], 0))
-        self.changed = []
-        self.synced = heads.copy()
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What the next run needs."""
-        return {"priority": self.priority, "visits": self.visits, "largest": self.largest}
-
-    def load(self, arrays: dict[str, np.ndarray]) -> None:
-        """Take what `arrays` gave; nothing makes all steps new."""
-        if arrays:
-            self.priority[:], self.visits[:] = arrays["priority"], arrays["visits"]
-            self.largest = arrays["largest"][()]
-        self.synced[:] = 0
-
-
-class SumTree:
-    """Weights of `size` slots in a binary tree of sums. Node 1 is the root, 2i and 2i + 1 are below i."""
-
-    def __init__(self, size: int):
-        self.depth = max(1, (size - 1).bit_length())
-        self.nodes = np.zeros(2 << self.depth)  # float64; the last half are the slots
-
-    @staticmethod
-    def bytes_for(size: int) -> int:
-        return 8 * (2 << max(1, (size - 1).bit_length()))
-
-    def set(self, slots: np.ndarray, weights: np.ndarray) -> None:
-        """Set weights [n] and all sums above them."""
-        nodes = slots + (1 << self.depth)
-        self.nodes[nodes] = weights
-        for _ in range(self.depth):
-            nodes = nodes >> 1
-            # Neighbours share parents; where the same one comes again later, it gets the same sum again.
-            nodes = nodes[np.diff(nodes, prepend=0) != 0]
-            self.nodes[nodes] = self.nodes[2 * nodes] + self.nodes[2 * nodes + 1]
-
-    def find(self, shares: np.ndarray) -> np.ndarray:
-        """The slots [n] at which the running sum of weights passes these shares (0 to 1) of the total."""
-        rest = shares * self.nodes[1]
-        node = np.ones(len(shares), np.int64)
-        for _ in range(self.depth):
-            left = self.nodes[2 * node]
-            # Rounding must not lead to a branch without weight.
-            right = (rest >= left) & (self.nodes[2 * node + 1] > 0)
-            rest = np.where(right, rest - left, rest)
-            node = 2 * node + right
-        return node - (1 << self.depth)
-
-
-# --- The ring ------------------------------------------------------------------------------------------
+# --- Capacity and place --------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
     capacity: int  # steps of all streams together
     backend: str  # tensor or memmap
-    nbytes: int  # what the full ring needs
-    line: str  # what was chosen, for the user
+    nbytes: int  # size of the full ring
+    line: str  # summary for the user
 
 
 class Loaded(NamedTuple):
-    steps: int  # in the ring now
+    steps: int  # in the ring
     transitions: int  # of them not is_first
-    exact: bool  # the ring is as it was, and open episodes may go on
-    lines: list[str]  # what the user should know
+    exact: bool  # the ring is as saved, and open episodes may continue
+    lines: list[str]  # messages for the user
 
 
 def ring_layout(spaces: Mapping, deter_size: int, stoch_size: int, classes: int) -> Layout:
-    """How a step is stored, latents included. `classes` 0 means Gaussian latents."""
+    """Shape and dtype of each stored key of a step, latents included. `classes` 0 means Gaussian latents."""
     if classes > NO_CLASS:
         raise UserError(f"rssm.classes is {classes}, but the replay stores at most {NO_CLASS}.")
     latents: Layout = {
@@ -225,70 +66,231 @@ def plan(
     folder: str | os.PathLike = ".",
     sampler: str = "uniform",
 ) -> Plan:
-    """Decide how many steps the ring holds and where. The variable LORE_REPLAY_BACKEND overrides `backend`.
+    """Choose the ring's capacity and backend.
 
     Args:
-        layout: of `ring_layout`.
+        layout: from `ring_layout`.
         window: steps of a window (batch_length + context); each stream must hold one.
-        capacity: in steps; auto is 1e6, or what half of the free memory holds if that is less.
-        backend: auto takes memmap where an explicit capacity needs more than half of the free RAM.
-        folder: where the files of memmap would go; it need not exist.
+        capacity: in steps; auto is 1e6, or what fits into half of the free memory if that is less.
+        backend: tensor, memmap, or auto: memmap where an explicit capacity needs more than half of the free
+            RAM. The environment variable LORE_REPLAY_BACKEND takes precedence.
+        folder: where memmap would put its files; it need not exist.
 
-    Raises UserError if the capacity fits nowhere or is too small.
+    Raises UserError if the capacity does not fit or is too small.
     """
-    asked = backend = os.environ.get("LORE_REPLAY_BACKEND") or backend
+    backend = os.environ.get("LORE_REPLAY_BACKEND") or backend
     if backend not in ("auto", "tensor", "memmap"):
         raise UserError(f"LORE_REPLAY_BACKEND is {backend!r}; use tensor or memmap.")
-    per_step = sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in layout.values())
-    ram, disk = free_memory(), free_disk(folder)
-
-    def need(steps: int) -> int:
-        return steps * per_step + (Curious.bytes_for(steps) if sampler == "curious" else 0)
-
+    free = {"tensor": free_memory(), "memmap": free_disk(folder)}
     if capacity == "auto":
-        room = AUTO_SHARE * (disk if backend == "memmap" else ram)
-        capacity = MAX_CAPACITY
-        if need(capacity) > room:
-            capacity = int(capacity * room / need(capacity))
         backend = "tensor" if backend == "auto" else backend
+        room = AUTO_SHARE * free[backend]
+        capacity = min(MAX_CAPACITY, int(MAX_CAPACITY * room / _ring_bytes(layout, MAX_CAPACITY, sampler)))
     capacity = int(capacity) // n_envs * n_envs
-    nbytes = need(capacity)
     if capacity < n_envs * window:
         raise UserError(
             f"replay.capacity is {capacity} steps, but {n_envs} environments with windows of {window} steps "
             f"need {n_envs * window}. Raise it, or set batch_length or envs.amount lower."
         )
+    nbytes, chosen = _ring_bytes(layout, capacity, sampler), backend
     if backend == "auto":
-        short = nbytes > AUTO_SHARE * ram
-        backend = "memmap" if short and nbytes <= FULL_SHARE * disk else "tensor"
-    free = disk if backend == "memmap" else ram
-    if nbytes > FULL_SHARE * free:
-        most = int(capacity * FULL_SHARE * (max(ram, disk) if asked == "auto" else free) / nbytes)
-        raise UserError(
-            f"replay.capacity {capacity} needs {nbytes / GIB:.2f} GiB, but {ram / GIB:.2f} GiB of RAM and "
-            f"{disk / GIB:.2f} GiB of disk are free. Set replay.capacity to auto or to {most} at most"
-            + (", or replay.backend to auto." if asked == "tensor" and nbytes <= FULL_SHARE * disk else ".")
+        ram_is_short = nbytes > AUTO_SHARE * free["tensor"]
+        chosen = "memmap" if ram_is_short and nbytes <= FULL_SHARE * free["memmap"] else "tensor"
+    if nbytes > FULL_SHARE * free[chosen]:
+        most = int(
+            capacity * FULL_SHARE * (max(free.values()) if backend == "auto" else free[chosen]) / nbytes
         )
-    place = f"files in {folder}" if backend == "memmap" else "RAM"
-    place += ", as LORE_REPLAY_BACKEND says" if os.environ.get("LORE_REPLAY_BACKEND") else ""
-    size = f"{nbytes / GIB:.2f} GiB when full, {free / GIB:.2f} GiB free"
-    return Plan(capacity, backend, nbytes, f"Replay: {capacity} steps in {place} ({size})")
+        raise UserError(
+            f"replay.capacity {capacity} needs {nbytes / GIB:.2f} GiB, but {free['tensor'] / GIB:.2f} GiB of "
+            f"RAM and {free['memmap'] / GIB:.2f} GiB of disk are free. Set replay.capacity to auto or to "
+            f"{most} at most" + ("." if backend == "auto" else ", or replay.backend to auto.")
+        )
+    place = f"files in {folder}" if chosen == "memmap" else "RAM"
+    size = f"{nbytes / GIB:.2f} GiB when full, {free[chosen] / GIB:.2f} GiB free"
+    return Plan(capacity, chosen, nbytes, f"Replay: {capacity} steps in {place} ({size})")
+
+
+def _ring_bytes(layout: Layout, steps: int, sampler: str) -> int:
+    """Bytes of a full ring with its sampler."""
+    per_step = sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in layout.values())
+    return steps * per_step + (Curious.bytes_for(steps) if sampler == "curious" else 0)
+
+
+# --- Sampling ------------------------------------------------------------------------------------------
+
+
+def window_counts(heads: np.ndarray, rows: int, window: int) -> np.ndarray:
+    """Windows that each stream holds, of `rows` steps before its head: int64 [n_envs]."""
+    return np.maximum(np.minimum(heads, rows) - window + 1, 0)
+
+
+class Uniform:
+    """Draws all windows of all streams with equal probability."""
+
+    nbytes = 0
+
+    def __init__(self, rows: int, window: int):
+        self.rows, self.window = rows, window
+
+    def draw(self, amount: int, heads: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(stream, start) of `amount` windows. int64 [amount, 2]"""
+        ends = np.cumsum(window_counts(heads, self.rows, self.window))
+        index = rng.integers(ends[-1], size=amount)
+        env = np.searchsorted(ends, index, side="right")
+        # Counted back from each stream's last window.
+        start = heads[env] - self.window - (ends[env] - 1 - index)
+        return np.stack([env, start], 1)
+
+    def add(self, slots: np.ndarray) -> None:
+        """Ignored."""
+
+    def update(self, slots: np.ndarray, loss: np.ndarray) -> None:
+        """Ignored."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """No state."""
+        return {}
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """No state."""
+
+
+class Curious:
+    """Curious Replay (arXiv 2306.15934): prefers steps that were seldom trained on or are predicted badly.
+
+    The priority of a step that was trained on v times, last with loss l, is c * beta**v + (|l| + eps)**alpha.
+    A new step gets the largest priority so far. A window has that of its first step after the context.
+
+    Priorities are stored for every step. The tree holds only those of steps at which a window can begin, and
+    is updated just before a draw: O(log N) per changed step.
+    """
+
+    def __init__(self, n_envs, rows, window, context, *, c=1e4, beta=0.7, alpha=0.7, eps=0.01):
+        self.rows, self.window, self.context = rows, window, context
+        self.c, self.beta, self.alpha, self.eps = c, beta, alpha, eps
+        self.priority = np.zeros(n_envs * rows, np.float32)  # [N]
+        self.visits = np.zeros(n_envs * rows, np.int32)  # [N]
+        self.largest = np.float32(c + eps**alpha)
+        self.tree = SumTree(n_envs * rows)
+        self.offsets = np.arange(n_envs) * rows
+        self.synced = np.zeros(n_envs, np.int64)  # heads at the last update of the tree
+        self.changed: list[np.ndarray] = []  # slots with new priorities since then
+
+    @staticmethod
+    def bytes_for(steps: int) -> int:
+        """Memory that the sampler needs for so many steps."""
+        return 8 * steps + SumTree.bytes_for(steps)
+
+    @property
+    def nbytes(self) -> int:
+        return self.bytes_for(len(self.priority))
+
+    def add(self, slots: np.ndarray) -> None:
+        """Give new steps the largest priority."""
+        self.priority[slots] = self.largest
+        self.visits[slots] = 0
+
+    def update(self, slots: np.ndarray, loss: np.ndarray) -> None:
+        """Count a visit to these steps and set their losses [n]. Losses that are not finite are skipped."""
+        finite = np.isfinite(loss)
+        slots, loss = slots[finite], loss[finite]
+        np.add.at(self.visits, slots, 1)  # a step may be in several windows of a batch
+        novelty = self.c * self.beta ** self.visits[slots].astype(np.float64)
+        self.priority[slots] = novelty + (np.abs(loss) + self.eps) ** self.alpha
+        self.largest = max(self.largest, self.priority[slots].max(initial=0))
+        self.changed.append(slots)
+
+    def draw(self, amount: int, heads: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(stream, start) of `amount` windows. int64 [amount, 2]"""
+        self._sync(heads)
+        slots = self.tree.find(rng.random(amount))
+        env = slots // self.rows
+        return np.stack([env, self._position(slots, heads) - self.context], 1)
+
+    def _position(self, slots: np.ndarray, heads: np.ndarray) -> np.ndarray:
+        """Position of the step in each slot; negative for empty slots."""
+        last = heads[slots // self.rows] - 1
+        return last - (last - slots) % self.rows  # stream offsets are multiples of rows
+
+    def _sync(self, heads: np.ndarray) -> None:
+        changed = self.changed
+        for env in np.flatnonzero(heads != self.synced):
+            # New steps complete windows that begin before them and evict those that begin after them.
+            start = max(self.synced[env], heads[env] - self.rows) - self.window
+            moved = np.arange(start, heads[env] + self.context)[-self.rows :]
+            changed.append(moved % self.rows + self.offsets[env])
+        if changed:
+            slots = np.concatenate(changed)
+            start = self._position(slots, heads) - self.context
+            env = slots // self.rows
+            valid = (start >= np.maximum(heads[env] - self.rows, 0)) & (start + self.window <= heads[env])
+            self.tree.set(slots, np.where(valid, self.priority[slots], 0))
+        self.changed = []
+        self.synced = heads.copy()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """State that a checkpoint keeps."""
+        return {"priority": self.priority, "visits": self.visits, "largest": self.largest}
+
+    def load(self, arrays: dict[str, np.ndarray]) -> None:
+        """Restore the state of `arrays`; without it, all steps count as new."""
+        if arrays:
+            self.priority[:], self.visits[:] = arrays["priority"], arrays["visits"]
+            self.largest = arrays["largest"][()]
+        self.synced[:] = 0
+
+
+class SumTree:
+    """Weights of `size` slots in a binary tree of sums. Node 1 is the root, 2i and 2i + 1 are below i."""
+
+    def __init__(self, size: int):
+        self.depth = max(1, (size - 1).bit_length())
+        self.nodes = np.zeros(2 << self.depth)  # float64; the slots are the last half
+
+    @staticmethod
+    def bytes_for(size: int) -> int:
+        return 8 * (2 << max(1, (size - 1).bit_length()))
+
+    def set(self, slots: np.ndarray, weights: np.ndarray) -> None:
+        """Set weights [n] and all sums above them."""
+        nodes = slots + (1 << self.depth)
+        self.nodes[nodes] = weights
+        for _ in range(self.depth):
+            nodes = nodes >> 1
+            # Adjacent slots share parents; a parent that occurs again later gets the same sum.
+            nodes = nodes[np.diff(nodes, prepend=0) != 0]
+            self.nodes[nodes] = self.nodes[2 * nodes] + self.nodes[2 * nodes + 1]
+
+    def find(self, shares: np.ndarray) -> np.ndarray:
+        """The slots [n] at which the cumulative weight exceeds these shares (0 to 1) of the total."""
+        rest = shares * self.nodes[1]
+        node = np.ones(len(shares), np.int64)
+        for _ in range(self.depth):
+            left = self.nodes[2 * node]
+            # Rounding must not lead into a branch of weight 0.
+            right = (rest >= left) & (self.nodes[2 * node + 1] > 0)
+            rest = np.where(right, rest - left, rest)
+            node = 2 * node + right
+        return node - (1 << self.depth)
+
+
+# --- The ring ------------------------------------------------------------------------------------------
 
 
 class Replay:
-    """A ring of steps in preallocated arrays, with the episodes' files beside it.
+    """A ring of steps in preallocated arrays, and the episode files that it can be refilled from.
 
     Args:
-        spaces: spaces (or (shape, dtype)) of all keys of a step but the latents.
-        n_envs: streams.
+        spaces: spaces (or (shape, dtype)) of all keys of a step except the latents.
+        n_envs: number of streams.
         capacity: steps of all streams together.
         batch_length, context: a window has context + batch_length steps.
-        seed: of the draws.
-        deter_size, stoch_size, classes: of the latents; classes 0 means Gaussian ones.
+        seed: seed of the draws.
+        deter_size, stoch_size, classes: sizes of the latents; classes 0 means Gaussian ones.
         backend: tensor (RAM) or memmap (files in `folder`, deleted by `close`).
         sampler: uniform or curious.
         online: serve each fresh window once before the sampler fills the batch.
-        writer: gets every step too, and is needed to save and load; `close` closes it.
+        writer: receives every step too; needed to save and load. `close` closes it.
         defaults: values of keys that a step or a file may lack.
     """
 
@@ -312,7 +314,7 @@ class Replay:
         defaults: Mapping[str, float] | None = None,
     ):
         self.layout = ring_layout(spaces, deter_size, stoch_size, classes)
-        self.step_layout = step_layout(spaces)  # of add and of the files: no latents
+        self.step_layout = step_layout(spaces)  # of added steps and files: no latents
         self.limits, self.classes = step_limits(spaces), classes
         self.defaults = {key: self.step_layout[key][1].type(value) for key, value in (defaults or {}).items()}
         self.no_latents = {"deter": np.float16(0), "stoch": np.uint8(NO_CLASS) if classes else np.float16(0)}
@@ -323,7 +325,7 @@ class Replay:
         self.writer = writer
         self.folder = Path(folder) if folder is not None else None
         if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)  # left by a kill
+            shutil.rmtree(self.folder, ignore_errors=True)  # left by a killed run
         self.ring = {
             key: self._allocate(f"{index}.bin", (n_envs * self.rows, *shape), dtype, backend)
             for index, (key, (shape, dtype)) in enumerate(self.layout.items())
@@ -338,12 +340,12 @@ class Replay:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all steps."""
-        self.heads = np.zeros(self.n_envs, np.int64)  # position that each stream writes next
+        """Remove all steps."""
+        self.heads = np.zeros(self.n_envs, np.int64)  # next position that each stream writes
         self.fresh = np.zeros(self.n_envs, np.int64)  # steps since the last online window
-        self.expect_first = np.ones(self.n_envs, bool)  # streams whose last episode is closed
-        self.queue: deque[tuple[int, int]] = deque()  # (stream, start) of windows not trained on yet
-        self.segments: list[deque] = [deque() for _ in range(self.n_envs)]  # (episode, start) of what is kept
+        self.expect_first = np.ones(self.n_envs, bool)  # streams without an open episode
+        self.queue: deque[tuple[int, int]] = deque()  # (stream, start) of windows not yet served
+        self.segments: list[deque] = [deque() for _ in range(self.n_envs)]  # (episode, start) in the ring
         self.sampler = self.make_sampler()
 
     @property
@@ -361,18 +363,17 @@ class Replay:
         return sum(array.nbytes for array in self.ring.values()) + self.sampler.nbytes
 
     def can_sample(self, batch_size: int) -> bool:
-        """Whether there are as many different windows as a batch has sequences."""
+        """Whether there are at least `batch_size` different windows."""
         return int(window_counts(self.heads, self.rows, self.window).sum()) >= batch_size
 
     def add(self, step: Mapping[str, np.ndarray]) -> None:
         """Store one step of every environment: key -> [n_envs, ...]; `deter` and `stoch` may be absent.
 
-        Raises UserError for a key that is missing, breaks its space or is not finite, and for an episode
-        that does not begin with is_first.
+        Raises UserError for an episode that does not begin with is_first.
         """
-        step = {**self._blank((self.n_envs,)), **step}
-        for key in self.step_layout:
-            self._check(key, step)
+        shape = (self.n_envs,)
+        blank = {k: np.full(shape + self.step_layout[k][0], value) for k, value in self.defaults.items()}
+        step = {**blank, **step}
         first, last = step["is_first"], step["is_last"]
         if (self.expect_first & ~first).any():
             env = int(np.flatnonzero(self.expect_first & ~first)[0])
@@ -381,7 +382,7 @@ class Replay:
             self.writer.add(step)
         slots = self.heads % self.rows + self.offsets
         abandoned = first & ~self.expect_first
-        if abandoned.any():  # truncated, as the writer does it
+        if abandoned.any():  # truncated, as in the files
             before = (self.heads - 1) % self.rows + self.offsets
             self.ring["is_last"][before[abandoned]] = True
         for key, array in self.ring.items():
@@ -394,12 +395,6 @@ class Replay:
         if self.online:
             self._queue_fresh()
 
-    def _blank(self, batch: tuple[int, ...]) -> Rows:
-        """The defaults as arrays [*batch, ...]."""
-        return {
-            key: np.full((*batch, *self.step_layout[key][0]), value) for key, value in self.defaults.items()
-        }
-
     def holds(self, env: int, position: int) -> bool:
         """Whether the step at a position of a stream is in the ring."""
         return self.heads[env] - self.rows <= position < self.heads[env]
@@ -410,9 +405,9 @@ class Replay:
         return {key: self.ring[key][slots] for key in self.no_latents}
 
     def amend(self, env: int, position: int, values: Mapping[str, np.ndarray]) -> bool:
-        """Put late values to a step; False if it is no longer there.
+        """Overwrite values of a stored step; returns False if it is no longer in the ring.
 
-        The episode's file gets them too, unless it has been written already.
+        The episode's file gets them too, unless it is already written.
         """
         if not self.holds(env, position):
             return False
@@ -424,20 +419,6 @@ class Replay:
         if rows and start <= position and name == self.writer.names[env]:
             rows[position - start].update({k: np.array(v, self.layout[k][1]) for k, v in values.items()})
         return True
-
-    def _check(self, key: str, step: Mapping[str, np.ndarray]) -> None:
-        shape, dtype = self.layout[key]
-        value = step.get(key)
-        if value is None:
-            raise UserError(f"The step lacks {key!r}. It has {', '.join(step)}.")
-        if value.shape != (self.n_envs, *shape) or not np.can_cast(value.dtype, dtype, "same_kind"):
-            raise UserError(
-                f"{key!r} of {self.n_envs} environments should be {dtype} {(self.n_envs, *shape)}, "
-                f"as its space says, but is {value.dtype} {value.shape}."
-            )
-        if dtype.kind == "f" and not np.isfinite(value).all():
-            env = int(np.argwhere(~np.isfinite(value))[0][0])
-            raise UserError(f"Environment {env}: {key!r} holds a number that is not finite.")
 
     def _begin_segment(self, env: int, name: str) -> None:
         segments, oldest = self.segments[env], self.heads[env] - self.rows
@@ -459,15 +440,15 @@ class Replay:
         return self.gather(self.draw(batch_size))
 
     def draw(self, batch_size: int) -> np.ndarray:
-        """Choose windows: int64 [B, 2] = (stream, position of the first step).
+        """Draw windows: int64 [B, 2] = (stream, position of the first step).
 
-        Fresh windows come first, each once; the sampler fills the batch. Raises UserError if there is no
-        window yet.
+        Fresh windows come first, each once; the sampler fills the batch. Raises UserError if no stream holds
+        a window.
         """
         if not self.can_sample(1):
             raise UserError(
-                f"The replay has {self.size} steps in {self.n_envs} streams, and none has the {self.window} "
-                "of a window. Raise prefill or set batch_length lower."
+                f"The replay has {self.size} steps in {self.n_envs} streams, but no stream has the "
+                f"{self.window} steps of a window. Raise prefill or set batch_length lower."
             )
         oldest = self.oldest
         where = []
@@ -479,13 +460,13 @@ class Replay:
         return np.concatenate([where, self.sampler.draw(batch_size - len(where), self.heads, self.rng)])
 
     def gather(self, where: np.ndarray) -> dict[str, np.ndarray]:
-        """Copy the windows out of the ring; the arrays are the caller's.
+        """Copy windows out of the ring.
 
-        As the reference does, `is_first` is True at each window's first step, and a step before a reset
-        counts as `is_last`: a file that was put in may hold an episode that was abandoned there.
+        As in the reference, `is_first` is True at each window's first step, and a step before a reset counts
+        as `is_last`: an episode from a file may have been abandoned there.
         """
         slots = self._slots(where[:, 0], where[:, 1], np.arange(self.window))  # [B, L]
-        # clip, for the default mode copies twice; all slots are in range.
+        # All slots are in range; mode="clip" saves the copy that the default mode makes.
         batch = {key: np.take(array, slots, axis=0, mode="clip") for key, array in self.ring.items()}
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
         batch["is_first"][:, 0] = True
@@ -502,9 +483,9 @@ class Replay:
         return self._slots(env, start, steps), start[:, None] + steps >= self.oldest[env][:, None]
 
     def update_latents(self, where: np.ndarray, deter: np.ndarray, stoch: np.ndarray) -> None:
-        """Put new latents [B, T, D], [B, T, S] to the steps after the context. Evicted steps are skipped.
+        """Store new latents [B, T, D], [B, T, S] of the steps after the context. Evicted steps are skipped.
 
-        Give float16 and uint8: NumPy is slow at other floats.
+        Pass float16 and uint8; NumPy converts other floats slowly.
         """
         slots, valid = self._trained(where)
         for key, value in (("deter", deter), ("stoch", stoch)):
@@ -514,12 +495,12 @@ class Replay:
                 self.ring[key][slots[valid]] = value[valid]
 
     def update_priorities(self, where: np.ndarray, loss: np.ndarray) -> None:
-        """Tell the sampler the model's loss [B, T] at the steps after the context. Uniform ignores it."""
+        """Pass the model's loss [B, T] of the steps after the context to the sampler."""
         slots, valid = self._trained(where)
         self.sampler.update(slots[valid], loss[valid])
 
     def _put(self, env: int, name: str, start: int, rows: Rows) -> None:
-        """Write a whole episode at `start` of a stream and set the head behind it. Latents are not set."""
+        """Write a whole episode, without latents, at `start` of a stream and set the head after it."""
         length = len(rows["is_first"])
         kept = np.arange(max(0, length - self.rows), length)
         slots = (start + kept) % self.rows + self.offsets[env]
@@ -537,47 +518,35 @@ class Replay:
         return episodes.read_episode(path, self.step_layout, length, self.defaults, self.limits)
 
     def load_episodes(self, part: int = 0, parts: int = 1) -> Loaded:
-        """Fill the ring, which is emptied first, from the writer's folder: the newest up to the capacity.
+        """Clear the ring and fill it with the newest episodes in the writer's folder.
 
-        Of several replays that share the folder, each takes every `parts`-th file, from number `part` on.
-        They come in the order in which they began, each to the stream with the fewest steps. Broken files
-        are moved to broken/ in the folder. The environments must start new episodes.
+        Of several replays that share the folder, each takes every `parts`-th file, starting at `part`.
+        Episodes are put in the order of their starts, each into the stream with the fewest steps. Broken
+        files are moved to the subfolder broken/. The environments must start new episodes.
         """
-        folder = self.writer.folder
-        files = episodes.list_episodes(folder)[part::parts]  # once: others move broken ones away meanwhile
-        broken: list[EpisodeFile] = []
-        reasons: list[str] = []
-        while True:
-            self.clear()
-            chosen = newest([file for file in files if file not in broken], self.n_envs * self.rows)
-            found = len(broken)
-            for file in chosen:
-                try:
-                    rows = self._read(file.path, file.length)
-                except BrokenEpisode as error:
-                    broken.append(file)
-                    reasons.append(str(error))
-                    continue
-                env = int(self.heads.argmin())
-                self._put(env, file.name, int(self.heads[env]), rows)
-            if len(broken) == found:
-                break
-            episodes.move_into(broken[found:], "broken")  # then again, for older files take their room
-        lines = []
+        folder, broken, lines = self.writer.folder, [], []
+        self.clear()
+        for file in newest(episodes.list_episodes(folder)[part::parts], self.n_envs * self.rows):
+            try:
+                rows = self._read(file.path, file.length)
+            except BrokenEpisode as error:
+                broken.append(file)
+                lines = lines or [f"first {file.path.name}: {error}"]
+                continue
+            env = int(self.heads.argmin())
+            self._put(env, file.name, int(self.heads[env]), rows)
         if broken:
-            lines.append(
-                f"{len(broken)} broken episode files moved to {folder / 'broken'} "
-                f"(first {broken[0].path.name}: {reasons[0]})."
-            )
+            episodes.move_into(broken, "broken")
+            lines = [f"{len(broken)} broken episode files moved to {folder / 'broken'} ({lines[0]})."]
         return self._loaded(False, lines)
 
     def save(self, folder: str | os.PathLike, latents: bool) -> dict:
-        """Write beside a checkpoint what its episode files lack, and return the state for the checkpoint.
+        """Write what the episode files lack to `{folder}/{moment}/`; returns the state for the checkpoint.
 
-        `{folder}/{moment}/` gets the open episodes, the curious priorities and, if `latents`, the latents.
-        Nothing is deleted: an older checkpoint may need it, until this one is written. Then `keep_moment`
-        tidies up. The state is small and plain: where each episode lies in the ring,
-        and the moment, by which younger files are told from those that the checkpoint knows.
+        These are the open episodes, the curious priorities and, if `latents`, the latents. Nothing is
+        deleted, since the previous checkpoint may need it until this one is written; then call `keep_moment`.
+        The state has the place of each episode in the ring, and the moment, which separates files that the
+        checkpoint knows from newer ones.
         """
         self.writer.flush()
         moment = self.writer.new_name()
@@ -591,7 +560,7 @@ class Replay:
         streams = []
         for env, segments in enumerate(self.segments):
             ends = [start for _, start in list(segments)[1:]] + [int(self.heads[env])]
-            kept = zip(segments, ends, strict=False)  # a stream without steps has an end but no segment
+            kept = zip(segments, ends, strict=False)  # an empty stream has an end but no segment
             streams.append([[name, start, end] for (name, start), end in kept if end > self.oldest[env]])
         return {
             "moment": moment,
@@ -606,7 +575,7 @@ class Replay:
         }
 
     def _latents(self) -> Rows:
-        """The latents of each stream by slot, without copies."""
+        """Views of each stream's latents."""
         filled = np.minimum(self.heads, self.rows)
         return {
             f"{key}-{env}": self.ring[key][offset : offset + count]
@@ -615,18 +584,18 @@ class Replay:
         }
 
     def load(self, state: dict, folder: str | os.PathLike, tidy: bool = True) -> Loaded:
-        """Build the very ring that `save` saw: same positions, same draws and, where it kept them, latents.
+        """Restore the ring that `save` saw: same positions, same draws and, if saved, the same latents.
 
-        Episode files that are younger go to newer/, if this is to `tidy` the folder up: of several replays
-        that share it, one is. If `exact`, the open episodes go on; one whose
-        environment starts anew is closed by its next step. If not (files are missing or broken; the capacity
-        or the number of environments has changed), the ring is filled anew from the files that are there,
-        open episodes are written to files as they are, and the environments must start new ones.
+        Newer episode files are moved to newer/, if `tidy` (one of several replays that share the folder). If
+        the result is `exact`, the open episodes continue; a reset of its environment closes one. If not
+        (files are missing or broken; the capacity or the number of environments has changed), the ring is
+        filled as by `load_episodes`, open episodes are written to files, and the environments must start new
+        ones.
         """
         opened, lines = self._begin_load(state, folder, tidy)
         place = Path(folder) / state["moment"]
         if lost := self._restore(state, opened):
-            lines.append(f"The replay is filled anew and not as it was: {lost}.")
+            lines.append(f"The replay is refilled from episode files, not restored exactly: {lost}.")
             self._finish_open(state, opened)
             loaded = self.load_episodes()
             return loaded._replace(lines=lines + loaded.lines)
@@ -636,22 +605,16 @@ class Replay:
         self.rng.bit_generator.state = state["rng"]
         if self.online and state["window"] == self.window:
             self.fresh[:] = state["fresh"]
-            for env, start in state["queue"]:
-                if not 0 <= env < self.n_envs or start + self.window > self.heads[env]:
-                    raise ValueError(f"there is no window at {start} of environment {env}")
-                self.queue.append((env, start))
+            self.queue.extend((env, start) for env, start in state["queue"])
         self.sampler.load(self._beside(place / "sampler.npz", self.sampler.arrays(), lines))
-        if (place / "latents.npz").exists():  # which only a clean stop writes
+        if (place / "latents.npz").exists():  # only written by a clean stop
             saved = self._beside(place / "latents.npz", self._latents(), lines)
             for key, current in self._latents().items():
                 current[:] = saved.get(key, current)
         return self._loaded(True, lines)
 
     def release(self, state: dict, folder: str | os.PathLike, tidy: bool = True) -> list[str]:
-        """Write the open episodes that `save` saw as files, as they are; lines that the user should know.
-
-        With `tidy` as in `load`.
-        """
+        """Write the open episodes that `save` saw to files; returns messages for the user."""
         opened, lines = self._begin_load(state, folder, tidy)
         self._finish_open(state, opened)
         return lines
@@ -659,7 +622,7 @@ class Replay:
     def _begin_load(
         self, state: dict, folder: str | os.PathLike, tidy: bool
     ) -> tuple[dict[int, Rows], list[str]]:
-        """The open episodes by environment, and lines that the user should know."""
+        """The open episodes by environment, and messages for the user."""
         self._check_names(state)
         lines = self._set_aside_newer(state) if tidy else []
         self.writer.tick = max(self.writer.tick, state["tick"])
@@ -674,7 +637,7 @@ class Replay:
         return opened, lines
 
     def _check_names(self, state: dict) -> None:
-        """Raise ValueError for names that no save has given: files would be read, or made, elsewhere."""
+        """Raise ValueError for names that point to files elsewhere."""
         names = [*state["open"].values(), *(name for stream in state["streams"] for name, *_ in stream)]
         if wrong := [name for name in names if not episodes.NAME.fullmatch(name)]:
             raise ValueError(f"{wrong[0]!r} is not the name of an episode")
@@ -688,25 +651,15 @@ class Replay:
         self.writer.flush()
 
     def _beside(self, path: Path, like: Rows, lines: list[str]) -> Rows:
-        """The arrays of a file, which must be `like` these; nothing, and a line, if they are not."""
+        """The arrays of a file, with the shapes and dtypes of `like`; {} and a message if it is broken."""
         if not like:
             return {}
         layout = {key: (np.shape(value), np.asarray(value).dtype) for key, value in like.items()}
         try:
-            rows = episodes.read_arrays(path, layout)
-            self._check_saved(rows)
+            return episodes.read_arrays(path, layout)
         except (BrokenEpisode, UserError) as error:
-            lines.append(f"{path} is passed over, and what it holds starts anew: {error}")
+            lines.append(f"{path} is ignored, and its values are reset: {error}")
             return {}
-        return rows
-
-    def _check_saved(self, rows: Rows) -> None:
-        """Raise BrokenEpisode for what no save has written: a draw or an update would fail by it."""
-        if any((rows[key] < 0).any() for key in ("priority", "visits") if key in rows):
-            raise BrokenEpisode("a priority is negative")
-        for key, value in rows.items():
-            if self.classes and key.startswith("stoch") and (value[value != NO_CLASS] >= self.classes).any():
-                raise BrokenEpisode(f"{key} holds a class that there is not")
 
     def _set_aside_newer(self, state: dict) -> list[str]:
         opened = set(state.get("opened", state["open"].values()))  # of all that share the folder
@@ -718,25 +671,23 @@ class Replay:
         episodes.move_into(newer, "newer")
         total = sum(file.length for file in newer)
         place = self.writer.folder / "newer"
-        return [f"{len(newer)} episode files younger than the checkpoint ({total} steps) moved to {place}."]
+        return [f"{len(newer)} episode files newer than the checkpoint ({total} steps) moved to {place}."]
 
     def _restore(self, state: dict, opened: dict[int, Rows]) -> str:
-        """Put all segments back where they were. Returns why that cannot be done, or nothing."""
+        """Put all segments back in place. Returns the reason why that is impossible, or an empty string."""
         if state["shape"] != [self.n_envs, self.rows]:
             return f"it had {state['shape'][0]} streams of {state['shape'][1]} steps"
         self.clear()
         for env, segments in enumerate(state["streams"]):
             for name, start, end in segments:
                 path = self.writer.folder / f"{name}-{end - start}.npz"
-                if name != state["open"].get(env):
-                    try:
-                        rows = self._read(path, end - start)
-                    except (BrokenEpisode, UserError) as error:
-                        return f"{path.name} is lost ({error})"
-                elif env in opened and len(opened[env]["is_first"]) == end - start:
-                    rows = opened[env]
-                else:
-                    return f"the open episode of environment {env} is not there"
+                is_open = name == state["open"].get(env)
+                if is_open and env not in opened:
+                    return f"the open episode of environment {env} is missing"
+                try:
+                    rows = opened[env] if is_open else self._read(path, end - start)
+                except (BrokenEpisode, UserError) as error:
+                    return f"{path.name} is lost ({error})"
                 self._put(env, name, start, rows)
         return ""
 
@@ -747,7 +698,7 @@ class Replay:
         return Loaded(self.size, self.size - first, exact, lines)
 
     def close(self) -> None:
-        """Write what is finished and delete the ring's files."""
+        """Write finished episodes and delete the ring's files."""
         if self.writer:
             self.writer.close()
         self.ring.clear()  # Windows deletes no file that is still mapped
@@ -763,7 +714,7 @@ class Replay:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 if hasattr(os, "posix_fallocate"):
-                    # Without it, a disk that fills up later kills the process without a word.
+                    # Without it, a disk that fills up later kills the process with SIGBUS.
                     os.posix_fallocate(file.fileno(), 0, nbytes)
                 else:
                     file.truncate(nbytes)
@@ -774,14 +725,14 @@ class Replay:
 
 
 def keep_moment(folder: str | os.PathLike, moment: str) -> None:
-    """Delete what `save` wrote into a folder at other moments than that of the checkpoint there."""
+    """Delete what `save` wrote to a folder, except that of the checkpoint's moment."""
     for path in Path(folder).iterdir():
         if MOMENT.fullmatch(path.name) and path.name != moment:
             shutil.rmtree(path)
 
 
 def newest(files: list[EpisodeFile], steps: int) -> list[EpisodeFile]:
-    """The newest files until they hold `steps` steps, in the order in which they began."""
+    """The newest files that together hold `steps` steps, the oldest first."""
     total, first = 0, len(files)
     while first and total < steps:
         first -= 1

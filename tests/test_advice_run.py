@@ -168,7 +168,7 @@ def test_run_goes_on_with_other_envs_and_forgets_what_names_places_in_the_old_re
         patch.setattr(AdviceHooks, "load_state_dict", noted)
         assert train(tmp_path, *options, "--envs.amount", "1") == 0
     assert kept == {"items": 0, "proposals": 0, "doubt": None}
-    assert "filled anew" in log(tmp_path)
+    assert "refilled from episode files" in log(tmp_path)
 
 
 def test_lines_of_the_adviser_are_in_the_log_also_where_a_run_is_stopped(tmp_path):

@@ -502,7 +502,7 @@ def test_a_stop_reaches_all_learners_and_the_run_goes_on(tmp_path):
     step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
     assert f"Saved {tmp_path / 'latest.pt'} at step {step}" in log(tmp_path)
     assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
-    assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
+    assert f"Resumed at step {step} " in log(tmp_path) and "refilled from episode files" not in log(tmp_path)
 
 
 @pytest.mark.slow
@@ -525,7 +525,7 @@ def test_a_killed_learner_ends_the_run_in_one_line_and_it_goes_on_from_the_last_
     step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
     assert step >= 40
     assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
-    assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
+    assert f"Resumed at step {step} " in log(tmp_path) and "refilled from episode files" not in log(tmp_path)
 
 
 @pytest.mark.slow
@@ -539,7 +539,7 @@ def test_learners_whose_launcher_is_killed_save_and_end(tmp_path):
         time.sleep(0.05)
     step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
     assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
-    assert f"Resumed at step {step} " in log(tmp_path) and "filled anew" not in log(tmp_path)
+    assert f"Resumed at step {step} " in log(tmp_path) and "refilled from episode files" not in log(tmp_path)
 
 
 def torchrun(logdir: Path, *arguments: str) -> subprocess.Popen:

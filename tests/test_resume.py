@@ -171,7 +171,7 @@ def test_episodes_younger_than_the_checkpoint_are_set_aside_and_not_counted(kill
     newer = {path.name for path in (killed / "train_eps" / "newer").iterdir()}
     assert newer and newer <= before
     lines = [line for line in log(killed).splitlines() if "newer" in line]
-    assert len(lines) == 1 and f"{len(newer)} episode files younger than the checkpoint" in lines[0]
+    assert len(lines) == 1 and f"{len(newer)} episode files newer than the checkpoint" in lines[0]
     after = checkpoints.load_checkpoint(killed)[0]
     names = {name for stream in after["replay"]["streams"] for name, _, _ in stream}
     assert not names & {name.rsplit("-", 1)[0] for name in newer - before}
@@ -323,7 +323,7 @@ def test_run_goes_on_with_more_envs_but_says_that_it_is_not_exact(tmp_path):
         train(tmp_path)
     before = checkpoints.load_checkpoint(tmp_path)[0]
     assert train(tmp_path, "--envs.amount", "3") == 0
-    assert "filled anew and not as it was: it had 2 streams" in log(tmp_path)
+    assert "refilled from episode files, not restored exactly: it had 2 streams" in log(tmp_path)
     assert "The open episodes end here" in log(tmp_path)
     after = checkpoints.load_checkpoint(tmp_path)[0]
     stored = [end - start for stream in after["replay"]["streams"] for _, start, end in stream]

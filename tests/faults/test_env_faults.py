@@ -112,7 +112,9 @@ def test_run_ends_with_one_line_and_resumes_when_the_env_is_fixed(
     assert run(tmp_path) == 0  # it fails once
     assert before < set(os.listdir(tmp_path / "train_eps")) and not (tmp_path / "train_eps/newer").exists()
     assert is_sound(tmp_path)["step"] >= STEPS
-    assert "The open episodes end here" in log(tmp_path) and "anew and not" not in log(tmp_path)
+    assert "The open episodes end here" in log(tmp_path) and "refilled from episode files" not in log(
+        tmp_path
+    )
 
 
 @slow
@@ -154,7 +156,7 @@ def test_failing_env_of_another_learner_ends_the_run_after_a_save(tmp_path, plan
     assert process.communicate()[1] == "" and process.returncode == 0
     text = log(tmp_path)
     assert f"Resumed at step {stopped['step']} " in text and "Learner 1: The open episodes end here" in text
-    assert text.count("The open episodes end here") == 1 and "filled anew" not in text
+    assert text.count("The open episodes end here") == 1 and "refilled from episode files" not in text
 
 
 @slow

@@ -239,7 +239,7 @@ class Machine(RuleBasedStateMachine):
         self.replay = self.make(n_envs, rows)
         self.model = copy.deepcopy(self.saved)
         loaded = self.replay.load(pickle.loads(self.state), self.folder / "state")
-        assert loaded.exact and all("younger than the checkpoint" in line for line in loaded.lines)
+        assert loaded.exact and all("newer than the checkpoint" in line for line in loaded.lines)
         kept = [serial for stream in self.model.streams for serial in stream[-rows:]]
         assert loaded.steps == self.replay.size == len(kept)
         first = sum(self.model.flags[serial]["is_first"] for serial in kept)
@@ -256,7 +256,7 @@ class Machine(RuleBasedStateMachine):
         self.replay.writer.thread.shutdown()
         self.replay, self.model = self.make(n_envs, rows), copy.deepcopy(self.saved)
         loaded = self.replay.load(pickle.loads(self.state), self.folder / "state")
-        assert not loaded.exact and any("filled anew" in line for line in loaded.lines)
+        assert not loaded.exact and any("refilled from episode files" in line for line in loaded.lines)
         for env, serials in enumerate(self.model.opened):
             if serials:
                 self.model.close(env)
