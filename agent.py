@@ -23,13 +23,14 @@ from exploration import EXPLORERS, Greedy, param_group
 from lore_llm import synthetic
 from lore_llm.captions import make_captioner
 from lore_llm.hooks import advice_spaces
-from lore_llm.policy import AdvisedPolicy
+from lore_llm.policy import ActingPolicy, AdvisedPolicy
 
 OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
 OPEN_LOOP_ROWS = 6  # sequences shown in it
 EXPLAIN_ROLLOUTS = 8  # imagined for a predicted return
 
 Arrays = dict[str, np.ndarray]
+NO_ITEMS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Dreamer:
@@ -156,7 +157,7 @@ class Dreamer:
         """The state in which `act` left off, from a checkpoint. Raises ValueError for another agent's."""
         if _shapes(saved) != _shapes(self.initial_state(envs)):
             raise ValueError("the state in which it acted is of another agent")
-        return {k: v.to(self.device) for k, v in saved.items()}
+        return {k: saved[k].to(v.device) for k, v in self.initial_state(envs).items()}
 
     @torch.no_grad()
     def act(
@@ -170,8 +171,8 @@ class Dreamer:
     ) -> tuple[Arrays, dict[str, Tensor], Arrays]:
         """Actions for observations [n, ...]: (action, next state, latents to store with the step).
 
-        They are those of the task's actor; with `explore` of who explores, as long as someone does, and then,
-        or if `advised`, the actor is seen through the prior. `plans` (env: actions) begin to be executed.
+        The task's actor acts; with `explore` the explorer does, as long as it explores, and the task's actor
+        with the prior afterwards, or if `advised`. `plans` (env: actions) start to be executed.
         """
         explorer = self.explorer if explore and self.exploring else self.greedy
         actor = explorer.actor(self.behavior)
@@ -185,13 +186,9 @@ class Dreamer:
             noise = rssm.noise(amount, 1, generator=generator)
             post = rssm.observe(state, embed, state["action"][:, None], data["is_first"], noise)
             post = {k: post[k][:, 0] for k in ("deter", "stoch")}
-            feat = rssm.feat(post)
-            guided = actor is self.behavior.actor
-            advised = advised or explore
-            policy = self.policy.act(self.behavior, feat, advised, explore) if guided else actor(feat)
-            choice = policy.sample(actor.noise(amount, generator=generator))
-            action, running, stored = self.policy.execute(
-                self.behavior, feat, choice, obs, state, plans, explore
+            feat, noise = rssm.feat(post), actor.noise(amount, generator=generator)
+            action, running, stored = self.policy.act(
+                self.behavior, actor, feat, noise, obs, state, plans, advised or explore
             )
         deter, stoch = rssm.pack(post)
         latents = {"deter": deter.cpu().numpy(), "stoch": stoch.cpu().numpy(), **stored}
@@ -215,14 +212,16 @@ class Dreamer:
         reward = self.explorer.intrinsic(self.rssm.feat(state), state["action"])
         return reward.float().cpu().numpy()
 
-    def train(self, batch: Mapping[str, np.ndarray | Tensor]) -> tuple[dict[str, Tensor], Arrays | None]:
-        """One update from sequences [B, context + T, ...], as arrays or as `upload` gives them.
+    def train(
+        self, batch: Mapping[str, np.ndarray | Tensor], items: Mapping[str, np.ndarray | Tensor] = NO_ITEMS
+    ) -> tuple[dict[str, Tensor], Arrays | None]:
+        """One update from sequences [B, context + T, ...] and synthetic items, as arrays or uploaded.
 
         Returns metrics, and per step [B, T, ...] what the replay keeps: refreshed latents `deter` and
         `stoch`, and the world model's `loss`. A gradient that is not finite changes no weight: then the
         metric `opt/skipped` is 1 and there is nothing to keep.
         """
-        metrics, kept = self.update(self.upload(batch))
+        metrics, kept = self.update(self.upload(batch), self.upload(items))
         if metrics["opt/skipped"]:
             return metrics, None
         self.updates += 1
@@ -231,11 +230,12 @@ class Dreamer:
             self.explorer.update_slow_critic()
         return metrics, {k: v.cpu().numpy() for k, v in kept.items()}
 
-    def _update(self, data: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _update(
+        self, data: Mapping[str, Tensor], items: Mapping[str, Tensor] = NO_ITEMS
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """An update without waiting for the GPU: its metrics, and what the replay keeps."""
         scales, generator = self.config.loss_scales, self.rngs["train"]
         data = {**data, "reward": data["reward"] * self.config.reward_scale}
-        self.policy.items = {k[5:]: data.pop(k) for k in list(data) if k.startswith("item_")}
         if "llm_features" in data:
             data["llm_features"] = self._drop_features(data)
         with self.autocast():
@@ -247,7 +247,7 @@ class Dreamer:
                 self.world_model, post, data, self.rngs["explore"]
             )
             more, more_metrics = self.behavior.loss(
-                self.world_model, post, data, generator, explorer.task_reward, self.policy
+                self.world_model, post, data, generator, explorer.task_reward, self.policy, items
             )
             policy_losses, policy_metrics = self.policy.learn(self.world_model, self.behavior, post, data)
         losses |= more
@@ -276,14 +276,13 @@ class Dreamer:
         return data["llm_features"] * seen[..., None]
 
     @torch.no_grad()
-    def judge(self, items: Arrays) -> dict[str, np.ndarray]:
-        """What the world model expects of plans: see `synthetic.judge`."""
+    def evaluate_plans(self, items: Arrays) -> dict[str, np.ndarray]:
+        """Predicted returns of plans and of the actor: see `synthetic.evaluate`."""
         rollouts, generator = self.config.synthetic.synthetic_rollouts, self.rngs["synthetic"]
+        data, ensemble = self.upload(items), self.policy.ensemble
         with self.autocast():
-            judged = synthetic.judge(
-                self.policy, self.behavior, self.world_model, self.upload(items), rollouts, generator
-            )
-        return {name: value.float().cpu().numpy() for name, value in judged.items()}
+            found = synthetic.evaluate(self.behavior, self.world_model, data, rollouts, generator, ensemble)
+        return {name: value.float().cpu().numpy() for name, value in found.items()}
 
     @torch.no_grad()
     def model_loss(self, batch: Arrays) -> float:
@@ -299,7 +298,7 @@ class Dreamer:
     def explain(self, state: dict[str, Tensor], advised: bool = True) -> list[dict]:
         """Of each env, in a state that `act` returned, why the agent does what it does: see docs/llm.md.
 
-        `PlainPolicy.explain`, the index of the `action`, the `value`, and the `predicted_return` of
+        `ActingPolicy.explain`, the index of the `action`, the `value`, and the `predicted_return` of
         imagined steps from there.
         """
         feat, amount = self.rssm.feat(state), len(state["deter"])
@@ -356,7 +355,7 @@ class Dreamer:
             "optimizer": self.opt.state_dict(),
             "updates": self.updates,
             "rngs": {name: rng.get_state() for name, rng in self.rngs.items()},
-            "skills": self.policy.skills(),
+            "skills": self.policy.option_names(),
         }
 
     def own_state_dict(self) -> dict:
@@ -401,7 +400,7 @@ class Dreamer:
             notes.append("The checkpoint has no decoder, which starts anew")
             weights["world_model"] = weights["world_model"] | decoder
         if "policy" in weights:
-            self.policy.set_names(state.get("skills", []))
+            self.policy.set_option_names(state.get("skills", []))
         for name, value in weights.items():
             _load_weights(getattr(self, name), value, name)
         if resume or "optimizer" in state:
@@ -445,10 +444,10 @@ def make_policy(
     config: Config,
     spaces: tuple[Mapping[str, gymnasium.Space], Mapping[str, gymnasium.Space]],
     rngs: Mapping[str, torch.Generator],
-) -> models.PlainPolicy:
+) -> ActingPolicy:
     """Who stands between the actor and the envs: nobody, or the one that heeds the advice."""
     if not config.llm.enabled:
-        return models.PlainPolicy()
+        return ActingPolicy()
     ensemble = getattr(explorer, "disagreement", None)
     return AdvisedPolicy(world_model, make_captioner(config, *spaces), config, ensemble, rngs)
 

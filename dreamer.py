@@ -530,7 +530,7 @@ class Run:
         """One step in each training env: act, store, count, and see what comes of it."""
         until = self.config.expl_until
         self.agent.explore(not until or self.step < until)
-        advice, plans = self.hooks.before(self.obs, self.step)
+        advice, plans = self.hooks.before(self.obs, self.state, self.step)
         obs = {**self.obs, **advice}
         if self.step < self.config.prefill:
             action, latents = self.prefill.act(len(self.envs)), {}
@@ -588,10 +588,10 @@ class Run:
 
         items = self.hooks.items()
 
-        def draw() -> tuple[Arrays, Arrays, dict[str, Tensor]]:
+        def draw() -> tuple[Arrays, Arrays, dict[str, Tensor], dict[str, Tensor]]:
             batch = self.replay.sample(self.batch_size)
             where = batch.pop("where")
-            return batch, where, self.agent.upload({**batch, **items()})
+            return batch, where, self.agent.upload(batch), self.agent.upload(items())
 
         self.next_batch = self.sampler.submit(draw)
 
@@ -599,11 +599,11 @@ class Run:
         """The updates that are due."""
         for left in reversed(range(self.due)):
             with self.timer("replay"):
-                batch, where, data = self.next_batch.result()
+                batch, where, data, items = self.next_batch.result()
             if left:
                 self._draw()
             with self.timer("train"):
-                metrics, kept = self.agent.train(data)
+                metrics, kept = self.agent.train(data, items)
             self.logger.add(metrics)
             self.last_batch = batch
             self._estimate()

@@ -121,7 +121,7 @@ def evaluate(
         player, watch = agent, {"curiosity": agent.curiosity}
         if advised:
             player = AdvisedAgent(agent)
-            if not agent.policy.weighs():
+            if not agent.policy.has_weight:
                 print("The prior has no weight any more (llm.until), so it changes nothing", file=sys.stderr)
         if explain_folder:
             watch["explain"] = functools.partial(explained, agent, captioner, advised)

@@ -179,7 +179,7 @@ class Evaluation:
         with self.timer("eval"):
             played = self._play("eval", self.agent, stop, self.agent.curiosity)
             advised = []
-            if played is not None and self.agent.policy.weighs():  # the same worlds, with the prior
+            if played is not None and self.agent.policy.has_weight:  # the same worlds, with the prior
                 advised = self._play("eval_advised", AdvisedAgent(self.agent), stop)
             if played is None or advised is None:
                 return None

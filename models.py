@@ -7,13 +7,13 @@ Letters: B batch, T time, H horizon, N = B * T imagined starts, A actions, F fea
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gymnasium
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -323,31 +323,39 @@ class Imagined(NamedTuple):
     """Trajectories of H steps from N start states."""
 
     feat: Tensor  # [N, H+1, F]
-    action: Tensor  # [N, H, A] what the world model was given
-    choice: Tensor  # [N, H, C] what the actor chose: the action, unless it has more to choose from
-    decided: float | Tensor = 1.0  # [N, H] 1 where the actor decided, 0 where an earlier choice went on
-    decides_next: float | Tensor = 1.0  # [N, H] the same of the next state
+    action: Tensor  # [N, H, A] input of the world model
+    choice: Tensor  # [N, H, C] the actor's choice: the action, unless it also chooses among options
+    decided: float | Tensor = 1.0  # [N, H] 1 where the actor decided, 0 where an option was running
+    decides_next: float | Tensor = 1.0  # [N, H] the same for the next state
 
 
-class PlainPolicy(nn.Module):
-    """Nobody advises: the actor decides at every step, from replayed states only. The base of guides.
+class Starts(NamedTuple):
+    """Where imagination starts."""
 
-    A guide stands between the actor and whoever asks it. lore_llm/guide.py has the one that heeds advice.
+    state: State  # [N, ...] the replayed states, perhaps followed by others
+    weight: float | Tensor = 1.0  # to [N, 1]
+    rollout: Any = None  # imagined plans that led to the other states
+
+
+class View(NamedTuple):
+    """The actor in some states."""
+
+    policy: Policy
+
+
+class PlainPolicy:
+    """The actor alone: it decides at every step, and imagination starts from replayed states only.
+
+    `lore_llm.policy.AdvisedPolicy` offers the same methods for an agent with advice.
     """
 
-    def distribution(self, behavior: "ImagBehavior", feat: Tensor, advised: bool = True) -> Policy:
-        """The distribution over the actor's choices in feat [..., F], seen through the prior if `advised`."""
-        return behavior.actor(feat)
+    def view(self, behavior: "ImagBehavior", feat: Tensor, advised: bool = True) -> View:
+        """The policy in feat [..., F]; `advised`: with the prior's logits added."""
+        return View(behavior.actor(feat))
 
-    def act(self, behavior: "ImagBehavior", feat: Tensor, advised: bool, training: bool) -> Policy:
-        """The policy [n] that acts in the envs, of training or not, seen through the prior if `advised`."""
-        return self.distribution(behavior, feat)
-
-    def starts(
-        self, behavior: "ImagBehavior", world_model: WorldModel, start: State
-    ) -> tuple[State, float | Tensor]:
-        """Where imagination starts: `start` [N, ...] and perhaps more behind it; weights, to [N', 1]."""
-        return start, 1.0
+    def starts(self, behavior: "ImagBehavior", world_model: WorldModel, start: State, items: Data) -> Starts:
+        """The start states of imagination: the replayed `start` [N, ...], and those that `items` add."""
+        return Starts(start)
 
     def imagine(
         self,
@@ -364,7 +372,7 @@ class PlainPolicy(nn.Module):
         state, feats, actions = start, [rssm.feat(start)], []
         weights = rssm.split_weights()
         for t in range(horizon):
-            policy = self.distribution(behavior, feats[-1].detach(), advised)
+            policy = self.view(behavior, feats[-1].detach(), advised).policy
             action = policy.sample([n[t] for n in policy_noise])
             state = rssm.imagine(state, action, noise[t], weights)
             feats.append(rssm.feat(state))
@@ -372,67 +380,21 @@ class PlainPolicy(nn.Module):
         action = torch.stack(actions, 1)
         return Imagined(torch.stack(feats, 1), action, action)
 
-    def replayed(self, data: Data) -> tuple[float | Tensor, float | Tensor]:
-        """Of replayed steps, whether the actor decided [B, K-1], and whether in the next ones [B, K-1]."""
+    def decided(self, data: Data) -> tuple[float | Tensor, float | Tensor]:
+        """Whether the actor decided in replayed steps [B, K-1], and in the next ones [B, K-1]."""
         return 1.0, 1.0
 
     def loss(
-        self, behavior: "ImagBehavior", dream: Imagined, policy: Policy, weight: float | Tensor
+        self, behavior: "ImagBehavior", dream: Imagined, view: View, starts: Starts, weight: float | Tensor
     ) -> tuple[Losses, Metrics]:
-        """More losses of what was imagined: `policy` is that of its first H states, `weight` to [N, H]."""
-        return {}, {}
+        """Additional losses of imagined trajectories.
 
-    def learn(
-        self, world_model: WorldModel, behavior: "ImagBehavior", post: State, data: Data
-    ) -> tuple[Losses, Metrics]:
-        """Losses (scalars) of its own nets from replayed steps [B, T, ...]."""
-        return {}, {}
-
-    def explain(
-        self, behavior: "ImagBehavior", feat: Tensor, state: State, advised: bool
-    ) -> list[dict[str, Any]]:
-        """Of each env, in feat [n, F] of an acting state, why it does what it does.
-
-        The actor's and the adviser's (or None) probabilities of the primitive actions [A], those of the mix
-        that was drawn from, the prior's weight `beta`, and the `option` that runs, or None.
+        `view` is the policy in their first H states, `weight` (to [N, H]) multiplies the losses.
         """
-        probs = self.distribution(behavior, feat).parts[0].probs.tolist()
-        return [{"actor": p, "adviser": None, "mix": p, "beta": 0.0, "option": None} for p in probs]
-
-    def weighs(self) -> bool:
-        """Whether there is a prior that has any weight."""
-        return False
-
-    def skills(self) -> list[list[str | None]]:
-        """Name and subgoal of the skill in each slot."""
-        return []
-
-    def set_names(self, skills: Sequence[Sequence[str | None]]) -> None:
-        """Take what `skills` gave."""
-
-    def param_groups(self, actor_lr: float | None, model_lr: float | None) -> list[dict[str, Any]]:
-        """Its parameters for the optimiser: what belongs to the actor, and the rest."""
-        return []
-
-    def initial(self, obs_space: Mapping[str, gymnasium.Space], envs: int) -> State:
-        """What goes on in each env before the first step, as part of the acting state [envs, ...]."""
-        return {}
-
-    def execute(
-        self,
-        behavior: "ImagBehavior",
-        feat: Tensor,
-        choice: Tensor,
-        obs: Mapping[str, np.ndarray],
-        state: State,
-        plans: Mapping[int, Sequence[int]],
-        training: bool,
-    ) -> tuple[Tensor, State, dict[str, np.ndarray]]:
-        """What is done in the envs: actions [n, A], what goes on now, and what is stored with the step."""
-        return choice, {}, {}
+        return {}, {}
 
 
-PLAIN_POLICY = PlainPolicy()
+PLAIN = PlainPolicy()
 
 
 class ImagBehavior(nn.Module):
@@ -459,13 +421,14 @@ class ImagBehavior(nn.Module):
         data: Data,
         generator: torch.Generator | None,
         reward_sum: RewardSum = task_reward,
-        guide: PlainPolicy = PLAIN_POLICY,
+        policy: PlainPolicy = PLAIN,
+        items: Data = MappingProxyType({}),
     ) -> tuple[Losses, Metrics]:
         """Policy and value losses [N, H], the replay value loss [B, K-1], and metrics.
 
-        Imagination starts from the last K states of each sequence (`imag_last`, or all T), and where the
-        guide wants it to. `reward_sum` is what is sought there; data["reward"] must be the same of the
-        replayed steps.
+        Imagination starts from the last K states of each sequence (`imag_last`, or all T), and from the
+        states that `policy` adds for `items`. `reward_sum` gives the reward in imagination; data["reward"]
+        must hold the same reward for the replayed steps.
         """
         c = self.config
         last = c.imag_last or post["deter"].shape[1]
@@ -474,8 +437,8 @@ class ImagBehavior(nn.Module):
         rows = len(start["deter"])
         dynamics = c.imag_gradient != "reinforce"
         with torch.set_grad_enabled(dynamics), frozen(world_model, self.critic):
-            starts, weight = guide.starts(self, world_model, start)
-            dream = guide.imagine(self, world_model.rssm, starts, generator)
+            starts = policy.starts(self, world_model, start, items)
+            dream = policy.imagine(self, world_model.rssm, starts.state, generator)
             feat = dream.feat
             reward = reward_sum(feat, dream.action, world_model.reward_head(feat).mean)  # [N, H+1]
             cont = world_model.cont_head(feat).prob
@@ -486,9 +449,9 @@ class ImagBehavior(nn.Module):
             target = slow_value.mean
         elif not dynamics:
             target = value.mean.detach()
-        policy, weight = guide.distribution(self, feat[:, :-1]), weight * dream.decided
+        view, weight = policy.view(self, feat[:, :-1]), starts.weight * dream.decided
         losses, ret, advantage = imagination_losses(
-            policy, dream.choice, reward, cont, target, value, slow_value, self.retnorm,
+            view.policy, dream.choice, reward, cont, target, value, slow_value, self.retnorm,
             lam=self.trace_decay(dream.decides_next), entropy_scale=c.actor.entropy, slow_reg=c.slow_reg,
             gradient=c.imag_gradient, mix=c.imag_gradient_mix, weight=weight, rows=rows,
         )  # fmt: skip
@@ -496,12 +459,12 @@ class ImagBehavior(nn.Module):
         slow_value = self.slow_critic(world_model.rssm.feat(start).unflatten(0, (-1, last))[:, :-1])
         is_last, term, rewards = (data[k][:, -last:] for k in ("is_last", "is_terminal", "reward"))
         boot = ret[:rows, 0].detach().unflatten(0, (-1, last))  # [B, K]
-        decided, decides_next = guide.replayed({k: v[:, -last:] for k, v in data.items()})
+        decided, decides_next = policy.decided({k: v[:, -last:] for k, v in data.items()})
         losses["repval"] = replay_value_loss(
             is_last, term, rewards, boot, value, slow_value, self.disc, self.trace_decay(decides_next),
             c.slow_reg, decided,
         )  # fmt: skip
-        more, more_metrics = guide.loss(self, dream, policy, weight)
+        more, more_metrics = policy.loss(self, dream, view, starts, weight)
         losses |= more
         metrics = {
             "imag/return": ret.mean(),
@@ -510,7 +473,7 @@ class ImagBehavior(nn.Module):
             "imag/value": target.mean(),
             "imag/return_scale": self.retnorm.scale,
             "imag/advantage_mag": advantage.abs().mean(),
-            "actor/entropy": policy.entropy().mean(),
+            "actor/entropy": view.policy.entropy().mean(),
             **more_metrics,
         }
         return losses, {k: v.detach() for k, v in metrics.items()}

@@ -623,6 +623,11 @@ class Actor(nn.Module):
             for discrete, size in zip(self.discrete, self.sizes, strict=True)
         ]
 
+    def logits(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        """The last layer [..., units], and the logits [..., A] of the only, discrete action."""
+        hidden = self.mlp(feat)
+        return hidden, self.outs[0](hidden).float()
+
     def forward(self, feat: Tensor) -> Policy:
         x = self.mlp(feat)
         parts: list[dists.OneHot | dists.Normal] = []

@@ -1,13 +1,13 @@
-"""The run's side of advice: asks about what happens, and brings the answers to where they are used.
+"""The run's side of advice: asks for it, and passes the answers to replay, imagination and options.
 
-Each answer belongs to the step that was asked about: its logits go to the replay there, its plan becomes an
-item of imagination from there, and its skills go to the library. `NoAdvice` is there when nobody advises.
-Several learners have one library: the first keeps it, with the executions of all; the others take it over.
+Each answer belongs to the step that was asked about: its logits are stored there, its plan becomes an item of
+imagination that starts there, and its skills become options. Without advice the run gets a `NoAdvice`.
+Several learners share one library of options: the first learner keeps it, with the executions of all.
 """
 
 import json
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +21,9 @@ from logger import Timer
 from lore_llm.advice import AdviceSpec
 from lore_llm.backends import make_adviser
 from lore_llm.captions import Captioner
-from lore_llm.options import SkillLibrary
-from lore_llm.policy import PLAN, AdvisedPolicy, Outcome
+from lore_llm.option_actor import PLAN, Outcome, outcomes
+from lore_llm.options import OptionLibrary
+from lore_llm.policy import AdvisedPolicy
 from lore_llm.prior import Reliability, bounded
 from lore_llm.service import AdviceService, Answered
 from lore_llm.synthetic import Item, SyntheticItems, tensors
@@ -31,16 +32,16 @@ from replay import Replay
 CACHE = "llm_cache.sqlite"  # files in the logdir
 SKILLS = "skills.yaml"
 DECISIONS = "decisions.jsonl"
-JUDGED = 8  # plans that are judged in a step at most, the newest
-POLL_STEPS = 100  # env steps between two looks at skills.yaml
-# Metrics of which several learners log the sum, not the mean; so are errors.
+MAX_PROPOSALS = 8  # plans that are evaluated in one step; the newest
+POLL_STEPS = 100  # env steps between two readings of skills.yaml
+# Metrics that are summed over several learners, not averaged; so are errors.
 COUNTS = ("questions", "answers", "dropped", "late", "pending", "calls", "tokens", "cost")
 
 Arrays = dict[str, np.ndarray]
 
 
 def is_count(name: str) -> bool:
-    """Whether a metric counts what happened, so that those of several learners are added up."""
+    """Whether a metric is a count, which is summed over several learners."""
     group, _, kind = name.partition("/")
     return group == "llm_adapter" and (kind in COUNTS or kind.startswith("errors/"))
 
@@ -48,7 +49,7 @@ def is_count(name: str) -> bool:
 def advice_spaces(
     config: Mapping, act_space: Mapping[str, spaces.Space]
 ) -> tuple[dict[str, spaces.Space], dict[str, float]]:
-    """Spaces of what is stored with each step for advice, and the values of steps that lack it."""
+    """Spaces of what advice stores with each step, and the defaults for steps without it."""
     found: dict[str, spaces.Space] = {}
     actions = sum(getattr(space, "n", 0) for space in act_space.values())
     defaults: dict[str, float] = {}
@@ -69,9 +70,9 @@ def advice_spaces(
 def make_service(
     config: Mapping, captioner: Captioner, n_envs: int, logdir: Path, learners: int = 1
 ) -> tuple[AdviceService, list[str]]:
-    """Who asks for advice about `n_envs` envs, and lines for the log. Raises UserError.
+    """The service that asks for advice about `n_envs` envs, and lines for the log. Raises UserError.
 
-    Each of several learners has an adviser of its own, and its share of the budget.
+    Each of several learners has its own adviser and its share of the budget.
     """
     shares = {name: config.llm[name] // learners for name in ("budget_calls", "budget_tokens")}
     llm = config.replace({f"llm.{name}": value for name, value in shares.items()}).llm
@@ -89,24 +90,26 @@ def make_service(
 
 
 class NoAdvice:
-    """Nobody advises."""
+    """The hooks of a run without advice: they do nothing."""
 
-    def before(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
-        """What is known before the agent acts on observations [n, ...]: entries of the step, and plans."""
+    def before(
+        self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int
+    ) -> tuple[Arrays, dict[int, Sequence[int]]]:
+        """Called before the agent acts on observations [n, ...]; `state` is the last acting state.
+
+        Returns entries to store with the step, and plans to execute (env: actions).
+        """
         return {}, {}
 
     def after(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
-        """Look at what came of it, when the step is in the replay."""
+        """Called when the step is in the replay, with the new acting state."""
 
-    def items(self) -> Any:
-        """A function that gives the synthetic items of the next batch; any thread may call it."""
+    def items(self) -> Callable[[], Arrays]:
+        """A function that returns the synthetic items of the next batch; any thread may call it."""
         return dict
 
     def evaluated(self, episodes: Sequence[Arrays]) -> None:
-        """Measure the world model on evaluation episodes, each arrays [L, ...].
-
-        Only rank 0 has any; the other ranks take over its result.
-        """
+        """Called with evaluation episodes, each arrays [L, ...], on rank 0; the other ranks have none."""
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -119,11 +122,11 @@ class NoAdvice:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int, exact: bool) -> None:
-        """Go on from what `state_dict` gave at this env step; the replay holds the same places if `exact`."""
+        """Restore `state_dict` at this env step; the replay holds the same places if `exact`."""
 
 
 class Proposal(NamedTuple):
-    """A plan that waits to be judged."""
+    """A plan to evaluate, from the state at a place of the replay."""
 
     env: int
     place: int
@@ -132,7 +135,7 @@ class Proposal(NamedTuple):
 
 
 class AdviceHooks(NoAdvice):
-    """Asks an adviser and hands its answers out."""
+    """Asks an adviser, and distributes its answers."""
 
     def __init__(
         self,
@@ -157,47 +160,54 @@ class AdviceHooks(NoAdvice):
             config, numpy_rng(config.seed, "synthetic", *distributed.seed_names())
         )
         self.reliability = Reliability(config.prior.reliability_rate)  # of executed plans
-        self.proposals: deque[Proposal] = deque(maxlen=max(JUDGED, self.n_envs))
-        self.started: dict[int, int] = {}  # env -> place where a plan began in this step
+        self.proposals: deque[Proposal] = deque(maxlen=max(MAX_PROPOSALS, self.n_envs))
+        self.offered: dict[int, int] = {}  # env -> place where this step offered a plan for execution
+        self.predicted: dict[int, float] = {}  # env -> predicted return of the plan that runs there
         self.model_losses: list[float] = []  # of the last two evaluations
-        self.library: SkillLibrary | None = None
-        self.next_skills = self.next_poll = self.next_decision = 0
+        self.library: OptionLibrary | None = None
+        self.next_options = self.next_poll = self.next_decision = 0
         if config.options.enabled:
-            path = logdir / SKILLS if distributed.is_main() else None
-            self.library = SkillLibrary(path, self.captioner, config.options)
-            self.policy.set_skills(self.library)
+            self.library = OptionLibrary(
+                logdir / SKILLS if distributed.is_main() else None, self.captioner, config.options
+            )
+            self.policy.set_options(self.library)
         self.keeps_library = self.library is not None and distributed.is_main()
-        self.untold = self.keeps_library  # the other learners do not know yet what is in it
+        self.unshared = self.keeps_library  # the other learners do not have the library's last change
         self.counts: dict[str, list[float]] = {}
 
     # --- Around a step ---------------------------------------------------------------------------------
 
-    def before(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
+    def before(
+        self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int
+    ) -> tuple[Arrays, dict[int, Sequence[int]]]:
         with self.timer("advice"):
-            found = self._ask(obs, step)
-            self._share_skills()
-            return found
+            # The full weight for the first half, then linearly to 0: in the end the actor acts alone.
+            left = 1 - step / self.until if self.until else 0.0
+            self.policy.set_prior_share(min(1.0, max(0.0, 2 * left)))
+            self.offered = {}
+            if self.keeps_library and step >= self.next_poll:  # the person's edits come first
+                self.next_poll = step + POLL_STEPS
+                self._read_options()
+            entries, plans = self._blank(), {}
+            if step < self.until:
+                self._ask(obs, state["uncertainty"].numpy(), step, entries, plans)
+            self._share_options()
+        return entries, plans
 
-    def _ask(self, obs: Arrays, step: int) -> tuple[Arrays, dict[int, Sequence[int]]]:
-        c = self.config
-        # All of it for the first half, then less and less: the agent has to stand on its own at the end.
-        left = 1 - step / self.until if self.until else 0.0
-        self.policy.set_share(min(1.0, max(0.0, 2 * left)))
-        entries, plans = self._blank(), {}
-        self.started = {}
-        if self.keeps_library and step >= self.next_poll:  # what a person wrote comes first
-            self.next_poll = step + POLL_STEPS
-            slots, lines = self.library.poll()
-            self._notes += lines
-            self.untold |= bool(lines)  # names may have changed
-            self._set_skills(slots)
-        if step >= self.until:
-            return entries, plans
-        skills = self.keeps_library and step >= self.next_skills
-        if skills:
-            self.next_skills = step + c.options.option_generation_interval
+    def _ask(
+        self,
+        obs: Arrays,
+        uncertainty: np.ndarray,
+        step: int,
+        entries: Arrays,
+        plans: dict[int, Sequence[int]],
+    ) -> None:
+        """Ask, and enter the answers into the step's `entries` and `plans`, or where they belong."""
+        wants_options = self.keeps_library and step >= self.next_options
+        if wants_options:
+            self.next_options = step + self.config.options.option_generation_interval
         places = self.replay.heads.tolist()
-        for answered in self.service.ask(obs, places, self.policy.doubt, step=step, skills=skills):
+        for answered in self.service.ask(obs, places, uncertainty, step=step, skills=wants_options):
             values = self._values(answered)
             if answered.late:
                 self._count("late", 1.0)
@@ -207,11 +217,10 @@ class AdviceHooks(NoAdvice):
                 for key, value in values.items():
                     entries[key][answered.env] = value
             plan = [self.actions[name] for name in answered.advice.plan]
-            if plan and c.synthetic.enabled:
+            if plan and self.config.synthetic.enabled:
                 self._propose(answered, plan, plans)
             if self.keeps_library and answered.advice.skills:
-                self._set_skills(self.library.propose(answered.advice.skills, step))
-        return entries, plans
+                self._set_options(self.library.propose(answered.advice.skills, step))
 
     def _blank(self) -> Arrays:
         found, defaults = self.spaces
@@ -233,83 +242,81 @@ class AdviceHooks(NoAdvice):
         self.proposals.append(Proposal(answered.env, answered.place, plan, answered.advice.confidence))
         if answered.late:
             return
-        # Full as long as nothing speaks against the plans, and none where they do harm.
+        # Full until measurements speak against the plans; 0 where they do harm.
         trust = min(1.0, 2 * float(self.reliability.value))
         if self.rng.random() < self.config.synthetic.synthetic_execution_prob * trust:
             plans[answered.env] = plan
-            self.started[answered.env] = answered.place
+            self.offered[answered.env] = answered.place
 
     def after(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
         with self.timer("advice"):
-            self._look_at(obs, state, step)
+            ended = outcomes(state)
+            for outcome in ended:
+                if outcome.uid == PLAN:
+                    self._record_plan(outcome)
+            executed = self._record_options([outcome for outcome in ended if outcome.uid != PLAN])
+            if self.config.synthetic.enabled:
+                self._evaluate_plans(state, step)
+            if self.library is not None:
+                if executed:
+                    if self.keeps_library:
+                        self._set_options(self.library.prune())
+                    self._share_options()
+                self._count("options/used_share", float((state["uid"] > 0).float().mean()))
+            every = self.config.llm.log_decisions_every
+            if every and distributed.is_main() and step >= max(self.next_decision, self.config.prefill):
+                self.next_decision = step + every
+                self._log_decisions(obs, state, step)
 
-    def _look_at(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
-        outcomes, self.policy.outcomes = self.policy.outcomes, []
-        for outcome in outcomes:
-            if outcome.uid == PLAN:
-                self.reliability.update(torch.tensor(outcome.gain), torch.tensor(True))
-                self._count("synthetic/execution_gain", outcome.gain)
-                if np.isfinite(outcome.error):
-                    self._count("synthetic/execution_error", abs(outcome.error))
-        executed = self._record([outcome for outcome in outcomes if outcome.uid != PLAN])
-        if self.config.synthetic.enabled:
-            self._judge(state, step)
-        if self.library is not None:
-            if executed:
-                if self.keeps_library:
-                    self._set_skills(self.library.prune())
-                self._share_skills()
-            self._count("options/used_share", float((state["macro"] > 0).float().mean()))
-        every = self.config.llm.log_decisions_every
-        if every and distributed.is_main() and step >= max(self.next_decision, self.config.prefill):
-            self.next_decision = step + every
-            self._log_decisions(obs, state, step)
+    def _record_plan(self, outcome: Outcome) -> None:
+        self.reliability.update(torch.tensor(outcome.gain), torch.tensor(True))
+        self._count("synthetic/execution_gain", outcome.gain)
+        if outcome.env in self.predicted:
+            error = (self.predicted.pop(outcome.env) - outcome.ret) / outcome.scale
+            self._count("synthetic/execution_error", abs(error))
 
-    def _record(self, outcomes: Sequence[Outcome]) -> bool:
-        """Count this step's executions of skills, of all learners; whether there are any."""
+    def _record_options(self, ended: Sequence[Outcome]) -> bool:
+        """Count this step's executions of options, of all learners; whether there are any."""
         if self.library is None:
             return False
-        told = [
-            Outcome(*each)
-            for one in distributed.all_gather_object(list(map(tuple, outcomes)))
-            for each in one
-        ]
+        everywhere = distributed.all_gather_object(list(map(tuple, ended)))
+        found = [Outcome(*each) for one in everywhere for each in one]
         if self.keeps_library:
-            for outcome in told:
+            for outcome in found:
                 self.library.record(outcome.uid, outcome.gain, outcome.success, outcome.length)
-        return bool(told)
+        return bool(found)
 
-    def _judge(self, state: Mapping[str, torch.Tensor], step: int) -> None:
-        """Judge the newest proposals, and those that are being executed; accept what is worth it."""
+    def _evaluate_plans(self, state: Mapping[str, torch.Tensor], step: int) -> None:
+        """Evaluate the newest proposals, and those that have just started; keep those that promise a gain."""
         waiting = [p for p in self.proposals if self.replay.holds(p.env, p.place)]
         self.proposals.clear()
-        began = (state["macro"] == PLAN) & (state["position"] == 0)  # not one that was there before
-        running = {env for env in self.started if began[env]}
-        if not self._ready(step):
-            waiting = [p for p in waiting if p.env in running and self.started[p.env] == p.place]
+        started = (state["uid"] == PLAN) & (state["position"] == 0)
+        running = {(env, place) for env, place in self.offered.items() if started[env]}
+        for env, _ in running:
+            self.predicted.pop(env, None)
+        ready = self._ready(step)
+        if not ready:
+            waiting = [p for p in waiting if p[:2] in running]
         if not waiting:
             return
-        env, place = (np.array(column) for column in zip(*((p.env, p.place) for p in waiting), strict=True))
-        latents = self.replay.latents(env, place)
+        latents = self.replay.latents(*(np.array([p[axis] for p in waiting]) for axis in (0, 1)))
         known = latents["deter"].any(1)  # a late answer may be about a step of the prefill, without latents
         waiting = [proposal for proposal, has in zip(waiting, known, strict=True) if has]
         if not waiting:
             return
         latents = {key: value[known] for key, value in latents.items()}
-        judged = self.agent.judge(tensors(latents, [p.plan for p in waiting]))
-        gains = (judged["plan"] - judged["policy"]) / judged["scale"]
-        calm = judged["disagreement"] <= np.maximum(float(self.policy.largest), 1e-8)
+        found = self.agent.evaluate_plans(tensors(latents, [p.plan for p in waiting]))
+        gains = (found["plan"] - found["policy"]) / found["scale"]
+        sure = found["disagreement"] <= np.maximum(float(self.policy.largest), 1e-8)
         for index, proposal in enumerate(waiting):
-            if proposal.env in running and self.started[proposal.env] == proposal.place:
-                state["macro_predicted"][proposal.env] = float(judged["plan"][index])
-            if not self._ready(step):
-                continue
-            accepted = bool(gains[index] > 0 and (calm[index] or not self.policy.ensemble))
-            self._count("synthetic/return_gain", float(gains[index]))
-            self._count("synthetic/accepted", float(accepted))
-            if accepted:
-                item = Item(*proposal[:3], proposal.confidence, self.agent.updates)
-                self.synthetic.add(item)
+            if proposal[:2] in running and np.isfinite(found["plan"][index]):
+                self.predicted[proposal.env] = float(found["plan"][index])
+            if ready:
+                accepted = bool(gains[index] > 0 and (sure[index] or not self.policy.ensemble))
+                self._count("synthetic/return_gain", float(gains[index]))
+                self._count("synthetic/accepted", float(accepted))
+                if accepted:
+                    self.synthetic.add(Item(*proposal, self.agent.updates))
 
     def _ready(self, step: int) -> bool:
         """Whether the world model is good enough to imagine plans with."""
@@ -319,15 +326,11 @@ class AdviceHooks(NoAdvice):
             settled = losses[1] > (1 - self.config.synthetic.synthetic_settled) * losses[0]
         return step >= max(self.config.synthetic.synthetic_warmup, self.config.prefill) and settled
 
-    def items(self) -> Any:
+    def items(self) -> Callable[[], Arrays]:
         if not (self.config.synthetic.enabled and self.synthetic.amount):
             return dict
         chosen = self.synthetic.choose(self.replay, self.agent.updates, float(self.reliability.value))
-
-        def gather() -> Arrays:
-            return {f"item_{key}": value for key, value in chosen(self.replay).items()}
-
-        return gather
+        return lambda: chosen(self.replay)
 
     def evaluated(self, episodes: Sequence[Arrays]) -> None:
         if episodes and self.config.synthetic.enabled:
@@ -337,7 +340,7 @@ class AdviceHooks(NoAdvice):
         self.model_losses = distributed.broadcast_object(self.model_losses)
 
     def _sequences(self, episodes: Sequence[Arrays]) -> Arrays:
-        """A batch of windows, evenly spread over the episodes, which lie one behind the other."""
+        """A batch of windows that are evenly spread over the concatenated episodes."""
         c = self.config
         window, rows = c.batch_length + c.replay_context, c.batch_size
         keys = [key for key in self.replay.layout if key not in ("deter", "stoch")]
@@ -357,28 +360,37 @@ class AdviceHooks(NoAdvice):
             batch[key] = np.full((rows, window, *shape), blank, dtype)
         return batch
 
-    def _set_skills(self, slots: Sequence[int]) -> None:
-        """Tell the actor of the library, whose `slots` hold something else now."""
-        self.policy.set_skills(self.library, fresh=slots)
+    # --- Options ---------------------------------------------------------------------------------------
+
+    def _read_options(self) -> None:
+        """Take over what a person edited in skills.yaml."""
+        slots, lines = self.library.poll()
+        self._notes += lines
+        self.unshared |= bool(lines)  # names may have changed
+        self._set_options(slots)
+
+    def _set_options(self, slots: Sequence[int]) -> None:
+        """Give the actor the library, whose `slots` hold other options now."""
+        self.policy.set_options(self.library, fresh=slots)
         if slots:
             self.library.save()
-            self.untold = True
+            self.unshared = True
 
-    def _share_skills(self) -> None:
-        """Let the other learners take over the first one's library, and what its actor says of the slots.
+    def _share_options(self) -> None:
+        """Copy the first learner's library, and its actor's outputs of the slots, to the other learners.
 
-        All come here at the same points of a step, so from then on their weights are equal again.
+        All learners call this at the same points of a step, so their weights are equal afterwards.
         """
-        if distributed.world_size() == 1 or self.library is None or not distributed.any_rank(self.untold):
+        if distributed.world_size() == 1 or self.library is None or not distributed.any_rank(self.unshared):
             return
-        self.untold = False
+        self.unshared = False
         state = distributed.broadcast_object(self.library.state_dict() if distributed.is_main() else None)
         if not distributed.is_main():
             self.library.load_state_dict(state)
-            self.policy.set_skills(self.library)
+            self.policy.set_options(self.library)
         distributed.broadcast(list(self.policy.options.out.state_dict().values()))
 
-    # --- What is told ----------------------------------------------------------------------------------
+    # --- Logs and checkpoints --------------------------------------------------------------------------
 
     def _log_decisions(self, obs: Arrays, state: Mapping[str, torch.Tensor], step: int) -> None:
         lines = []
@@ -395,7 +407,7 @@ class AdviceHooks(NoAdvice):
     def _caption(self, obs: Arrays, env: int) -> str | None:
         try:
             return str(self.captioner.caption({key: value[env] for key, value in obs.items()}))
-        except Exception:  # of a user's captioner: the service tells of it
+        except Exception:  # of a user's captioner: the service reports it
             return None
 
     def _count(self, name: str, value: float) -> None:
@@ -428,8 +440,8 @@ class AdviceHooks(NoAdvice):
             "proposals": [list(proposal) for proposal in self.proposals],
             "model_losses": self.model_losses,
             "library": self.library.state_dict() if self.keeps_library else {},
-            "next": [self.next_skills, self.next_poll, self.next_decision],
-            "doubt": None if self.policy.doubt is None else torch.from_numpy(self.policy.doubt.copy()),
+            "predicted": self.predicted,
+            "next": [self.next_options, self.next_poll, self.next_decision],
             "counts": self.counts,
         }
 
@@ -440,20 +452,20 @@ class AdviceHooks(NoAdvice):
         self.reliability.load_state_dict(state["reliability"])
         if exact:
             self.proposals.extend(Proposal(*proposal) for proposal in state["proposals"])
-            self.policy.doubt = None if state["doubt"] is None else state["doubt"].numpy()
+            self.predicted = dict(state["predicted"])
         else:
             self.synthetic.items.clear()
         self.model_losses = list(state["model_losses"])
-        self.next_skills, self.next_poll, self.next_decision = state["next"]
+        self.next_options, self.next_poll, self.next_decision = state["next"]
         self.counts = {name: list(values) for name, values in state["counts"].items()}
-        if self.keeps_library:  # the others hear of it before the first step
+        if self.keeps_library:  # the others receive it before the first step
             self.library.load_state_dict(state["library"])
-            self.policy.set_skills(self.library)
+            self.policy.set_options(self.library)
         if distributed.is_main():
             self._forget_decisions(step)
 
     def _forget_decisions(self, step: int) -> None:
-        """Lines that came after the checkpoint are told again."""
+        """Drop the lines of steps after the checkpoint, which the resumed run writes again."""
         path = self.logdir / DECISIONS
         if not path.exists():
             return

@@ -170,7 +170,7 @@ class _File:
     mistakes: list[str] = field(default_factory=list)
 
 
-class SkillLibrary:
+class OptionLibrary:
     """The skills in their slots, with what they brought.
 
     Args:

@@ -1,9 +1,9 @@
-"""Path A, imagined experience: proposed plans are rolled out from real states, and where they lead,
-imagination starts too. Nothing of it trains the world model, and no value or policy gradient is taken along
-a plan.
+"""Path A, imagined experience: proposed plans are rolled out from real states, and the states that they lead
+to become additional starts of imagination. Nothing of it trains the world model, and no value or policy
+gradient is taken along a plan.
 
-An item is the place of a real state in the replay and a plan. It is rolled out anew, by today's world model,
-each time it is drawn. Letters: M items, L steps of a plan, F feat, A actions, B batch, T time.
+An item is the place of a real state in the replay, and a plan. It is rolled out by the present world model
+each time it is sampled. Letters: M items, L steps of a plan, F feat, A actions, B batch, T time.
 """
 
 import math
@@ -24,19 +24,19 @@ from replay import Replay
 
 
 def rows(config: Mapping) -> int:
-    """How many starts there are beside the real ones of a batch: `synthetic_ratio_max` of all at most."""
+    """How many starts are added to the real ones of a batch: at most `synthetic_ratio_max` of all."""
     real = config.batch_size * (config.imag_last or config.batch_length)
     ratio = config.synthetic.synthetic_ratio_max
     return math.floor(real * ratio / (1 - ratio))
 
 
 def amount(config: Mapping) -> int:
-    """How many items are drawn for a batch (M)."""
+    """How many items are sampled for a batch (M)."""
     return math.ceil(rows(config) / MAX_PLAN)
 
 
 class Rollout(NamedTuple):
-    """Plans as the world model foresees them. Entries past a plan's end have weight 0."""
+    """Plans as the world model predicts them. Entries after a plan's end have weight 0."""
 
     states: State  # [M, L, ...] that the steps lead to
     feat: Tensor  # [M, L+1, F]
@@ -74,7 +74,7 @@ def roll_out(
     ret = lambda_return(last, 1 - cont, reward, value, 1.0, behavior.lam)
     advantage = (ret - value[:, :-1]) / behavior.retnorm.scale
     valid = ~last[:, :-1]
-    alive = cont[:, 1:].cumprod(1)  # a start behind the end of an episode is none
+    alive = cont[:, 1:].cumprod(1)  # no start after the end of an episode
     weight = items["weight"][:, None] * valid
     advantage = torch.where(valid, advantage, 0.0)
     clone = weight * alive.roll(1, 1).index_fill(1, index[:1], 1.0) * advantage.clamp(min=0)
@@ -82,17 +82,17 @@ def roll_out(
 
 
 @torch.no_grad()
-def judge(
-    guide: Any,
+def evaluate(
     behavior: ImagBehavior,
     world_model: WorldModel,
     items: Mapping[str, Tensor],
     rollouts: int,
     generator: torch.Generator | None,
+    ensemble: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Predicted returns [M] of plans and of the policy over as many steps, each the mean of some `rollouts`.
+    """Predicted returns [M] of plans, and of the actor over as many steps: means of some `rollouts`.
 
-    `disagreement` [M] is the mean over the plan's states, 0 without an ensemble.
+    `disagreement` [M] is the ensemble's mean over the plan's states, 0 without one.
     """
     rssm, actions = world_model.rssm, world_model.actions.size
     repeated = {
@@ -105,7 +105,7 @@ def judge(
     draws = torch.rand(plan.shape[1], count // 2, 1, device=plan.device, generator=generator)
     weights, feats, taken = rssm.split_weights(), [rssm.feat(state)], []
     for t in range(plan.shape[1]):
-        own = guide.plain_actions(behavior, feats[-1][count // 2 :]).sample(draws[t])
+        own = behavior.actor(feats[-1][count // 2 :]).parts[0].sample(draws[t])
         action = torch.cat([F.one_hot(plan[:, t], actions).to(own.dtype), own])
         state = rssm.imagine(state, action, noise[t], weights)
         feats.append(rssm.feat(state))
@@ -117,8 +117,8 @@ def judge(
     returns = ret.unflatten(0, (2, -1, rollouts)).mean(-1)  # [2, M]
     half = count // 2
     valid = (~last[:half, :-1]).float()
-    if guide.ensemble:
-        spread = guide.ensemble(feat[:half, :-1], action[:half]) * valid
+    if ensemble:
+        spread = ensemble(feat[:half, :-1], action[:half]) * valid
         spread = spread.sum(1) / valid.sum(1).clamp(min=1)
     else:
         spread = torch.zeros(half, device=feat.device)
@@ -135,11 +135,11 @@ class Item:
     place: int
     plan: list[int]
     confidence: float
-    born: int  # updates of the agent when it was accepted
+    born: int  # the agent's updates when it was accepted
 
 
 class SyntheticItems:
-    """The accepted items, the newest last, and how batches of them are drawn."""
+    """The accepted items, the newest last; samples batches of them."""
 
     def __init__(self, config: Mapping, rng: np.random.Generator):
         self.config, self.rng = config.synthetic, rng
@@ -152,10 +152,10 @@ class SyntheticItems:
     def choose(
         self, replay: Replay, updates: int, reliability: float
     ) -> Callable[[Replay], dict[str, np.ndarray]]:
-        """Choose M items for a batch. What is returned gathers them, in whatever thread draws the batch:
+        """Choose M items for a batch; returns a function that gathers them, to be called by any thread.
 
-        deter, stoch, plan [M, L], length, weight [M]; weight 0 where there is no item. The weight is
-        confidence times reliability, decayed by the updates since the item was accepted.
+        It returns deter, stoch, plan [M, L], length, weight [M]; weight 0 where there is no item. The weight
+        is confidence times reliability, decayed by the updates since the item was accepted.
         """
         live = [item for item in self.items if replay.holds(item.env, item.place)]
         if len(live) < len(self.items):  # their states were evicted
@@ -172,7 +172,7 @@ class SyntheticItems:
 
         def gather(replay: Replay) -> dict[str, np.ndarray]:
             latents = replay.latents(where[:, 0], where[:, 1])
-            known = latents["deter"].any(1)  # else stored without latents and not trained on yet
+            known = latents["deter"].any(1)  # others were stored without latents and not trained on yet
             return {**latents, "plan": plan, "length": length, "weight": weight * known}
 
         return gather
@@ -187,7 +187,7 @@ class SyntheticItems:
 
 
 def tensors(latents: Mapping[str, np.ndarray], plans: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
-    """Items for `judge`: latents [M, ...] with the plans and their lengths."""
+    """Items for `evaluate`: latents [M, ...] with the plans and their lengths."""
     plan = np.zeros((len(plans), MAX_PLAN), np.int64)
     for row, actions in enumerate(plans):
         plan[row, : len(actions)] = actions

@@ -147,27 +147,26 @@ def test_run_from_a_recorded_cache_needs_nobody_and_is_the_same(tmp_path, monkey
 
 
 def test_run_goes_on_with_other_envs_and_forgets_what_names_places_in_the_old_replay(tmp_path, monkeypatch):
-    judge = Dreamer.judge
+    evaluate = Dreamer.evaluate_plans
     monkeypatch.setattr(  # any plan is good enough
-        Dreamer, "judge", lambda *args: (found := judge(*args)) | {"plan": found["plan"] + 9}
+        Dreamer, "evaluate_plans", lambda *args: (found := evaluate(*args)) | {"plan": found["plan"] + 9}
     )
     options = (*DOORKEY, *FULL, "--llm.until", "1000")
     with signal_at(115):
         assert train(tmp_path, *options) == 143
     before = checkpoints.load_checkpoint(tmp_path)[0]["hooks"]
-    assert before["synthetic"]["items"] and len(before["doubt"]) == 2
+    assert before["synthetic"]["items"]
     kept = {}
     load = AdviceHooks.load_state_dict
 
     def noted(hooks, *args):
         load(hooks, *args)
         kept.update(items=len(hooks.synthetic.items), proposals=len(hooks.proposals))
-        kept.update(doubt=hooks.policy.doubt)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AdviceHooks, "load_state_dict", noted)
         assert train(tmp_path, *options, "--envs.amount", "1") == 0
-    assert kept == {"items": 0, "proposals": 0, "doubt": None}
+    assert kept == {"items": 0, "proposals": 0}
     assert "refilled from episode files" in log(tmp_path)
 
 
@@ -186,8 +185,8 @@ def test_weight_of_the_prior_falls_to_zero_until_nobody_is_asked_any_more(tmp_pa
     asked: list[int] = []
     before, ask = AdviceHooks.before, AdviceService.ask
 
-    def noted(hooks, obs, step):
-        found = before(hooks, obs, step)
+    def noted(hooks, obs, state, step):
+        found = before(hooks, obs, state, step)
         shares[step] = float(hooks.policy.prior.share)
         return found
 
@@ -371,7 +370,7 @@ def test_coach_brings_answers_to_the_steps_that_asked(tmp_path):
         Answered(1, 6, Advice(), "", False),  # says nothing
     ]
     hooks.service.ask = lambda *args, **kwargs: answers
-    entries, plans = hooks.before({}, 10)
+    entries, plans = hooks.before({}, agent.initial_state(2), 10)
     assert entries["llm_mask"].tolist() == [True, False] and plans == {}
     assert entries["llm_logits"].tolist() == [[2, 0, 0, 0, -2], [0] * 5]
     assert advised(replay, 1) == [4] and advised(replay, 0) == []

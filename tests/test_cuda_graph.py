@@ -30,7 +30,7 @@ class FakeGraph:
         self.generator = generator
 
     def replay(self):
-        first, second = self.step(self.inputs)
+        first, second = self.step(*self.inputs)
         for kept, new in zip(self.outputs, (first, second), strict=True):
             for key, value in new.items():
                 kept[key].copy_(value)
@@ -55,8 +55,8 @@ def make_graphed(step):
     graphed = cuda_graph.GraphedUpdate(step, torch.Generator())
     record = graphed._record
 
-    def recording(data):
-        record(data)
+    def recording(*data):
+        record(*data)
         if graphed.graph:
             graphed.graph.step, graphed.graph.inputs = step, graphed.inputs
             graphed.graph.outputs = graphed.outputs
@@ -126,9 +126,9 @@ class HostCalls(TorchFunctionMode):
 def test_an_update_needs_no_host(paths):
     agent = advice_helpers.make_agent(paths)
     batch = {k: torch.from_numpy(v) for k, v in advice_helpers.make_batch(agent).items()}
+    items = {}
     if "synthetic" in paths:
         items = advice_helpers.make_items(agent, synthetic.amount(agent.config))
-        batch |= {f"item_{key}": value for key, value in items.items()}
     with HostCalls() as calls:
-        agent._update(batch)
+        agent._update(batch, items)
     assert calls.found == []

@@ -20,7 +20,7 @@ from envs import make_env
 from lore_llm import advice, language_models
 from lore_llm.advice import PROBLEMS, AdviceSpec, Request
 from lore_llm.captions import make_captioner
-from lore_llm.options import SkillLibrary
+from lore_llm.options import OptionLibrary
 
 ROOT = Path(__file__).parent.parent
 GUIDES = ("docs/llm.md", "docs/llm.ja.md")
@@ -315,7 +315,7 @@ def test_skills_of_the_guide_are_a_library_without_mistakes(tmp_path):
     (block,) = blocks("yaml")
     path = tmp_path / "skills.yaml"
     path.write_text(block)
-    library = SkillLibrary(path, make_captioner(config, env.obs_space, env.act_space), config.options)
+    library = OptionLibrary(path, make_captioner(config, env.obs_space, env.act_space), config.options)
     changed, lines = library.poll()
     assert changed == [0, 1] and all("was read: added" in line for line in lines)
     chop, drink = library.skills()

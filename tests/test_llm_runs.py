@@ -14,6 +14,7 @@ from run_helpers import assert_same_run, log, metrics, signal_at, train
 import dreamer
 from basics import UserError
 from lore_llm.captions import Captioner
+from lore_llm.option_actor import Execution
 
 KEY = "sk-SecretOfTheTests123"
 LORE = (
@@ -61,10 +62,10 @@ def test_a_captioner_that_fails_does_not_end_the_run(tmp_path):
 def test_a_captioner_that_cannot_tell_an_end_is_named():
     agent = make_agent(("options",))
     agent.policy.captioner = Stumbling(agent.policy.captioner.actions, OBS)
-    own = agent.policy.initial(OBS, 1) | {"macro": torch.tensor([1]), "position": torch.tensor([1])}
+    running = agent.policy.initial(OBS, 1) | {"uid": torch.tensor([1]), "position": torch.tensor([1])}
     obs = {"symbolic": np.zeros((1, 2), np.int32)}
     with pytest.raises(UserError, match="Stumbling.*--llm.captioner.*KeyError: 'nothing'"):
-        agent.policy._ended(0, own, obs)
+        agent.policy.ended(0, Execution(running), obs)
 
 
 @pytest.mark.slow

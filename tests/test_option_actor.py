@@ -11,8 +11,7 @@ from advice_helpers import ACTIONS, OBS, give_skills, make_agent, make_batch, so
 
 import distributions as dists
 import models
-from lore_llm.option_actor import primitives
-from lore_llm.policy import NOTHING, PLAN
+from lore_llm.option_actor import NOTHING, PLAN, outcomes, primitives
 
 SLOTS = 3
 SKILLS = {0: (10, [4], 1), 2: (11, [1, 2, 3], 4)}  # slot -> uid, actions, timeout; slot 1 is empty
@@ -87,7 +86,7 @@ def test_without_skills_the_actor_chooses_among_primitives_as_the_plain_one():
         torch.manual_seed(3)
         torch.nn.init.normal_(each.behavior.actor.outs[0].weight, std=0.5)
     feat = some_feat(agent, 40)
-    policy, expected = agent.policy.distribution(agent.behavior, feat), plain.behavior.actor(feat)
+    policy, expected = agent.policy.view(agent.behavior, feat).policy, plain.behavior.actor(feat)
     probs = policy.parts[0].probs
     assert torch.allclose(probs[:, SLOTS:], expected.parts[0].probs, atol=1e-6)
     assert (probs[:, :SLOTS] == 0).all()
@@ -98,7 +97,7 @@ def test_without_skills_the_actor_chooses_among_primitives_as_the_plain_one():
 
 def test_primitive_probabilities_leave_options_out():
     agent = options_agent()
-    policy = agent.policy.distribution(agent.behavior, some_feat(agent, 5))
+    policy = agent.policy.view(agent.behavior, some_feat(agent, 5)).policy
     probs = policy.parts[0].probs
     assert (probs[:, [0, 2]] > 0).all() and (probs[:, 1] == 0).all()
     alone = primitives(policy, ACTIONS)
@@ -353,13 +352,13 @@ class Critic(torch.nn.Module):
 
 
 class Scripted:
-    """The guide with two envs whose observations and choices a test writes down."""
+    """The policy in two envs whose observations and choices are given by the test."""
 
-    def __init__(self, paths=("options", "synthetic"), skills=SKILLS, training=True):
+    def __init__(self, paths=("options", "synthetic"), skills=SKILLS):
         self.agent = make_agent(paths, "--horizon", "2", "--reward_scale", "2")  # disc 0.5
         if "options" in paths:
             give_skills(self.agent, skills)
-        self.policy, self.training = self.agent.policy, training
+        self.policy, self.outcomes = self.agent.policy, []
         self.state = self.agent.initial_state(2)
         self.slots = SLOTS if "options" in paths else 0
         self.value = torch.zeros(2)
@@ -376,9 +375,10 @@ class Scripted:
         choice = torch.nn.functional.one_hot(torch.tensor(choices), self.slots + ACTIONS).float()
         with torch.no_grad():
             action, running, stored = self.policy.execute(
-                self.agent.behavior, torch.zeros(2, 1), choice, obs, self.state, plans or {}, self.training
+                self.agent.behavior, torch.zeros(2, 1), choice, obs, self.state, plans or {}
             )
         self.state = {**self.state, **running}
+        self.outcomes += outcomes(running)
         decision = stored["decision"].tolist() if stored else None
         return action.argmax(-1).tolist(), decision, stored["option"].tolist() if stored else None
 
@@ -390,7 +390,7 @@ def test_options_start_run_and_return_in_the_env():
     assert env.step([SLOTS + 4, 2]) == ([3, 1], [False, True], [11, 11])
     assert env.step([SLOTS, SLOTS]) == ([1, 2], [False, False], [11, 11])
     assert env.step([SLOTS + 4, SLOTS]) == ([4, 3], [True, False], [0, 11])  # the timeout of 4 steps
-    assert [(o.env, o.uid, o.length) for o in env.policy.outcomes] == [(1, 10, 1), (0, 11, 4)]
+    assert [(o.env, o.uid, o.length) for o in env.outcomes] == [(1, 10, 1), (0, 11, 4)]
 
 
 def test_outcome_of_an_option_is_its_discounted_return_less_what_was_expected():
@@ -401,11 +401,11 @@ def test_outcome_of_an_option_is_its_discounted_return_less_what_was_expected():
     env.step([0, SLOTS], reward=(2, 0))
     env.step([0, SLOTS], reward=(4, 0))
     env.step([SLOTS, SLOTS], reward=(8, 0), value=(16, 0))
-    (outcome,) = env.policy.outcomes
+    (outcome,) = env.outcomes
     ret = 2 * (1 + 2 / 2 + 4 / 4 + 8 / 8) + 16 / 16  # reward_scale 2, discount 1/2
     assert outcome.gain == pytest.approx((ret - 3) / 4)
     assert (outcome.uid, outcome.length, outcome.success) == (11, 4, True)
-    assert np.isnan(outcome.error)
+    assert (outcome.ret, outcome.scale) == (ret, 4)
 
 
 def test_option_ends_with_the_episode():
@@ -413,17 +413,17 @@ def test_option_ends_with_the_episode():
     env.step([2, 2], value=(1, 1), is_first=[0, 1])
     _, decision, option = env.step([2, 2], reward=(3, 3), value=(8, 8), is_last=[0, 1], is_terminal=[1])
     assert decision == [True, True] and option == [0, 0]  # nothing starts at the end
-    gains = [outcome.gain for outcome in env.policy.outcomes]
+    gains = [outcome.gain for outcome in env.outcomes]
     assert gains == pytest.approx([2 * 3 + 0.5 * 8 - 1, 2 * 3 - 1])  # a truncated episode is bootstrapped
     assert env.step([SLOTS, 2], is_first=[0, 1]) == ([0, 1], [True, True], [0, 11])
-    assert len(env.policy.outcomes) == 2
+    assert len(env.outcomes) == 2
 
 
 def test_option_does_not_go_on_after_the_worker_was_restarted():
     env = Scripted()
     env.step([2, SLOTS], is_first=[0, 1])
     assert env.step([SLOTS + 3, SLOTS], reward=(9, 0), is_first=[0]) == ([3, 0], [True, True], [0, 0])
-    assert env.policy.outcomes == []
+    assert env.outcomes == []
     assert env.step([2, SLOTS]) == ([1, 0], [True, True], [11, 0])
 
 
@@ -446,7 +446,7 @@ def test_option_ends_at_its_subgoal_which_is_its_success():
     assert env.step([0, 0], symbolic=[(5, 1), (4, 1)])[1] == [False, False]
     # Reached is measured from the start, not from the step before.
     assert env.step([SLOTS, SLOTS], symbolic=[(6, 2), (5, 2)])[1] == [True, False]
-    (outcome,) = env.policy.outcomes
+    (outcome,) = env.outcomes
     assert outcome.success and outcome.gain < 0 and outcome.length == 2
     assert env.policy.captioner.seen == ([4, 1], [5, 2], 2)
 
@@ -456,7 +456,7 @@ def test_option_ends_where_its_action_was_blocked():
     env.policy.captioner, env.policy.subgoals = Watcher(), ["grow", None, "grow"]
     env.step([2, 2], is_first=[0, 1], symbolic=[(5, 0), (5, 0)], value=(-1, 0))
     assert env.step([SLOTS, SLOTS], symbolic=[(5, 0), (5, 1)])[1] == [True, False]
-    (outcome,) = env.policy.outcomes
+    (outcome,) = env.outcomes
     assert not outcome.success and outcome.gain > 0  # success is the subgoal's, where there is one
 
 
@@ -466,16 +466,15 @@ def test_plan_is_executed_and_every_step_of_it_is_a_decision():
     assert env.step([2, SLOTS], plans={0: plan}, is_first=[0, 1], value=(3, 0)) == (
         [4, 0], [True, True], [0, 0],
     )  # fmt: skip
-    assert int(env.state["macro"][0]) == PLAN
-    env.state["macro_predicted"][0] = 10.0
+    assert int(env.state["uid"][0]) == PLAN
     assert env.step([2, SLOTS], reward=(1, 0)) == ([3, 0], [True, True], [0, 0])
     assert env.step([2, SLOTS], reward=(1, 0)) == ([0, 0], [True, True], [0, 0])
     assert env.step([SLOTS + 1, SLOTS], reward=(1, 0), value=(4, 0)) == ([1, 0], [True, True], [0, 0])
-    (outcome,) = env.policy.outcomes
+    (outcome,) = env.outcomes
     ret = 2 * (1 + 1 / 2 + 1 / 4) + 4 / 8
     assert (outcome.uid, outcome.length) == (PLAN, 3)
-    assert outcome.gain == pytest.approx(ret - 3) and outcome.error == pytest.approx(10 - ret)
-    assert int(env.state["macro"][0]) == NOTHING
+    assert outcome.gain == pytest.approx(ret - 3) and outcome.ret == pytest.approx(ret)
+    assert int(env.state["uid"][0]) == NOTHING
 
 
 def test_a_running_option_or_plan_goes_before_a_new_plan():
@@ -491,7 +490,7 @@ def test_no_plan_begins_at_the_end_of_an_episode():
     env = Scripted()
     env.step([SLOTS, SLOTS], is_first=[0, 1])
     env.step([SLOTS, SLOTS], plans={0: [4, 4]}, is_last=[0])
-    assert int(env.state["macro"][0]) == NOTHING
+    assert int(env.state["uid"][0]) == NOTHING
 
 
 def test_plans_are_executed_without_options_too():
@@ -499,13 +498,6 @@ def test_plans_are_executed_without_options_too():
     assert env.step([1, 2], plans={1: [4, 0]}, is_first=[0, 1]) == ([1, 4], None, None)
     assert env.step([1, 2])[0] == [1, 0]
     assert env.step([1, 2])[0] == [1, 2]
-
-
-def test_evaluation_runs_options_but_keeps_no_account_of_them():
-    env = Scripted(training=False)
-    env.step([0, 2], is_first=[0, 1])
-    assert env.step([SLOTS, SLOTS])[:2] == ([0, 2], [True, False])
-    assert env.policy.outcomes == []
 
 
 def test_removed_skill_runs_to_its_end_where_it_had_begun():
@@ -547,5 +539,5 @@ def test_metric_tells_how_many_of_the_imagined_choices_are_options():
     choice = F.one_hot(torch.tensor([[0, 4, 3, 5], [4, 0, 0, 6]]), 3 + ACTIONS).float()  # slot 0, or none
     decided = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]])  # what was drawn elsewhere is void
     dream = models.Imagined(torch.zeros(2, 5, 1), choice[..., 3:], choice, decided, decided)
-    _, metrics = agent.policy.loss(agent.behavior, dream, None, 1.0)
+    _, metrics = agent.policy.loss(agent.behavior, dream, None, models.Starts({}), 1.0)
     assert float(metrics["options/imagined_share"]) == 0.5

@@ -1,5 +1,7 @@
 """Path B: what the prior's weight is made of, what learns from it, and that silence changes nothing."""
 
+import contextlib
+import gc
 import math
 
 import gymnasium
@@ -21,6 +23,7 @@ from advice_helpers import (
 from run_helpers import differences
 
 import distributions as dists
+import models
 from agent import Dreamer
 from basics import UserError
 from lore_llm.prior import GAIN_FLOOR, Prior, Reliability, bounded
@@ -117,7 +120,7 @@ def test_the_actor_is_seen_through_the_prior_and_then_mixed_with_the_uniform():
     unsettle(agent)
     torch.nn.init.normal_(agent.behavior.actor.outs[0].weight, std=0.5)
     feat = some_feat(agent, 7)
-    seen = agent.policy.seen(agent.behavior, feat)
+    seen = agent.policy.advised_view(agent.behavior, feat)
     logits = agent.behavior.actor.outs[0](agent.behavior.actor.mlp(feat))
     prior = agent.policy.prior(feat)
     assert float(seen.beta.min()) > 0.03
@@ -125,9 +128,9 @@ def test_the_actor_is_seen_through_the_prior_and_then_mixed_with_the_uniform():
     assert torch.allclose(seen.policy.parts[0].probs, expected, atol=1e-6)
     assert torch.equal(seen.plain.parts[0].probs, agent.behavior.actor(feat).parts[0].probs)
     assert float((expected - seen.plain.parts[0].probs).detach().abs().max()) > 0.01
-    bare = agent.policy.distribution(agent.behavior, feat, advised=False)
+    bare = agent.policy.view(agent.behavior, feat, advised=False).policy
     assert torch.equal(bare.parts[0].probs, seen.plain.parts[0].probs)
-    without = agent.policy.seen(agent.behavior, feat, advised=False)
+    without = agent.policy.advised_view(agent.behavior, feat, advised=False)
     assert torch.equal(without.policy.parts[0].probs, seen.plain.parts[0].probs) and not without.beta.any()
 
 
@@ -167,7 +170,7 @@ def test_policy_without_any_advice_is_the_plain_one_to_the_last_bit():
     agent = make_agent(("prior",))
     torch.nn.init.normal_(agent.behavior.actor.outs[0].weight, std=0.5)
     feat = some_feat(agent, 50)
-    seen = agent.policy.seen(agent.behavior, feat)
+    seen = agent.policy.advised_view(agent.behavior, feat)
     assert not seen.beta.any() and seen.uncertainty.all()
     assert torch.equal(seen.policy.parts[0].probs, agent.behavior.actor(feat).parts[0].probs)
 
@@ -198,6 +201,20 @@ def test_options_of_disabled_paths_change_no_bit():
 
 
 # ---- Gradients
+
+
+def test_no_autograd_graph_is_alive_after_an_update():
+    agent = full_agent()
+    agent.train(make_batch(agent), make_items(agent, 8))
+    gc.collect()
+
+    def in_graph(tensor):
+        with contextlib.suppress(RuntimeError):  # the optimiser's views of parameters
+            return tensor.requires_grad and not tensor.is_leaf
+
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+    assert len(tensors) > 50 and not [each.shape for each in tensors if in_graph(each)]
+
 
 MODEL = ("encoder", "rssm", "decoder", "reward_head", "cont_head")
 TRAINS = {
@@ -230,8 +247,7 @@ def advised_losses(agent, **changes):
     torch.Tensor.backward = lambda self, *args, **kwargs: None  # the graph is wanted afterwards
     try:
         batch = {k: torch.from_numpy(v) for k, v in make_batch(agent).items()}
-        batch |= {f"item_{key}": value for key, value in make_items(agent, 8).items()}
-        agent.train(batch | changes)
+        agent.train(batch | changes, make_items(agent, 8))
     finally:
         torch.Tensor.backward, agent.opt.step = backward, step
     guide = agent.policy
@@ -282,8 +298,8 @@ def test_policy_gradient_is_that_of_a_constant_added_to_the_actors_logits():
     behavior, guide, feat = agent.behavior, agent.policy, some_feat(agent, 6)
     value = F.one_hot(torch.arange(6) % ACTIONS, ACTIONS + 3).flip(-1).float()
     out = behavior.actor.outs[0].weight
-    (grad,) = torch.autograd.grad(guide.distribution(behavior, feat).log_prob(value).sum(), out)
-    seen, hidden = guide.seen(behavior, feat), behavior.actor.mlp(feat)
+    (grad,) = torch.autograd.grad(guide.view(behavior, feat).policy.log_prob(value).sum(), out)
+    seen, hidden = guide.advised_view(behavior, feat), behavior.actor.mlp(feat)
     constant = (seen.beta[:, None] * seen.prior).detach()
     assert float(constant.abs().max()) > 0.01
     logits = behavior.actor.outs[0](hidden) + constant
@@ -295,12 +311,10 @@ def test_advice_kl_pulls_the_actor_towards_the_mix():
     agent = make_agent(("prior",), "--prior.lambda_kl", "5", "--actor.entropy", "0.1")
     unsettle(agent)
     behavior, guide, feat = agent.behavior, agent.policy, some_feat(agent, 6)
-    policy = guide.distribution(behavior, feat[:, None])
-    seen = guide.last_seen
+    seen = guide.view(behavior, feat[:, None])
     p, q = (each.parts[0].probs[:, 0] for each in (seen.policy, seen.plain))
     dream = guide.imagine(behavior, agent.rssm, start_of(agent, 6), None)._replace(feat=feat[:, None])
-    policy = guide.distribution(behavior, feat[:, None])
-    losses, metrics = guide.loss(behavior, dream, policy, 1.0)
+    losses, metrics = guide.loss(behavior, dream, seen, models.Starts({}), 1.0)
     kl = (p * (p / q).log()).sum(-1)
     assert torch.allclose(losses["advice_kl"][:, 0], 0.5 * kl, atol=1e-7) and float(kl.min()) > 1e-6
     assert torch.allclose(metrics["uncertainty_gate/avg_kl"], kl.mean())
@@ -333,7 +347,7 @@ def test_dual_keeps_the_divergence_at_its_target_at_most(target):
     divergences = []
     for update in range(600):
         feat = some_feat(agent, 64, seed=update)
-        seen = guide.seen(behavior, feat)
+        seen = guide.advised_view(behavior, feat)
         kl = seen.policy.parts[0].kl(seen.plain.parts[0]).mean()
         guide.prior.limit(kl)
         divergences.append(float(kl))

@@ -25,11 +25,10 @@ from logger import Timer
 from lore_llm import OptionSpec, options
 from lore_llm.advice import Advice
 from lore_llm.hooks import AdviceHooks
-from lore_llm.policy import PLAN, Outcome
+from lore_llm.option_actor import PLAN, Outcome
 from lore_llm.service import Answered
 
 OBS = {"is_first": np.zeros(2, bool), "is_last": np.zeros(2, bool)}
-CALM = {"macro": torch.zeros(2)}  # no skill acts
 MINE = """\
 - name: mine
   actions: [{action}, {action}]
@@ -47,9 +46,11 @@ class Learners:
     def step(self, step: int, outcomes=((), ())) -> None:
         def act(each: tuple[AdviceHooks, list]) -> None:
             hooks, outcomes = each
-            hooks.before(OBS, step)
-            hooks.policy.outcomes = list(outcomes)
-            hooks.after(OBS, CALM, step)
+            state = hooks.agent.initial_state(2)
+            hooks.before(OBS, state, step)
+            for row, outcome in enumerate(outcomes):
+                state["outcome"][row] = torch.tensor(outcome[1:], dtype=torch.float64)
+            hooks.after(OBS, state, step)
 
         self.threads.together(act, list(zip(self.all_hooks, outcomes, strict=True)))
 
@@ -128,9 +129,9 @@ def test_executions_of_all_learners_decide(learners):
     learners.all_hooks[0].service.ask = SilentService().ask
 
     def executed(uid: int, *gains: float) -> list[Outcome]:
-        return [Outcome(0, uid, gain, np.nan, gain > 0, 1) for gain in gains]
+        return [Outcome(0, uid, gain, 0.0, 1.0, gain > 0, 1) for gain in gains]
 
-    plan = [Outcome(1, PLAN, 0.5, 0.1, True, 3)]
+    plan = [Outcome(1, PLAN, 0.5, 0.1, 1.0, True, 3)]
     learners.step(11, (executed(1, -1.0) + plan, executed(1, -1.1) + executed(2, 1.0)))
     assert learners.same()["names"] == ["harmful", "fine", None]
     before = learners.same()["actor"]["out.weight"]
@@ -208,7 +209,7 @@ def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
     options.SETTLE_SECONDS, hooks_module.POLL_STEPS = 0.0, 10
     seen: list[dict] = []
     executed: Counter[int] = Counter()
-    learn, record = dreamer.Run.learn, AdviceHooks._record
+    learn, record = dreamer.Run.learn, AdviceHooks._record_options
 
     def learn_and_look(run: dreamer.Run) -> None:
         learn(run)
@@ -221,7 +222,7 @@ def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
         executed.update(outcome.uid for outcome in outcomes)
         return record(hooks, [each._replace(gain=-1.0 if each.uid % 2 else 1.0) for each in outcomes])
 
-    dreamer.Run.learn, AdviceHooks._record = learn_and_look, harm
+    dreamer.Run.learn, AdviceHooks._record_options = learn_and_look, harm
     for port, (name, learners, steps) in zip(ports, RUNS, strict=True):
         barrier.wait()
         if rank == 0 and name == "other" and not (folder / name).exists():

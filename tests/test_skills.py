@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from basics import UserError
 from lore_llm import OptionSpec, options
-from lore_llm.options import SkillLibrary
+from lore_llm.options import OptionLibrary
 
 ACTIONS = ("noop", "move_left", "move_right", "do", "place_stone")
 CAPTIONER = SimpleNamespace(actions=ACTIONS, subgoals=("collect_wood", "drink"))
@@ -46,7 +46,7 @@ def path(tmp_path):
 
 
 def _library(path=None, **changes):
-    return SkillLibrary(path, CAPTIONER, OPTIONS | changes)
+    return OptionLibrary(path, CAPTIONER, OPTIONS | changes)
 
 
 def _spec(name="chop", actions=("do",), duration=1, confidence=0.8, **fields):
@@ -669,7 +669,7 @@ def test_checkpoint_that_does_not_fit_the_options_is_refused(path):
 def test_checkpoint_with_a_subgoal_of_another_captioner_is_refused():
     library = _library()
     library.propose([_spec(subgoal="drink")], 0)
-    other = SkillLibrary(None, SimpleNamespace(actions=ACTIONS, subgoals=("eat",)), OPTIONS)
+    other = OptionLibrary(None, SimpleNamespace(actions=ACTIONS, subgoals=("eat",)), OPTIONS)
     with pytest.raises(UserError, match="llm.captioner.*subgoal drink"):
         other.load_state_dict(library.state_dict())
 

@@ -1,6 +1,5 @@
 """Path A: which plans become starts of imagination, how much they weigh, and that they teach no model."""
 
-import math
 from types import SimpleNamespace
 
 import gymnasium
@@ -24,9 +23,10 @@ from logger import Timer
 from lore_llm import synthetic
 from lore_llm.advice import MAX_PLAN, Advice
 from lore_llm.hooks import AdviceHooks, advice_spaces
-from lore_llm.policy import PLAN, Outcome
+from lore_llm.option_actor import PLAN
 from lore_llm.service import Answered
 from lore_llm.synthetic import Item, SyntheticItems
+from networks import Policy
 from replay import Replay
 
 GOOD = 1  # the action that a toy world rewards
@@ -61,11 +61,10 @@ class Toy:
         self.reward_head = lambda feat: SimpleNamespace(mean=feat[..., GOOD])
         self.cont_head = lambda feat: SimpleNamespace(prob=DISC * (1 - feat[..., deadly]))
         self.critic = lambda feat: SimpleNamespace(mean=torch.full(feat.shape[:-1], value))
-        self.ensemble = None
         self.logits = torch.zeros(ACTIONS)
 
-    def plain_actions(self, behavior, feat):
-        return dists.OneHot(self.logits.expand(*feat.shape[:-1], ACTIONS))
+    def actor(self, feat):
+        return Policy([dists.OneHot(self.logits.expand(*feat.shape[:-1], ACTIONS))], [ACTIONS])
 
 
 def items_of(*plans, weight=0.5):
@@ -130,39 +129,36 @@ def test_cloning_is_the_log_probability_of_the_plan_by_its_advantage():
     agent = make_agent(("synthetic",), "--synthetic.lambda_bc", "0.3")
     unsettle(agent)
     guide, behavior = agent.policy, agent.behavior
-    guide.items = make_items(agent, 4)
-    real = agent.rssm.unpack(guide.items["deter"], guide.items["stoch"])
-    guide.starts(behavior, agent.world_model, real)
-    rollout = guide.rollout
+    items = make_items(agent, 4)
+    real = agent.rssm.unpack(items["deter"], items["stoch"])
+    starts = guide.starts(behavior, agent.world_model, real, items)
+    rollout = starts.rollout
     assert rollout.clone_weight.sum() > 0 and (rollout.clone_weight >= 0).all()
     probs = behavior.actor(rollout.feat[:, :-1]).parts[0].probs
     chosen = (probs * rollout.action).sum(-1).log()
     expected = -0.3 * (rollout.clone_weight * chosen).sum() / (4 * 3)
     dream = models.Imagined(torch.zeros(8, 2, 3), None, None)
-    losses, metrics = guide.loss(behavior, dream, None, 1.0)
+    losses, metrics = guide.loss(behavior, dream, None, starts, 1.0)
     assert torch.allclose(losses["advice_bc"], expected)
     assert torch.allclose(metrics["synthetic/bc_loss"], expected / 0.3)
-    assert guide.rollout is None
 
 
 # ---- Starts
 
 
 def extra_starts(agent, items):
-    agent.policy.items = items
     real = {
         "deter": torch.zeros(12, agent.config.rssm.deter),
         "stoch": torch.zeros(12, agent.config.rssm.stoch, agent.config.rssm.classes),
     }
-    return agent.policy.starts(agent.behavior, agent.world_model, real)
+    return agent.policy.starts(agent.behavior, agent.world_model, real, items)
 
 
 def test_starts_are_the_real_ones_and_those_that_plans_lead_to():
     agent = make_agent(("synthetic",))
     assert synthetic.rows(agent.config) == 4  # of 16
     items = make_items(agent, 1)
-    starts, weight = extra_starts(agent, items)
-    rollout = agent.policy.rollout
+    starts, weight, rollout = extra_starts(agent, items)
     assert len(starts["deter"]) == len(starts["stoch"]) == 16 and weight.shape == (16, 1)
     assert torch.equal(starts["deter"][12:], rollout.states["deter"][0, :4])
     assert not starts["deter"][:12].any()
@@ -176,11 +172,10 @@ def test_without_items_of_any_weight_the_real_starts_count_alone():
     agent = make_agent(("synthetic",))
     items = make_items(agent, 1)
     items["weight"][:] = 0
-    _, weight = extra_starts(agent, items)
+    weight = extra_starts(agent, items).weight
     assert (weight[:12] == 16 / 12).all() and (weight[12:] == 0).all()
-    agent.policy.items = {}
     real = {"deter": torch.zeros(1)}
-    assert agent.policy.starts(agent.behavior, agent.world_model, real) == (real, 1.0)
+    assert agent.policy.starts(agent.behavior, agent.world_model, real, {}) == models.Starts(real)
 
 
 def test_return_normaliser_sees_real_rows_only(monkeypatch):
@@ -196,13 +191,8 @@ def test_return_normaliser_sees_real_rows_only(monkeypatch):
         return found
 
     monkeypatch.setattr(models, "imagination_losses", noted)
-    agent.train(batch_with(agent, make_items(agent, 1)))
+    agent.train(make_batch(agent), make_items(agent, 1))
     assert rets[0].shape == (16, 3) and torch.equal(seen[0], rets[0][:12])
-
-
-def batch_with(agent, items):
-    batch = {key: torch.from_numpy(value) for key, value in make_batch(agent).items()}
-    return batch | {f"item_{key}": value for key, value in items.items()}
 
 
 def test_items_teach_the_world_model_nothing():
@@ -212,7 +202,7 @@ def test_items_teach_the_world_model_nothing():
         unsettle(agent)
         items = make_items(agent, 1)
         items["weight"][:] = weight
-        agent.train(batch_with(agent, items))
+        agent.train(make_batch(agent), items)
         weights.append(agent.weights())
     for name, value in weights[0]["world_model"].items():
         assert torch.equal(value, weights[1]["world_model"][name]), name
@@ -222,7 +212,7 @@ def test_items_teach_the_world_model_nothing():
 
 def test_metric_tells_the_share_of_starts_that_were_used():
     agent = make_agent(("synthetic",))
-    metrics, _ = agent.train(batch_with(agent, make_items(agent, 1)))
+    metrics, _ = agent.train(make_batch(agent), make_items(agent, 1))
     assert float(metrics["synthetic/ratio"]) == pytest.approx(3 / 15)
 
 
@@ -314,7 +304,7 @@ def test_items_go_on_as_they_were():
 def test_judged_returns_of_plan_and_policy_by_hand():
     toy = Toy()
     toy.logits = torch.tensor([-99.0, -99.0, 99.0, -99.0, -99.0])  # the policy never does the good thing
-    judged = synthetic.judge(toy, toy, toy, items_of([GOOD, 0, GOOD], [GOOD, 4]), 3, None)
+    judged = synthetic.evaluate(toy, toy, items_of([GOOD, 0, GOOD], [GOOD, 4]), 3, None)
     rest = 0.9**3 * 2
     assert judged["plan"][0] == pytest.approx(1 + 0.81 + rest, rel=1e-5)
     assert judged["policy"][0] == pytest.approx(rest, rel=1e-5)  # over as many steps
@@ -327,15 +317,16 @@ def test_judged_return_of_the_policy_is_a_mean_over_rollouts():
     toy = Toy(deadly=0)
     toy.logits = torch.tensor([-99.0, 0.0, 0.0, -99.0, -99.0])  # good or not, by chance
     generator = torch.Generator().manual_seed(0)
-    judged = synthetic.judge(toy, toy, toy, items_of([2]), 4000, generator)
+    judged = synthetic.evaluate(toy, toy, items_of([2]), 4000, generator)
     assert float(judged["policy"]) == pytest.approx(0.5 + 0.9 * 2, abs=0.03)
     assert float(judged["plan"]) == pytest.approx(0.9 * 2)
 
 
 def test_judged_disagreement_is_the_mean_over_the_plans_own_steps():
     toy = Toy()
-    toy.ensemble = lambda feat, action: action.argmax(-1).float()
-    judged = synthetic.judge(toy, toy, toy, items_of([1, 2, 3], [4]), 2, None)
+    judged = synthetic.evaluate(
+        toy, toy, items_of([1, 2, 3], [4]), 2, None, lambda feat, action: action.argmax(-1).float()
+    )
     assert judged["disagreement"].tolist() == [2.0, 4.0]
 
 
@@ -362,7 +353,7 @@ def judge_as(agent, *, plan=2.0, policy=1.0, disagreement=0.0):
         values = {"plan": plan, "policy": policy, "disagreement": disagreement, "scale": 1.0}
         return {name: np.full(count, value) for name, value in values.items()}
 
-    agent.judge = judge
+    agent.evaluate_plans = judge
 
 
 def answer(env=0, place=0, plan=("action_1", "action_2"), late=False, **advice):
@@ -373,7 +364,7 @@ def ask_with(hooks, *answers, step):
     """One look at the envs in which the adviser answers so."""
     hooks.service.ask = lambda *args, **kwargs: list(answers)
     obs = {key: np.zeros((2, *space.shape), space.dtype) for key, space in OBS.items()}
-    return obs, *hooks.before(obs, step)
+    return obs, *hooks.before(obs, hooks.agent.initial_state(2), step)
 
 
 @pytest.mark.parametrize(
@@ -504,11 +495,13 @@ def test_executed_plans_predicted_return_is_noted_when_it_begins(tmp_path):
     obs, _, plans = ask_with(hooks, answer(env=0, place=7), answer(env=1, place=7), step=10)
     assert set(plans) == {0, 1}
     state = agent.initial_state(2)
-    state["macro"][:] = PLAN
-    state["macro_predicted"][:] = math.nan
-    state["position"][:] = torch.tensor([0, 3])  # env 1 is still busy with an earlier plan
+    state["uid"][:] = PLAN
+    state["position"][:] = torch.tensor([0, 3])  # env 1 still executes an earlier plan
     hooks.after(obs, state, 10)
-    assert state["macro_predicted"][0] == 7 and state["macro_predicted"][1].isnan()
+    assert hooks.predicted == {0: 7.0}
+    state["outcome"][0] = torch.tensor([PLAN, 0.25, 5.0, 4.0, 1, 3])
+    hooks.after(obs, state, 11)
+    assert hooks.metrics()["synthetic/execution_error"] == (7 - 5) / 4 and not hooks.predicted
 
 
 def test_reliability_of_plans_comes_from_executions(tmp_path):
@@ -517,9 +510,10 @@ def test_reliability_of_plans_comes_from_executions(tmp_path):
     assert float(hooks.reliability.value) == 0.5
     for gain, above in ((1.0, True), (-1.0, False)):
         for _ in range(400):
-            agent.policy.outcomes = [Outcome(0, PLAN, gain, 0.5, gain > 0, 3)]
-            hooks.after(obs, agent.initial_state(2), 1)
+            state = agent.initial_state(2)
+            state["outcome"][0] = torch.tensor([PLAN, gain, 0.5, 1.0, gain > 0, 3])
+            hooks.after(obs, state, 1)
         assert (float(hooks.reliability.value) > 0.99) == above
-    assert float(hooks.reliability.value) < 0.01 and agent.policy.outcomes == []
+    assert float(hooks.reliability.value) < 0.01
     metrics = hooks.metrics()
-    assert metrics["synthetic/execution_error"] == 0.5 and metrics["synthetic/execution_gain"] == 0
+    assert metrics["synthetic/execution_gain"] == 0

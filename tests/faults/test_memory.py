@@ -52,11 +52,11 @@ def full_after(monkeypatch):
     def spoil(error: Exception, update: int):
         whole, done = Dreamer._update, []
 
-        def full(agent, data):
+        def full(agent, *data):
             done.append(None)
             if len(done) == update:
                 raise error
-            return whole(agent, data)
+            return whole(agent, *data)
 
         monkeypatch.setattr(Dreamer, "_update", full)
 
