@@ -1,7 +1,6 @@
 """docs/scaling.md: its tables are what the script prints, its commands run, its constants are the code's."""
 
 import json
-import re
 import runpy
 import sys
 
@@ -58,11 +57,6 @@ def test_its_commands_are_understood(command, monkeypatch, capsys):
     else:
         source = (ROOT / script).read_text(encoding="utf-8")
         assert all(f'"{word}"' in source for word in options if word.startswith("--"))
-
-
-def test_the_columns_of_the_summary_are_explained():
-    listed = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", PAGE, re.MULTILINE)))
-    assert {*sweep.BEFORE, *sweep.COLUMNS} <= {*listed}
 
 
 # The constants
