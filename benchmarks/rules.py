@@ -44,7 +44,7 @@ def play(task: str, episodes: int, options: list[str]) -> dict[str, np.ndarray |
             start = time.perf_counter()
             caption = captioner.caption(obs)
             between = time.perf_counter()
-            (answer,) = rules.advise([Request(caption, wants, obs)])
+            (answer,) = rules.answer([Request(caption, wants, obs)]).answers
             times.append((between - start, time.perf_counter() - between))
             action = int(np.argmax(answer.advice.action_prior.logits))
             obs, reward, terminated, truncated, _ = env.step({"action": action})

@@ -72,7 +72,7 @@ CONSTANTS = {
     "until": Constant(0.5, "of the steps", PRESET + ": llm.until"),
     "hit_rate": Constant(0.27, "", LLM + ", over 5,000 steps; it rises with the run"),
     "per_call": Constant(8, "questions", "computed: llm.max_batch, with at least so many envs"),
-    "calls_at_once": Constant(4, "per adviser", "computed: MAX_CALLS in lore_llm/service.py"),
+    "calls_at_once": Constant(1, "per adviser", "computed: one worker thread in lore_llm/service.py"),
     "latency_s": Constant(1.0, "s", "assumed: of a call"),
     "tokens_first": Constant(1_700, "tokens", LLM + ": characters / 4, schema included"),
     "tokens_more": Constant(95, "tokens", LLM + ": each further question of a call"),

@@ -1,16 +1,13 @@
-"""Who advises: the base class of all advisers, and those that come with LoRe.
+"""Advisers: the base class, and the registry of those that `--llm.backend` names.
 
-`LLMAdapter` is what a user subclasses. `make_adviser` makes the one that `--llm.backend` names. One call of
-`ask` is one call of the model: retries, budget, breaker and cache are the AdviceService's (service.py).
+Users subclass `LLMAdapter`. The service (service.py) adds retries, the budget, the circuit breaker and the
+cache.
 """
 
-import asyncio
 import os
-import threading
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from basics import UserError
@@ -26,13 +23,13 @@ REGISTRY = {
     "none": "lore_llm.backends:NoAdviser",
 }
 BACKENDS = ("auto", *REGISTRY)
-GEMINI_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")  # in the environment; the first that is set counts
-SLOW_START = 10.0  # seconds that the program gemini may need until it answers
+GEMINI_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")  # environment variables; the first that is set is used
+SLOW_START = 10.0  # seconds that the program gemini may need to answer
 
 
 @dataclass
 class Reply:
-    """What one call brought: an answer for each request, in their order, and what it cost."""
+    """The result of one call: an answer to each request, in order, and the tokens it used."""
 
     answers: list[Answer]
     tokens_in: int = 0
@@ -40,17 +37,17 @@ class Reply:
 
 
 class LLMAdapter:
-    """An adviser. Subclass it and define `infer`, or `advise` for all that an adviser can say.
+    """Base class of advisers. Subclasses define `infer`, or `advise` for everything that advice can hold.
 
-    `spec` says what may be answered, and `config` holds the options of the group `llm`. A subclass that has
-    an `__init__` of its own need not call this one.
+    `spec` defines what advice may contain, `config` holds the options of the group `llm`. Both are set after
+    construction, so a subclass with its own `__init__` need not call this one.
     """
 
-    instant = False  # True: answers at once and costs nothing, so it is called in the loop itself
+    instant = False  # True: answers immediately at no cost, so it is called in the training loop
+    keeps_time = False  # True: `answer` returns within its own time limit
     questions_per_call = 1  # requests that one call can take
     spec: AdviceSpec
     config: Mapping[str, Any]
-    _busy: Future | None = None  # the last call in a thread
 
     def __init__(self, spec: AdviceSpec, config: Mapping[str, Any]):
         self.spec = spec
@@ -58,119 +55,71 @@ class LLMAdapter:
 
     @property
     def identity(self) -> str:
-        """Part of the cache's key: advisers that may answer the same question differently differ in it."""
+        """Part of the cache key. Advisers that may answer a question differently need different ones."""
         return f"{type(self).__module__}:{type(self).__qualname__} {self.spec.digest}"
 
     @property
     def by_observation(self) -> bool:
-        """Whether an answer depends on the whole observation, as `infer`'s does, not on the caption alone.
+        """Whether answers depend on the whole observation, as those of `infer` do, not on the caption only.
 
-        Then equal captions are no reason to take an earlier answer.
+        If so, the observation is part of the cache key.
         """
-        return type(self).advise is LLMAdapter.advise and type(self).ask is LLMAdapter.ask
+        return type(self).advise is LLMAdapter.advise and type(self).answer is LLMAdapter.answer
 
     def infer(self, obs_np: Mapping[str, Any], num_actions: int) -> Mapping[str, Any]:
         """The simple form: a dict with `prior_logits` [num_actions], `confidence` 0..1 and `features` [K].
 
-        `obs_np` is one environment's observation, without a batch axis: `image` uint8 [H, W, 3] and others.
-        Absent keys say nothing; those of `Advice` (`plan`, `subgoal`, `skills`) may be there too.
+        `obs_np` is the observation of one environment, without batch axis: `image` uint8 [H, W, 3] and
+        others. All keys are optional, and the other fields of `Advice` (`plan`, `subgoal`, `skills`) are
+        accepted too.
         """
         raise NotImplementedError(f"{type(self).__name__} defines neither infer nor advise")
 
-    def advise(self, requests: Sequence[Request]) -> list[Answer | Advice]:
-        """The native form: an answer for each request, in their order."""
+    def advise(self, requests: Sequence[Request]) -> Sequence[Advice | Mapping[str, Any] | None]:
+        """The full form: advice for each request, in order. None: no advice."""
         return [self._infer_one(request) for request in requests]
 
-    def _infer_one(self, request: Request) -> Answer:
+    def _infer_one(self, request: Request) -> Any:
         found = self.infer(dict(request.obs), len(self.spec.actions))
         if not isinstance(found, Mapping):
-            return Answer(None, Counter(not_an_object=1))
-        said = {key: _plain(value) for key, value in found.items()}
-        if "prior_logits" in said:
-            said["action_prior"] = {"logits": said.pop("prior_logits")}
-        return Answer(*parse_reply(said, self.spec))
+            return found
+        advice = {key: v.tolist() if hasattr(v, "tolist") else v for key, v in found.items()}
+        if "prior_logits" in advice:
+            advice["action_prior"] = {"logits": advice.pop("prior_logits")}
+        return advice
 
     def answer(self, requests: Sequence[Request]) -> Reply:
-        """What `advise` says, checked. Raises AdviserFault, also for whatever the subclass's code raises."""
+        """The validated advice for each request. Raises AdviserFault, also for exceptions of `advise`."""
         try:
-            said = self.advise(requests)
-            if len(said) != len(requests):
-                raise AdviserFault("adapter", f"{len(said)} answers to {len(requests)} requests")
-            return Reply([_checked(each, self.spec) for each in said])
-        except AdviserFault as error:
-            fault = error
-        except Exception as error:  # of a user's code. Its text is not told: it could hold a key
-            fault = AdviserFault("adapter", f"{type(self).__name__} raised {type(error).__name__}")
-        raise fault.with_traceback(None)  # here, where no other exception goes along with it
+            advice = self.advise(requests)
+            if len(advice) != len(requests):
+                raise AdviserFault("adapter", f"{len(advice)} answers to {len(requests)} requests")
+            return Reply([parse_reply(each, self.spec) for each in advice])
+        except AdviserFault:
+            raise
+        except Exception as error:  # in a user's class
+            raise AdviserFault("adapter", f"{type(self).__name__} raised {describe(error)}") from None
 
-    async def ask(self, requests: Sequence[Request]) -> Reply:
-        """Answer the requests within `llm.timeout_s` seconds, or raise AdviserFault.
-
-        Here `answer` runs in a thread, one call at a time; a call that takes longer goes on in vain, and
-        the next waits for it.
-        """
-        try:
-            async with asyncio.timeout(self.config["timeout_s"]):
-                while self._busy is not None and not self._busy.done():
-                    await asyncio.wrap_future(self._busy)
-                self._busy = _in_thread(self.answer, requests)
-                said = await asyncio.wrap_future(self._busy)
-        except TimeoutError:
-            said = AdviserFault("timeout", retry=True)
-        if isinstance(said, AdviserFault):
-            raise said
-        return said
-
-    async def close(self) -> None:
-        """Let go of connections. The adviser may be asked again."""
+    def close(self) -> None:
+        """Close connections. The adviser may be asked again."""
 
 
-def _plain(value: Any) -> Any:
-    """Arrays and tensors as lists and numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _checked(said: Any, spec: AdviceSpec) -> Answer:
-    """An adviser's word, as an Answer that holds only what `spec` allows."""
-    problems: Counter[str] = Counter()
-    if isinstance(said, Answer):
-        problems, said = said.problems, said.advice
-    if said is None:
-        return Answer(None, problems)
-    if isinstance(said, Advice):
-        said = said.model_dump(exclude_defaults=True)
-    advice, more = parse_reply(said, spec)
-    return Answer(advice, problems + more)
-
-
-def _in_thread(function: Callable[..., Reply], *args: Any) -> Future:
-    """Call a function in a thread that does not keep the program from ending, unlike asyncio.to_thread.
-
-    The future's result is what the function returns, or the AdviserFault that it raises.
-    """
-    future: Future = Future()
-    future.set_running_or_notify_cancel()  # from here on nobody can cancel it
-
-    def run() -> None:
-        try:
-            said = function(*args)
-        except AdviserFault as fault:
-            said = fault
-        except BaseException as error:  # sys.exit in a user's code would leave the caller waiting
-            said = AdviserFault("adapter", type(error).__name__)
-        future.set_result(said)
-
-    threading.Thread(target=run, daemon=True, name="adviser").start()
-    return future
+def describe(error: BaseException) -> str:
+    """Type and place of an exception, for the log. Not its text, which may contain anything, even a key."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    where = f" in {Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno}" if trace else ""
+    return f"{type(error).__name__}{where}"
 
 
 class NoAdviser(LLMAdapter):
-    """Never says anything."""
+    """Gives no advice."""
 
     instant = True
 
-    def advise(self, requests: Sequence[Request]) -> list[Answer]:
-        return [Answer(None) for _ in requests]
+    def advise(self, requests: Sequence[Request]) -> list[None]:
+        return [None] * len(requests)
 
 
 def make_adviser(
@@ -178,9 +127,8 @@ def make_adviser(
 ) -> tuple[LLMAdapter, list[str]]:
     """The adviser that `--llm.backend` names, and lines for the log.
 
-    `config` is the group `llm` of the options. A class of the user's own, `package.module:Class`, is given
-    those of `spec`, `config`, `captioner` and `seed` that it has parameters for.
-    Raises UserError for what cannot work.
+    `config` is the group `llm` of the options. A user's class, `package.module:Class`, receives those of
+    `spec`, `config`, `captioner` and `seed` that its constructor has parameters for. Raises UserError.
     """
     backend, why = config["backend"], ""
     if backend == "auto":
@@ -189,16 +137,19 @@ def make_adviser(
         backend, why = _choose(captioner)
     known = {"spec": spec, "config": config, "captioner": captioner, "seed": seed}
     known["about"] = getattr(captioner, "about", "")
-    adviser = _adviser_class(backend)
-    made = call_with_known(adviser, f"--llm.backend {backend}", known)
-    made.spec, made.config = spec, config  # a user's class need not keep them itself
+    made = call_with_known(_adviser_class(backend), f"--llm.backend {backend}", known)
+    made.spec, made.config = spec, config  # a user's class need not set them
     notes = [f"Adviser: {backend}{why}" + (f", model {made.model}." if getattr(made, "model", None) else ".")]
     if config["send_image"] and backend != "gemini" and ":" not in backend:
-        notes.append(f"--llm.send_image True: {backend} gets no frames, only captions.")
+        notes.append(f"--llm.send_image True has no effect: {backend} receives captions only.")
     if config["features"] and backend in ("rules", "none"):
-        notes.append(f"--llm.features {config['features']}: {backend} gives none, so they stay 0.")
+        notes.append(f"--llm.features {config['features']} has no effect: {backend} gives none, they stay 0.")
     if config["rules_quality"] != "oracle" and backend != "rules":
-        notes.append(f"--llm.rules_quality {config['rules_quality']} changes nothing: {backend} advises.")
+        notes.append(
+            f"--llm.rules_quality {config['rules_quality']} has no effect: the adviser is {backend}."
+        )
+    if config["replay"] and made.instant:
+        notes.append(f"--llm.replay True has no effect: {backend} is never cached.")
     if backend == "gemini_cli" and config["timeout_s"] < SLOW_START:
         notes.append(
             f"The program gemini takes seconds to start: with --llm.timeout_s {config['timeout_s']:g} "
@@ -208,7 +159,7 @@ def make_adviser(
 
 
 def _choose(captioner: Any) -> tuple[str, str]:
-    """What `auto` means here, and why."""
+    """The back end that `auto` selects, and why."""
     for name in GEMINI_KEYS:
         if os.environ.get(name, "").strip():
             return "gemini", f" ({name} is set)"
@@ -217,7 +168,7 @@ def _choose(captioner: Any) -> tuple[str, str]:
     return "none", " (GEMINI_API_KEY is not set, and there are no embedded rules for this task)"
 
 
-def _adviser_class(backend: str) -> Callable[..., LLMAdapter]:
+def _adviser_class(backend: str) -> type[LLMAdapter]:
     if backend in REGISTRY:
         return load_class(REGISTRY[backend])
     if ":" not in backend:
@@ -227,8 +178,7 @@ def _adviser_class(backend: str) -> Callable[..., LLMAdapter]:
     found = load_class(backend)
     if not isinstance(found, type) or not issubclass(found, LLMAdapter):
         raise UserError(f"--llm.backend {backend} is not a subclass of lore_llm.LLMAdapter.")
-    forms = ("infer", "advise", "ask")
-    if all(getattr(found, form) is getattr(LLMAdapter, form) for form in forms):
+    if all(getattr(found, form) is getattr(LLMAdapter, form) for form in ("infer", "advise")):
         raise UserError(
             f"--llm.backend {backend} defines neither infer(self, obs_np, num_actions) nor "
             "advise(self, requests)."

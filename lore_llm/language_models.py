@@ -1,10 +1,8 @@
-"""The advisers that ask a language model: what it is told, and the servers and programs that run it.
+"""The advisers that ask a language model: the prompt, and the servers and programs that run the models.
 
-One call of `ask` is one call of the model. It brings the answers or raises one AdviserFault, whose text holds
-no key.
+A call returns the answers or raises one AdviserFault, whose text contains no key.
 """
 
-import asyncio
 import email.utils
 import hashlib
 import io
@@ -17,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +24,20 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from basics import UserError
-from lore_llm.advice import MAX_PLAN, AdviceSpec, AdviserFault, Answer, Request, parse_replies, replies_schema
+from lore_llm.advice import MAX_PLAN, AdviceSpec, AdviserFault, Request, parse_replies, replies_schema
 from lore_llm.backends import GEMINI_KEYS, LLMAdapter, Reply
 
-GEMINI_MODEL = "gemini-3.5-flash-lite"  # where nobody names one: the cheapest stable one that answers quickly
+GEMINI_MODEL = "gemini-3.5-flash-lite"  # the default: the cheapest stable one that answers quickly
 OPENAI_KEY = "OPENAI_API_KEY"
-MAX_BODY = 4 * 2**20  # bytes of a server's or a program's reply that are read
-MAX_CAPTION = 4000  # characters of a caption that are sent, and of what the environment is
-MAX_ARGUMENT = 30_000  # characters of a prompt on a command line; Windows allows 32,767
-MAX_SHOWN = 200  # characters of a server's words in a message
-MAX_WAIT = 86_400.0  # seconds that a server may ask to wait
-MAX_TOKENS = 10**9  # that a server may claim for one call
-CHARS_PER_TOKEN = 4  # about, where a server does not count
-AUTH_EXIT = 41  # exit code of gemini without a valid login
+MAX_BODY = 4 * 2**20  # bytes of a server's reply
+MAX_CAPTION = 4000  # characters of a caption in the prompt, and of the description of the environment
+MAX_SHOWN = 200  # characters of a server's text in a message
+MAX_WAIT = 86_400.0  # seconds of a server's retry hint
+MAX_TOKENS = 10**9  # of one call, as the server counts them
+CHARS_PER_TOKEN = 4  # about, for servers that do not count
+LONGEST_RETRY_S = 30.0  # between two tries of google-genai
+RETRIED = [408, 500, 502, 503, 504]  # by google-genai itself, which ignores the hints of 429
+AUTH_EXIT = 41  # exit code of the program gemini without a valid login
 
 PROMPT_VERSION = 1  # goes up with every change of what a model is told: cached answers are of one version
 INSTRUCTION = f"""\
@@ -63,67 +62,53 @@ Answer with JSON only, in this form:
 
 @dataclass
 class _Said:
-    """The words of a model, and what they cost as the server counts, or None where it does not."""
+    """The text of a model, and its token counts, or None where the server does not count."""
 
-    text: str
+    text: Any
     tokens_in: Any
     tokens_out: Any
     cut_off: bool = False
 
 
 class LanguageModel(LLMAdapter):
-    """Base of the back ends that ask a language model: the prompt, the reading of its reply, the clock."""
+    """Base class of the advisers that ask a language model: builds the prompt and reads the reply."""
 
+    keeps_time = True
     name = ""
     model: str | None = None
     base_url: str | None = None
 
     def __init__(self, spec: AdviceSpec, config: Mapping[str, Any], about: str = ""):
         super().__init__(spec, config)
-        self.about = _sendable(about)  # what the environment is
+        self.about = _sendable(about)  # description of the environment
         self.questions_per_call = config["max_batch"]
+        self._http: Any = None
 
     @property
     def identity(self) -> str:
         about = hashlib.sha256(self.about.encode()).hexdigest()[:16]
         return f"{self.name} {self.model} prompt {PROMPT_VERSION} {self.spec.digest} {about}"
 
-    async def _say(self, requests: Sequence[Request]) -> _Said:
+    def _say(self, requests: Sequence[Request]) -> _Said:
         """One call of the model."""
         raise NotImplementedError
 
-    async def ask(self, requests: Sequence[Request]) -> Reply:
-        fault = None
+    def answer(self, requests: Sequence[Request]) -> Reply:
         try:
-            async with asyncio.timeout(self.config["timeout_s"]):
-                said = await self._say(requests)
-        except TimeoutError:
-            fault = AdviserFault("timeout", retry=True)
-        except AdviserFault as error:
-            fault = error
-        except Exception as error:  # of any kind: a library's, over a reply that is not as it should be
-            fault = _fault(error)
-        if fault is not None:  # raised here, where no other exception is being handled: those hold requests
-            raise fault.with_traceback(None)
-        answers = parse_replies(said.text, self.spec, len(requests))
+            said = self._say(requests)
+        except AdviserFault as fault:
+            raise fault from None
+        except Exception as error:  # of the HTTP library, or about a reply of another form
+            raise _fault(error) from None
+        text = said.text if isinstance(said.text, str) else ""
+        answers = parse_replies(text, self.spec, len(requests))
         if said.cut_off:
             answers[0].problems["cut_off"] += 1
         sent = len(INSTRUCTION) + len(self.prompt(requests))
-        return Reply(answers, _tokens(said.tokens_in, sent), _tokens(said.tokens_out, len(said.text)))
-
-    def advise(self, requests: Sequence[Request]) -> list[Answer]:
-        """`ask` for scripts: waits for the answers. Not while an event loop runs."""
-
-        async def once() -> Reply:
-            try:
-                return await self.ask(requests)
-            finally:
-                await self.close()
-
-        return asyncio.run(once()).answers
+        return Reply(answers, _tokens(said.tokens_in, sent), _tokens(said.tokens_out, len(text)))
 
     def prompt(self, requests: Sequence[Request]) -> str:
-        """The JSON document that the model gets after INSTRUCTION, on one line. A caption cannot leave it."""
+        """The JSON document that follows INSTRUCTION, on one line. A caption cannot break out of it."""
         situations = [
             {"number": number, "caption": _sendable(request.caption), "give": sorted(request.wants)}
             for number, request in enumerate(requests, 1)
@@ -144,24 +129,25 @@ class LanguageModel(LLMAdapter):
     def max_tokens(self, requests: Sequence[Request]) -> int:
         return self.config["max_output_tokens"] * len(requests)
 
+    def close(self) -> None:
+        http, self._http = self._http, None
+        if http is not None:
+            http.close()
+
 
 def _sendable(text: str) -> str:
     return text[:MAX_CAPTION].encode("utf-8", "replace").decode()
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
 def _tokens(counted: Any, chars: int) -> int:
-    """The server's count, as far as it can be one, or about as many tokens as that many characters have."""
+    """The server's count if it is plausible, else an estimate from the number of characters."""
     if type(counted) is int and 0 <= counted <= MAX_TOKENS:
         return counted
     return math.ceil(chars / CHARS_PER_TOKEN)
 
 
 class Gemini(LanguageModel):
-    """Google's Gemini by its own library. The key comes from GEMINI_API_KEY, else GOOGLE_API_KEY."""
+    """Google's Gemini through google-genai, with its retries. Key: GEMINI_API_KEY, else GOOGLE_API_KEY."""
 
     name = "gemini"
 
@@ -174,16 +160,23 @@ class Gemini(LanguageModel):
         if not _key(*GEMINI_KEYS) and not config["replay"]:
             raise UserError(
                 "--llm.backend gemini needs a key in the environment variable GEMINI_API_KEY. Without one, "
-                "--llm.backend rules advises on tasks that it knows."
+                "use --llm.backend rules for the tasks that the rules know."
             )
-        _import("google.genai.types")  # takes a second: not in the time of the first answer
-        self._client = None
+        _import("google.genai.types")  # takes a second, which would count as time of the first answer
+        self._client: Any = None
 
     @property
     def identity(self) -> str:
         return super().identity + (" image" if self.config["send_image"] else "")
 
-    async def _say(self, requests: Sequence[Request]) -> _Said:
+    def answer(self, requests: Sequence[Request]) -> Reply:
+        try:
+            return super().answer(requests)
+        except AdviserFault as fault:
+            fault.retry &= fault.kind == "http_429"  # all others have been retried
+            raise
+
+    def _say(self, requests: Sequence[Request]) -> _Said:
         from google.genai import types
 
         contents = [types.Part.from_text(text=self.prompt(requests))]
@@ -192,7 +185,7 @@ class Gemini(LanguageModel):
                 if (frame := _png(request.obs.get("image"))) is not None:
                     contents.append(types.Part.from_text(text=f"What situation {number} looks like:"))
                     contents.append(types.Part.from_bytes(data=frame, mime_type="image/png"))
-        response = await self._connect().aio.models.generate_content(
+        response = self._connect().models.generate_content(
             model=self.model,
             contents=contents,
             config=types.GenerateContentConfig(
@@ -210,42 +203,38 @@ class Gemini(LanguageModel):
         tokens_in = usage.prompt_token_count if usage else None
         tokens_out = None
         if usage and usage.total_token_count is not None and tokens_in is not None:
-            tokens_out = usage.total_token_count - tokens_in  # thoughts included
+            tokens_out = usage.total_token_count - tokens_in  # includes thoughts
         cut_off = candidate is not None and candidate.finish_reason == types.FinishReason.MAX_TOKENS
         return _Said(text, tokens_in, tokens_out, cut_off)
 
     def _connect(self) -> Any:
-        """The client, made at the first question: it belongs to the event loop that uses it."""
         if self._client is None:
             from google import genai
 
-            log = logging.getLogger("google_genai._api_client")
-            level = log.level
-            log.setLevel(logging.ERROR)  # it would warn that GOOGLE_API_KEY wins, which is not so here
-            try:
-                self._http = _http_client()
-                self._client = genai.Client(
-                    api_key=_key(*GEMINI_KEYS),
-                    vertexai=False,
-                    http_options={"base_url": self.base_url, "httpx_async_client": self._http},
-                )
-            finally:
-                log.setLevel(level)
+            # It would warn that GOOGLE_API_KEY wins, which is wrong here, and log what servers reply.
+            logging.getLogger("google_genai._api_client").setLevel(logging.ERROR)
+            self._http = _http_client(self.config["timeout_s"])
+            retry = genai.types.HttpRetryOptions(
+                attempts=self.config["retries"] + 1,
+                initial_delay=self.config["backoff_s"],
+                max_delay=LONGEST_RETRY_S,
+                jitter=self.config["backoff_s"],
+                http_status_codes=RETRIED,
+            )
+            # Without `timeout`, which servers refuse below 10 s: the HTTP client has its own.
+            options = genai.types.HttpOptions(
+                base_url=self.base_url, httpx_client=self._http, retry_options=retry
+            )
+            self._client = genai.Client(api_key=_key(*GEMINI_KEYS), vertexai=False, http_options=options)
         return self._client
 
-    async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
-            await client.aio.aclose()
-            await self._http.aclose()
+    def close(self) -> None:
+        self._client = None
+        super().close()
 
 
 class OpenAI(LanguageModel):
-    """Any server that speaks OpenAI's chat completions, as vLLM and Ollama do.
-
-    The key comes from OPENAI_API_KEY; without it none is sent.
-    """
+    """Any server with OpenAI's chat completions, such as vLLM and Ollama. Key: OPENAI_API_KEY, if set."""
 
     name = "openai"
 
@@ -260,18 +249,17 @@ class OpenAI(LanguageModel):
         _check_url(self.base_url)
         _import("httpx2")
         _key(OPENAI_KEY)
-        self._http = None
-        self.model = _model_name(config["model"] or asyncio.run(self._first_model()))
+        self.model = _model_name(config["model"] or self._first_model())
 
-    async def _first_model(self) -> str:
+    def _first_model(self) -> str:
         if self.config["replay"]:
             raise UserError("--llm.replay True needs --llm.model as it was recorded: no server is asked.")
         try:
-            async with asyncio.timeout(self.config["timeout_s"]), _http_client() as http:
-                response = await http.get(f"{self.base_url}/models", headers=self._headers())
+            with _http_client(self.config["timeout_s"]) as http:
+                response = http.get(f"{self.base_url}/models", headers=self._headers())
                 return response.raise_for_status().json()["data"][0]["id"]
         except Exception as error:  # of any kind: the server may be anything
-            why = "does not answer" if isinstance(error, TimeoutError) else type(error).__name__
+            why = type(error).__name__
         raise UserError(
             f"Which model? {self.base_url}/models does not say ({why}). Name it by --llm.model, or start the "
             "server first."
@@ -281,8 +269,8 @@ class OpenAI(LanguageModel):
         key = _key(OPENAI_KEY)
         return {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def _say(self, requests: Sequence[Request]) -> _Said:
-        # OpenAI's own newer models refuse the name that everybody else knows.
+    def _say(self, requests: Sequence[Request]) -> _Said:
+        # OpenAI's newer models refuse `max_tokens`, other servers know only that name.
         own = (urlsplit(self.base_url).hostname or "").endswith("openai.com")
         schema = {"name": "advice", "strict": True, "schema": self.schema(requests)}
         body = {
@@ -295,33 +283,26 @@ class OpenAI(LanguageModel):
             "max_completion_tokens" if own else "max_tokens": self.max_tokens(requests),
         }
         if self._http is None:
-            self._http = _http_client()
-        response = await self._http.post(
-            f"{self.base_url}/chat/completions", json=body, headers=self._headers()
-        )
+            self._http = _http_client(self.config["timeout_s"])
+        response = self._http.post(f"{self.base_url}/chat/completions", json=body, headers=self._headers())
         if response.status_code != 200:
             raise _http_fault(response.status_code, response.headers, response.text)
         reply = response.json()
         choice = reply["choices"][0]
         usage = reply.get("usage") or {}
         return _Said(
-            _text(choice["message"].get("content")),
+            choice["message"].get("content"),
             usage.get("prompt_tokens"),
             usage.get("completion_tokens"),
             choice.get("finish_reason") == "length",
         )
 
-    async def close(self) -> None:
-        http, self._http = self._http, None
-        if http is not None:
-            await http.aclose()
-
 
 class GeminiCLI(LanguageModel):
-    """The program `gemini`, or `gemini-cli`, which must be on PATH and logged in.
+    """The program `gemini` or `gemini-cli`, which must be on PATH and logged in. It is started for each call.
 
-    It is started for each call: `gemini -p PROMPT --output-format json`; an older one, which does not know
-    that, gets the prompt on its standard input; `gemini-cli` gets it as its only argument.
+    `gemini` receives the prompt on its standard input and writes JSON; `gemini-cli` receives it as its only
+    argument and writes the answer.
     """
 
     name = "gemini_cli"
@@ -336,39 +317,19 @@ class GeminiCLI(LanguageModel):
                 "--llm.backend gemini_cli needs the program gemini (or gemini-cli) on PATH: "
                 "npm install -g @google/gemini-cli, then run gemini once to log in."
             )
-        self._writes_json = Path(self.program).stem == "gemini"
-        # Windows starts .cmd files through its shell, which would read a prompt as commands.
-        self._takes_argument = Path(self.program).suffix.lower() not in (".cmd", ".bat")
+        self._process: subprocess.Popen | None = None
 
-    async def _say(self, requests: Sequence[Request]) -> _Said:
+    def _say(self, requests: Sequence[Request]) -> _Said:
         prompt = f"{INSTRUCTION}\n\n{self.prompt(requests)}"
-        code, out, err = await self._run(prompt)
-        if code and self._writes_json and b"output-format" in err:  # `Unknown argument: output-format`
-            self._writes_json = False
-            code, out, err = await self._run(prompt)
-        return self._read(code, out.decode("utf-8", "replace"))
-
-    async def _run(self, prompt: str) -> tuple[int, bytes, bytes]:
-        command = [self.program]
-        only_argument = Path(self.program).stem == "gemini-cli"
-        as_argument = (
-            (self._writes_json or only_argument) and self._takes_argument and len(prompt) <= MAX_ARGUMENT
-        )
-        if as_argument:
-            command += [prompt] if only_argument else ["-p", prompt]
-        if self.model and not only_argument:
-            command += ["-m", self.model]
-        if self._writes_json:
-            command += ["--output-format", "json"]
-        return await _run_program(command, None if as_argument else prompt.encode("utf-8", "replace"))
-
-    def _read(self, code: int, out: str) -> _Said:
-        if not self._writes_json:
+        if Path(self.program).stem == "gemini-cli":
+            code, out = self._run([self.program, prompt], b"")
             if code:
                 raise _exit_fault(code)
             return _Said(out, None, None)
-        try:  # lines before it may tell of the login
-            reply, _ = json.JSONDecoder().raw_decode(out, max(out.find("{"), 0))
+        model = ["-m", self.model] if self.model else []
+        code, out = self._run([self.program, *model, "--output-format", "json"], prompt.encode())
+        try:  # lines about the login may precede it
+            reply = json.JSONDecoder().raw_decode(out, max(out.find("{"), 0))[0]
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
@@ -378,11 +339,45 @@ class GeminiCLI(LanguageModel):
             if type(status) is int and 400 <= status < 600:
                 raise _http_fault(status, {}, json.dumps(error))
             raise _exit_fault(code)
-        return _Said(_text(reply.get("response")), *_counted(reply.get("stats")))
+        return _Said(reply.get("response"), *_counted(reply.get("stats")))
+
+    def _run(self, command: list[str], given: bytes) -> tuple[int, str]:
+        """Run a program without a shell, within the time limit. Returns its exit code and output."""
+        pipe = subprocess.PIPE
+        try:
+            process = subprocess.Popen(  # in its own process group, so that its children end with it
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+        except OSError as error:
+            raise AdviserFault("program", f"cannot start {Path(command[0]).name}: {error.strerror}") from None
+        with process:
+            self._process = process
+            try:
+                out, _ = process.communicate(given, timeout=self.config["timeout_s"])
+            except subprocess.TimeoutExpired:
+                self.close()
+                raise AdviserFault("timeout", retry=True) from None
+            finally:
+                self._process = None
+        return process.returncode, out.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """End the running program with its children."""
+        process = self._process
+        if process is None:
+            return
+        if os.name == "nt":
+            kill = ["taskkill", "/F", "/T", "/PID", str(process.pid)]
+            subprocess.run(kill, capture_output=True, check=False)
+            return
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return  # it has just ended
 
 
 def _counted(stats: Any) -> tuple[int | None, int | None]:
-    """Tokens in and out of all models that gemini used, where its `stats` say."""
+    """Tokens in and out of all models that gemini used, if its `stats` contain them."""
     try:
         used = [model["tokens"] for model in stats["models"].values()]
         tokens_in = sum(tokens["prompt"] for tokens in used)
@@ -397,79 +392,20 @@ def _exit_fault(code: int) -> AdviserFault:
     return AdviserFault("program", f"gemini ended with exit code {code}")
 
 
-async def _run_program(command: list[str], given: bytes | None) -> tuple[int, bytes, bytes]:
-    """Run a program without a shell and return its exit code, output and error output.
-
-    Where this is cancelled, the program ends too.
-    """
-    try:
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL if given is None else asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a group of its own, so that its children can be ended with it
-        )
-    except OSError as error:
-        raise AdviserFault("program", f"cannot start {Path(command[0]).name}: {error.strerror}") from None
-    try:
-        out, err, _ = await asyncio.gather(
-            _read_bounded(process.stdout), _read_bounded(process.stderr), _feed(process.stdin, given)
-        )
-        code = await process.wait()
-    except BaseException:  # time is over. The program may have ended and left a child that holds its output
-        _end(process)
-        await process.wait()
-        process._transport.close()  # the pipes, which asyncio lets go of at their end only
-        raise
-    if len(out) > MAX_BODY:
-        raise AdviserFault("bad_reply", f"{Path(command[0]).name} writes more than {MAX_BODY} bytes")
-    return code, out, err
-
-
-async def _read_bounded(stream: asyncio.StreamReader) -> bytes:
-    """All that a program writes; of more than MAX_BODY bytes the first ones, and one more."""
-    kept = bytearray()
-    while chunk := await stream.read(2**16):
-        kept += chunk[: MAX_BODY + 1 - len(kept)]
-    return bytes(kept)
-
-
-async def _feed(stream: asyncio.StreamWriter | None, given: bytes | None) -> None:
-    if stream is None or given is None:
-        return
-    try:
-        stream.write(given)
-        await stream.drain()
-        stream.close()
-        await stream.wait_closed()
-    except (BrokenPipeError, ConnectionResetError):
-        return  # it ended without reading; its exit code tells why
-
-
-def _end(process: asyncio.subprocess.Process) -> None:
-    """End a program and its children."""
-    if os.name == "nt":
-        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True, check=False)
-        return
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # it has just ended by itself
-
-
 def _key(*names: str) -> str | None:
-    """The first key that is set in the environment. Raises UserError, without telling it, if it is broken."""
+    """The first key that is set in the environment. Raises UserError, without showing it, if malformed."""
     for name in names:
         if key := os.environ.get(name, "").strip():
             if not key.isascii() or not key.isprintable() or " " in key:
-                raise UserError(f"The environment variable {name} holds no key: it has strange characters.")
+                raise UserError(
+                    f"The environment variable {name} is not a key: it contains spaces or special characters."
+                )
             return key
     return None
 
 
 def _shown(text: str) -> str:
-    """A server's words for a message: one short line that can be printed, without any key."""
+    """A server's text for a message: one short printable line without keys."""
     for name in (*GEMINI_KEYS, OPENAI_KEY):
         if key := os.environ.get(name, "").strip():
             text = text.replace(key, "[key]")
@@ -478,7 +414,7 @@ def _shown(text: str) -> str:
 
 def _model_name(name: Any) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.:/@+-]{0,199}", name, re.ASCII):
-        raise UserError(f"{ascii(name)[:MAX_SHOWN]} is no name of a model (--llm.model).")
+        raise UserError(f"{ascii(name)[:MAX_SHOWN]} is not a model name (--llm.model).")
     return name
 
 
@@ -489,10 +425,11 @@ def _check_url(url: str) -> None:
     except ValueError:
         good = False
     if not good:
-        raise UserError(f"--llm.base_url {ascii(url)} is no address such as http://127.0.0.1:8000/v1.")
+        raise UserError(f"--llm.base_url {ascii(url)} is not an address such as http://127.0.0.1:8000/v1.")
     if "@" in parts.netloc or parts.query:
         raise UserError(
-            "--llm.base_url holds more than an address. It is written to files: keys go into the environment."
+            "--llm.base_url contains more than an address. It is written to files, so keys must be in the "
+            "environment."
         )
 
 
@@ -506,39 +443,46 @@ def _import(package: str) -> None:
         ) from error
 
 
-def _http_client() -> Any:
-    """A client that reads bounded bodies only, follows no redirect (it would take the key along) and has no
-    time limit of its own."""
+def _http_client(timeout_s: float) -> Any:
+    """A client that ends requests after `timeout_s`, reads at most MAX_BODY bytes and follows no redirect,
+    whose target would receive the key."""
     import httpx2
 
-    class Bounded(httpx2.AsyncByteStream):
-        def __init__(self, stream: Any):
-            self.stream = stream
+    class Bounded(httpx2.SyncByteStream):
+        def __init__(self, stream: Any, deadline: float):
+            self.stream, self.deadline = stream, deadline
 
-        async def __aiter__(self) -> AsyncIterator[bytes]:
+        def __iter__(self) -> Iterator[bytes]:
             size = 0
-            async for chunk in self.stream:
+            for chunk in self.stream:
                 size += len(chunk)
                 if size > MAX_BODY:
                     raise AdviserFault("bad_reply", f"longer than {MAX_BODY} bytes")
+                if time.monotonic() > self.deadline:
+                    raise AdviserFault("timeout", retry=True)
                 yield chunk
 
-        async def aclose(self) -> None:
-            await self.stream.aclose()
+        def close(self) -> None:
+            self.stream.close()
 
-    async def bound(response: Any) -> None:
+    def start(request: Any) -> None:
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), timeout_s)
+        request.extensions["deadline"] = time.monotonic() + timeout_s
+
+    def bound(response: Any) -> None:
         if response.headers.get("content-encoding", "identity") != "identity":
-            raise AdviserFault("bad_reply", "compressed, which was not asked for")  # its size is not known
-        response.stream = Bounded(response.stream)
+            raise AdviserFault("bad_reply", "compressed, which was not requested")  # of unknown size
+        response.stream = Bounded(response.stream, response.request.extensions["deadline"])
 
-    headers = {"Accept-Encoding": "identity"}
-    return httpx2.AsyncClient(
-        headers=headers, event_hooks={"response": [bound]}, timeout=None, follow_redirects=False
+    return httpx2.Client(
+        headers={"Accept-Encoding": "identity"},
+        event_hooks={"request": [start], "response": [bound]},
+        follow_redirects=False,
     )
 
 
 def _fault(error: Exception) -> AdviserFault:
-    """What an exception of a library means. Its text is not told unless it is the server's."""
+    """The fault that an exception of a library means. Its text is used only if it comes from the server."""
     import httpx2
 
     if type(error).__module__ == "google.genai.errors" and hasattr(error, "code"):
@@ -552,20 +496,20 @@ def _fault(error: Exception) -> AdviserFault:
 
 
 def _http_fault(status: Any, headers: Mapping[str, str], body: str) -> AdviserFault:
-    """What a server's refusal means. `body` is its JSON, or whatever it sent."""
+    """The fault that an HTTP status means. `body` is the server's JSON, or other text."""
     status = status if type(status) is int else 0
-    if status in (401, 403) or "API_KEY_INVALID" in body:  # Gemini says so with 400
-        return AdviserFault("auth", f"HTTP {status}: the server does not take the key")
+    if status in (401, 403) or "API_KEY_INVALID" in body:  # Gemini sends it with 400
+        return AdviserFault("auth", f"HTTP {status}: the server refuses the key")
     kind = f"http_{status}" if status in (408, 429) else f"http_{status // 100}xx"
     text = f"HTTP {status}"
-    if status < 500 and status not in (408, 429):  # a mistake on our side: what the server says helps
+    if status < 500 and status not in (408, 429):  # a mistake of the request: the server's text helps
         text = f"{text}: {_shown(body)}"
     retry = status in (408, 429) or status >= 500
     return AdviserFault(kind, text, retry, _wait(headers, body) if retry else None)
 
 
 def _wait(headers: Mapping[str, str], body: str) -> float | None:
-    """The seconds that a server asks to wait: by its header Retry-After, or as Gemini does by RetryInfo."""
+    """Seconds that a server asks to wait, by its header Retry-After or by Gemini's RetryInfo."""
     hint = headers.get("retry-after", "").strip()
     seconds = None
     if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", hint, re.ASCII):
@@ -582,7 +526,7 @@ def _wait(headers: Mapping[str, str], body: str) -> float | None:
 
 
 def _png(image: np.ndarray | None) -> bytes | None:
-    """A frame [H, W, C] uint8 as PNG; of stacked frames the last one."""
+    """A frame [H, W, C] uint8 as PNG; the last one of stacked frames."""
     if image is None or image.ndim != 3 or image.dtype != np.uint8:
         return None
     from PIL import Image

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from basics import UserError, derive_seed
-from lore_llm.advice import MAX_PLAN, AdviceSpec, Answer, Request, parse_reply
+from lore_llm.advice import MAX_PLAN, AdviceSpec, Request
 from lore_llm.backends import LLMAdapter
 from lore_llm.captions import Captioner
 
@@ -70,11 +70,10 @@ class Rules(LLMAdapter):
             f"rules {self._rules} {VERSION} {self._quality}{dial.get(self._quality, '')} {self.spec.digest}"
         )
 
-    def advise(self, requests: Sequence[Request]) -> list[Answer]:
-        return [Answer(*parse_reply(self._say(request), self.spec)) for request in requests]
+    def advise(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        return [self._advise_one(request) for request in requests]
 
-    def _say(self, request: Request) -> dict[str, Any]:
-        """The reply to one question, as a model would write it in JSON."""
+    def _advise_one(self, request: Request) -> dict[str, Any]:
         actions = self.spec.actions
         verdict = self._expert.judge(request.caption)
         scores = {name: USELESS if name.startswith("tv_") else NEUTRAL for name in actions}

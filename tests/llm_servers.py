@@ -23,6 +23,7 @@ class Say:
 
     text: str | Callable[[dict], str] | None = None  # of the model; a function of the prompt's JSON
     delay: float = 0.0  # seconds before the reply
+    drip: float = 0.0  # seconds between the bytes of the body
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | None = None  # the raw body, in place of the API's own form
@@ -211,7 +212,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: len(body) // 2] if say.die == "middle" else body)
+        for place in range(len(body) if say.drip else 0):
+            self.wfile.write(body[place : place + 1])
+            time.sleep(say.drip)
+        if not say.drip:
+            self.wfile.write(body[: len(body) // 2] if say.die == "middle" else body)
         self.wfile.flush()
         if say.die == "middle":
             _close(self.connection)

@@ -22,7 +22,7 @@ def adviser(captioner, options="", seed=0):
 
 def advise(rules, caption, wants=ALL):
     """The one answer, which has nothing wrong in it."""
-    (answer,) = rules.advise([Request(caption, wants)])
+    (answer,) = rules.answer([Request(caption, wants)]).answers
     assert not answer.problems
     return answer.advice
 
