@@ -236,7 +236,7 @@ def questions(c: Constants, envs: Sequence[int]) -> str:
         calls = asked * (1 - c["hit_rate"]) / together
         tokens_in = calls * (c["tokens_first"] + (together - 1) * c["tokens_more"])
         tokens_out = calls * together * c["tokens_out"]
-        answered = c["calls_at_once"] * together / c["latency_s"]
+        answered = c["calls_at_once"] * c["per_call"] / c["latency_s"]  # waiting questions share a call
         row = {"envs": f"{n:,}", "questions": number(asked), "calls": number(calls)}
         row |= {"million tokens in": number(tokens_in / 1e6), "out": number(tokens_out / 1e6)}
         row["cost"] = number((tokens_in * c["price_input"] + tokens_out * c["price_output"]) / 1e6)

@@ -217,7 +217,6 @@ def test_invalid_rows_are_no_answers(tmp_path):
         "list": "[1, 2]",
         "logits": json.dumps({"action_prior": {"logits": [1.0, 2.0]}}),
         "name": json.dumps({"plan": ["left", "__import__"]}),
-        "long": json.dumps({"plan": ["left"], "x": "x" * 2_000_000}),
     }
     db = sqlite3.connect(path)
     for row in texts.items():

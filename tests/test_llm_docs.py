@@ -283,7 +283,7 @@ def test_own_adviser_is_asked_with_the_image():
     spec = AdviceSpec(("noop", "other"), (), 1, 1000, 0)
     image = make_env(config, "train", 0).reset()[0]["image"]
     adviser = MyAdviser(spec, config.llm)
-    (answer,) = adviser.advise([Request("", frozenset({"prior", "features"}), {"image": image})])
+    (answer,) = adviser.answer([Request("", frozenset({"prior", "features"}), {"image": image})]).answers
     assert not answer.problems and answer.advice.features and answer.advice.action_prior.logits[0] > 0
 
 

@@ -12,7 +12,6 @@ from test_exploration_study import load
 import config
 import plot
 import sweep
-from lore_llm import service
 
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 OTHERS = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("performance", "llm")}
@@ -76,7 +75,6 @@ def test_constants_of_the_preset_are_the_presets():
     for name in (*names, "keep_checkpoints"):
         assert DEFAULTS[name] == preset[name], name
     assert DEFAULTS["per_call"] == preset.llm.max_batch
-    assert DEFAULTS["calls_at_once"] == service.MAX_CALLS
     assert (
         preset.replay.capacity == "auto" and preset.llm.until is None
     )  # 1e6 where there is room; half of steps
