@@ -48,7 +48,7 @@ class Dreamer:
         device: torch.device,
     ):
         self.config, self.device = config, device
-        check_actions(act_space, config.actor_dist)
+        check_actions(act_space)
         advised = advice_spaces(config, act_space)[0]
         obs_space = dict(obs_space) | {k: v for k, v in advised.items() if k == "llm_features"}
         self.actions = networks.ActionVector(act_space)
@@ -421,20 +421,14 @@ class Dreamer:
         return checkpoints.transfer({name: getattr(self, name) for name in self.weights()}, state, parts)
 
 
-def check_actions(act_space: Mapping[str, gymnasium.Space], actor_dist: str) -> None:
-    """Raise UserError for an action that the actor cannot take, or that `actor_dist` does not fit."""
-    kinds = gymnasium.spaces
-    fits = {kinds.Discrete: "onehot", kinds.MultiDiscrete: "onehot", kinds.Box: "normal"}
+def check_actions(act_space: Mapping[str, gymnasium.Space]) -> None:
+    """Raise UserError for an action that the actor cannot take."""
+    kinds = gymnasium.spaces.Discrete, gymnasium.spaces.MultiDiscrete, gymnasium.spaces.Box
     for key, space in act_space.items():
-        dist = fits.get(type(space))
-        if dist is None:
+        if not isinstance(space, kinds):
             raise UserError(
                 f"Action {key!r} is {space}; the actor knows Discrete, MultiDiscrete and Box, "
                 "and a Dict of these."
-            )
-        if actor_dist not in ("auto", dist):
-            raise UserError(
-                f"--actor_dist {actor_dist} does not fit action {key!r} ({space}): use {dist} or auto."
             )
 
 

@@ -727,38 +727,23 @@ def check(config: Config, where: str = "") -> None:
 
 
 def _problems(config: Config) -> Iterator[str]:
-    rssm, encoder, decoder, actor = config.rssm, config.encoder, config.decoder, config.actor
+    rssm = config.rssm
     if config.eval_episodes % config.envs.eval_amount:
         yield (
             f"eval_episodes {config.eval_episodes} must be a multiple of "
             f"envs.eval_amount {config.envs.eval_amount}"
         )
-    for name, parts in (("rssm.blocks", rssm.blocks), ("decoder.bspace", decoder.bspace)):
-        if rssm.deter % parts:
-            yield f"rssm.deter {rssm.deter} must be a multiple of {name} {parts}"
-    if len(encoder.cnn_mults) != len(decoder.cnn_mults):
-        yield (
-            f"encoder.cnn_mults {encoder.cnn_mults} and decoder.cnn_mults {decoder.cnn_mults} "
-            "must be of the same length"
-        )
-    yield from _size_problems(config.size, len(encoder.cnn_mults))
+    if rssm.deter % rssm.blocks:
+        yield f"rssm.deter {rssm.deter} must be a multiple of rssm.blocks {rssm.blocks}"
+    yield from _size_problems(config.size, len(config.encoder.cnn_mults))
     for group in ("encoder", "decoder"):
         for name in ("audio_keys", "cnn_keys", "mlp_keys"):
             try:
                 re.compile(config[group][name])
             except (re.error, OverflowError, RecursionError) as error:
                 yield f"{group}.{name} {_show(config[group][name])}: not a regular expression: {error}"
-    if unknown := set(config.grad_heads) - {"decoder", "reward", "cont"}:
-        yield f"grad_heads {_show(sorted(unknown))}: may hold decoder, reward, cont"
     if config.imag_last > config.batch_length:
         yield f"imag_last {config.imag_last} must be at most batch_length {config.batch_length}"
-    if actor.min_std > actor.max_std:
-        yield f"actor.min_std {actor.min_std} must be at most actor.max_std {actor.max_std}"
-    if not 0 <= config.retnorm.low < config.retnorm.high <= 100:
-        yield (
-            f"retnorm.low {config.retnorm.low} and retnorm.high {config.retnorm.high} must be percentiles, "
-            "low below high"
-        )
     if config.audio.hop_length > config.audio.n_fft:
         yield (
             f"audio.hop_length {config.audio.hop_length} must be at most audio.n_fft {config.audio.n_fft}, "

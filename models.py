@@ -90,17 +90,15 @@ def policy_loss(
     return -weight * (objective + entropy_scale * policy.entropy())
 
 
-def value_loss(
-    value: dists.TwoHot, slow_value: dists.TwoHot, ret: Tensor, weight: Tensor, slow_reg: float
-) -> Tensor:
-    """Critic loss [N, H]: the returns, and with weight `slow_reg` the slow critic (DreamerV3, eq. 8)."""
-    return weight * (value.loss(ret) + slow_reg * value.loss(slow_value.mean))
+def value_loss(value: dists.TwoHot, slow_value: dists.TwoHot, ret: Tensor, weight: Tensor) -> Tensor:
+    """Critic loss [N, H]: towards the returns and the slow critic (DreamerV3, eq. 8)."""
+    return weight * (value.loss(ret) + value.loss(slow_value.mean))
 
 
 def imagination_losses(
     policy: Policy, action: Tensor, reward: Tensor, cont: Tensor, target: Tensor,
     value: dists.TwoHot, slow_value: dists.TwoHot, retnorm: "ReturnNorm",
-    *, lam: float | Tensor, entropy_scale: float, slow_reg: float, gradient: str = "reinforce",
+    *, lam: float | Tensor, entropy_scale: float, gradient: str = "reinforce",
     mix: float = 0.0, weight: float | Tensor = 1.0, rows: int | None = None,
 ) -> tuple[Losses, Tensor, Tensor]:  # fmt: skip
     """Policy and value losses of imagined trajectories, returns and normalised advantages, all [N, H].
@@ -115,14 +113,14 @@ def imagination_losses(
     advantage = (ret - target[:, :-1]) / retnorm.scale
     losses = {
         "policy": policy_loss(policy, action, advantage, weight, entropy_scale, gradient, mix),
-        "value": value_loss(value[:, :-1], slow_value[:, :-1], ret, weight, slow_reg),
+        "value": value_loss(value[:, :-1], slow_value[:, :-1], ret, weight),
     }
     return losses, ret, advantage
 
 
 def replay_value_loss(
     last: Tensor, term: Tensor, reward: Tensor, boot: Tensor,
-    value: dists.TwoHot, slow_value: dists.TwoHot, disc: float, lam: float | Tensor, slow_reg: float,
+    value: dists.TwoHot, slow_value: dists.TwoHot, disc: float, lam: float | Tensor,
     weight: float | Tensor = 1.0,
 ) -> Tensor:  # fmt: skip
     """Critic loss [B, K-1] along replayed rewards, times `weight`.
@@ -130,13 +128,13 @@ def replay_value_loss(
     last, term, reward, boot [B, K]; boot are the imagined returns; value and slow_value [B, K-1].
     """
     ret = lambda_return(last, term, reward, boot, disc, lam)
-    return value_loss(value, slow_value, ret, (~last[:, :-1]).float() * weight, slow_reg)
+    return value_loss(value, slow_value, ret, (~last[:, :-1]).float() * weight)
 
 
 class ReturnNorm(nn.Module):
     """Moving percentiles of returns; their range, at least `limit`, scales advantages (DreamerV3, eq. 12)."""
 
-    def __init__(self, rate: float, limit: float, low: float, high: float):
+    def __init__(self, rate: float = 0.01, limit: float = 1.0, low: float = 5.0, high: float = 95.0):
         super().__init__()
         self.rate, self.limit = rate, limit
         self.register_buffer("quantiles", torch.tensor([low / 100, high / 100]), persistent=False)
@@ -185,12 +183,11 @@ class WorldModel(nn.Module):
         obs_space = {key: space for key, space in obs_space.items() if key != "llm_features"}
         self.rssm = networks.RSSM(self.encoder.size, actions.size, config.rssm)
         rssm = self.rssm
-        self.decoder = networks.MultiDecoder(obs_space, rssm.deter, rssm.stoch_size, config.decoder)
+        self.decoder = networks.MultiDecoder(obs_space, rssm, config.decoder, config.encoder)
         self.reward_head = networks.TwoHotHead(rssm.feat_size, config.reward_head)
-        self.cont_head = networks.BinaryHead(rssm.feat_size, config.cont_head)
+        self.cont_head = networks.BinaryHead(rssm.feat_size, config.cont_head.units)
         self.free_nats = config.rssm.free_nats
         self.disc = 1 - 1 / config.horizon
-        self.grad_heads = config.grad_heads
         self.context = config.replay_context
 
     def split_context(self, data: Data) -> tuple[State, Tensor, Data]:
@@ -223,11 +220,11 @@ class WorldModel(nn.Module):
         rssm = self.rssm
         post_dist, prior_dist = rssm.dist(post["logit"]), rssm.dist(rssm.prior(post["deter"]))
         losses = kl_losses(post_dist, prior_dist, self.free_nats)
-        for name, _, loss in self._recon_losses(*self._head_input(post, "decoder"), data):
+        for name, _, loss in self._recon_losses(post["deter"], post["stoch"], data):
             losses[name] = losses.get(name, 0.0) + loss
-        losses["reward"] = self.reward(post).loss(data["reward"])
+        losses["reward"] = self.reward_head(self.rssm.feat(post)).loss(data["reward"])
         cont = self.disc * (~data["is_terminal"]).float()
-        losses["cont"] = self.cont(post).loss(cont)
+        losses["cont"] = self.cont_head(self.rssm.feat(post)).loss(cont)
         metrics = {"latent/post_entropy": post_dist.entropy().mean()}
         metrics["latent/prior_entropy"] = prior_dist.entropy().mean()
         return losses, {k: v.detach() for k, v in metrics.items()}
@@ -260,20 +257,6 @@ class WorldModel(nn.Module):
         if kind == "kl":
             return post_dist.kl(prior)
         return (post_dist.expected - prior.expected).square().flatten(2).mean(-1)
-
-    def _head_input(self, post: State, head: str) -> tuple[Tensor, Tensor]:
-        """deter and stoch, without a way for gradients where `grad_heads` leaves the head out."""
-        if head in self.grad_heads:
-            return post["deter"], post["stoch"]
-        return post["deter"].detach(), post["stoch"].detach()
-
-    def reward(self, post: State) -> dists.TwoHot:
-        deter, stoch = self._head_input(post, "reward")
-        return self.reward_head(self.rssm.feat({"deter": deter, "stoch": stoch}))
-
-    def cont(self, post: State) -> dists.Binary:
-        deter, stoch = self._head_input(post, "cont")
-        return self.cont_head(self.rssm.feat({"deter": deter, "stoch": stoch}))
 
     @torch.no_grad()
     def open_loop(self, data: Data, context: int, generator: torch.Generator | None) -> dict[str, Tensor]:
@@ -404,9 +387,9 @@ class ImagBehavior(nn.Module):
         super().__init__()
         self.config = config
         self.actor = networks.Actor(feat, actions, config.actor)
-        self.critic = networks.TwoHotHead(feat, config.critic)
+        self.critic = networks.TwoHotHead(feat, config.critic, config.critic.layers)
         self.slow_critic = deepcopy(self.critic).requires_grad_(False)
-        self.retnorm = ReturnNorm(**config.retnorm)
+        self.retnorm = ReturnNorm()
         self.disc = 1 - 1 / config.horizon
         self.lam = config.discount_lambda
 
@@ -452,7 +435,7 @@ class ImagBehavior(nn.Module):
         view, weight = policy.view(self, feat[:, :-1]), starts.weight * dream.decided
         losses, ret, advantage = imagination_losses(
             view.policy, dream.choice, reward, cont, target, value, slow_value, self.retnorm,
-            lam=self.trace_decay(dream.decides_next), entropy_scale=c.actor.entropy, slow_reg=c.slow_reg,
+            lam=self.trace_decay(dream.decides_next), entropy_scale=c.actor.entropy,
             gradient=c.imag_gradient, mix=c.imag_gradient_mix, weight=weight, rows=rows,
         )  # fmt: skip
         value = self.critic(world_model.rssm.feat(recent)[:, :-1])
@@ -462,7 +445,7 @@ class ImagBehavior(nn.Module):
         decided, decides_next = policy.decided({k: v[:, -last:] for k, v in data.items()})
         losses["repval"] = replay_value_loss(
             is_last, term, rewards, boot, value, slow_value, self.disc, self.trace_decay(decides_next),
-            c.slow_reg, decided,
+            decided,
         )  # fmt: skip
         more, more_metrics = policy.loss(self, dream, view, starts, weight)
         losses |= more

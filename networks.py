@@ -27,6 +27,13 @@ State = dict[str, Tensor]
 PolicyNoise = list[Tensor]
 TRUNCATED_STD = 1.1368  # a unit normal truncated at 2 sigma has a standard deviation of 1 / 1.1368
 BF16_HIDDEN = 128  # with fewer hidden units a scan on a CPU is faster in float32
+# The reference's constants.
+UNIMIX = 0.01  # share of the uniform distribution in the latents' classes
+MIN_STD = 0.1  # smallest standard deviation of Gaussian latents
+ACTION_STD = (0.1, 1.0)  # smallest and largest standard deviation of continuous actions
+ACTOR_SCALE = 0.01  # of the initial weights of the actor's output layers
+KERNEL = 5  # of convolutions; the phase form of upsampling is written for it
+AUDIO_MULTS = (2, 4)  # channels of the convolutions over spectra, times cnn_depth
 NO_LATENT = 255  # the class index that the replay stores for "no latents": the zero state
 
 
@@ -184,7 +191,7 @@ class ImageEncoder(nn.Module):
         depths = [config.cnn_depth * mult for mult in config.cnn_mults]
         self.strided = config.strided
         self.convs = nn.ModuleList(
-            Conv(i, o, config.cnn_kernel, 2 if self.strided else 1)
+            Conv(i, o, KERNEL, 2 if self.strided else 1)
             for i, o in zip([channels, *depths[:-1]], depths, strict=True)
         )
         self.norms = nn.ModuleList(RMSNormSiLU(d) for d in depths)
@@ -205,7 +212,6 @@ class MultiEncoder(nn.Module):
     def __init__(self, obs_space: Mapping[str, gymnasium.Space], config: Mapping):
         super().__init__()
         self.keys = route_keys(obs_space, config)
-        self.squash = dists.symlog if config.symlog_inputs else (lambda x: x)
         self.size = 0
         if self.keys.vectors:
             inputs = sum(math.prod(shape) for shape in self.keys.vectors.values())
@@ -223,12 +229,12 @@ class MultiEncoder(nn.Module):
         batch = obs["is_first"].shape
         if self.keys.vectors:
             parts = [obs[k].float().reshape(*batch, -1) for k in self.keys.vectors]
-            outs.append(self.mlp(self.squash(torch.cat(parts, -1))))
+            outs.append(self.mlp(dists.symlog(torch.cat(parts, -1))))
         if self.keys.images:
             image = torch.cat([obs[k] for k in self.keys.images], -1)  # [..., H, W, C]
             outs.append(self.cnn(image.flatten(0, len(batch) - 1)).unflatten(0, batch))
         if self.keys.audio:
-            outs.append(self.audio({k: self.squash(obs[k].float()) for k in self.keys.audio}))
+            outs.append(self.audio({k: dists.symlog(obs[k].float()) for k in self.keys.audio}))
         return torch.cat(outs, -1)  # [..., E]
 
 
@@ -241,27 +247,31 @@ def stacked_shape(images: Mapping[str, tuple[int, int, int]]) -> tuple[int, int,
 
 
 class ImageDecoder(nn.Module):
-    """State -> images in [0, 1], [N, H, W, C]: a small feature map, then layers that double it."""
+    """State -> images in [0, 1], [N, H, W, C]: a small feature map, then layers that double it.
 
-    def __init__(self, shape: tuple[int, int, int], deter: int, stoch: int, config: Mapping):
+    The layers mirror the encoder's (`mults`, `strided`).
+    """
+
+    def __init__(
+        self, shape: tuple[int, int, int], rssm: "RSSM", config: Mapping, mults: Sequence[int], strided: bool
+    ):
         super().__init__()
         height, width, channels = shape
-        depths = [config.cnn_depth * mult for mult in config.cnn_mults]
+        depths = [config.cnn_depth * mult for mult in mults]
         factor = 2 ** len(depths)
         self.small = (height // factor, width // factor, depths[-1])
         size = math.prod(self.small)
-        self.blocks = config.bspace
-        self.from_deter = BlockLinear(deter, size, self.blocks)
-        self.from_stoch = nn.Sequential(
-            Dense(stoch, 2 * config.mlp_units), Linear(2 * config.mlp_units, size)
-        )
+        self.blocks = math.gcd(rssm.blocks, depths[-1])
+        self.from_deter = BlockLinear(rssm.deter, size, self.blocks)
+        units = 2 * config.mlp_units
+        self.from_stoch = nn.Sequential(Dense(rssm.stoch_size, units), Linear(units, size))
         self.norm = RMSNormSiLU(depths[-1])
         widths = depths[::-1]  # from the smallest map to the largest
         self.convs = nn.ModuleList(
-            UpConv(i, o, config.strided) for i, o in zip(widths[:-1], widths[1:], strict=True)
+            UpConv(i, o, strided) for i, o in zip(widths[:-1], widths[1:], strict=True)
         )
         self.norms = nn.ModuleList(RMSNormSiLU(d) for d in widths[1:])
-        self.out = UpConv(widths[-1], channels, config.strided, config.outscale)
+        self.out = UpConv(widths[-1], channels, strided)
 
     def forward(self, deter: Tensor, stoch: Tensor) -> Tensor:
         height, width, depth = self.small
@@ -275,41 +285,44 @@ class ImageDecoder(nn.Module):
 
 
 class MultiDecoder(nn.Module):
-    """State -> a distribution for each reconstructed observation key."""
+    """State -> a distribution for each reconstructed observation key.
 
-    def __init__(self, obs_space: Mapping[str, gymnasium.Space], deter: int, stoch: int, config: Mapping):
+    `config` and `encoder` are the options of both: convolutions mirror the encoder's.
+    """
+
+    def __init__(
+        self, obs_space: Mapping[str, gymnasium.Space], rssm: "RSSM", config: Mapping, encoder: Mapping
+    ):
         super().__init__()
         self.keys = route_keys(obs_space, config)
-        self.squash = config.vector_dist == "symlog_mse"
+        inputs, units = rssm.stoch_size + rssm.deter, config.mlp_units
         if self.keys.vectors:
             outputs = sum(math.prod(shape) for shape in self.keys.vectors.values())
-            self.mlp = mlp(stoch + deter, config.mlp_layers, config.mlp_units)
-            self.vector = Linear(config.mlp_units, outputs, config.outscale)
+            self.mlp = mlp(inputs, config.mlp_layers, units)
+            self.vector = Linear(units, outputs)
         if self.keys.images:
-            self.cnn = ImageDecoder(stacked_shape(self.keys.images), deter, stoch, config)
+            shape = stacked_shape(self.keys.images)
+            self.cnn = ImageDecoder(shape, rssm, config, encoder.cnn_mults, encoder.strided)
         if self.keys.audio:
-            layers, units = audio_mlp_size(config)
             outputs = sum(math.prod(shape) for shape in self.keys.audio.values())
-            self.audio = nn.Sequential(
-                mlp(stoch + deter, layers, units), Linear(units, outputs, config.outscale)
-            )
+            self.audio = nn.Sequential(mlp(inputs, config.mlp_layers, units), Linear(units, outputs))
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, dists.MSE]:
         """deter [..., D], flat stoch [..., S*K] -> {key: distribution}; vectors and audio are flat."""
         outs, batch = {}, deter.shape[:-1]
 
-        def split(kind: Mapping[str, tuple[int, ...]], values: Tensor, dims: int, squash: bool) -> None:
+        def split(kind: Mapping[str, tuple[int, ...]], values: Tensor, dims: int) -> None:
             sizes = [math.prod(shape) if dims == 1 else shape[-1] for shape in kind.values()]
             for key, part in zip(kind, values.split(sizes, -1), strict=True):
-                outs[key] = dists.MSE(part, dims, squash)
+                outs[key] = dists.MSE(part, dims, squash=dims == 1)
 
         if self.keys.vectors:
-            split(self.keys.vectors, self.vector(self.mlp(torch.cat([stoch, deter], -1))), 1, self.squash)
+            split(self.keys.vectors, self.vector(self.mlp(torch.cat([stoch, deter], -1))), 1)
         if self.keys.images:
             images = self.cnn(deter.flatten(0, -2), stoch.flatten(0, -2)).unflatten(0, batch)
-            split(self.keys.images, images, 3, False)
+            split(self.keys.images, images, 3)
         if self.keys.audio:
-            split(self.keys.audio, self.audio(torch.cat([stoch, deter], -1)), 1, self.squash)
+            split(self.keys.audio, self.audio(torch.cat([stoch, deter], -1)), 1)
         return outs
 
 
@@ -377,7 +390,6 @@ class RSSM(nn.Module):
         super().__init__()
         self.deter, self.stoch, self.classes = config.deter, config.stoch, config.classes
         self.hidden, self.blocks = config.hidden, config.blocks
-        self.unimix, self.min_std = config.unimix, config.min_std
         self.stoch_size = self.stoch * max(1, self.classes)  # flat
         self.feat_size = self.deter + self.stoch_size
         logits = self.stoch * (self.classes or 2)  # a mean and a standard deviation where Gaussian
@@ -387,20 +399,12 @@ class RSSM(nn.Module):
         wide = self.deter + 3 * self.hidden * self.blocks
         self.dyn_first = BlockLinear(wide, self.deter, self.blocks)
         self.dyn_norm = RMSNormSiLU(self.deter)
-        self.dyn_more = nn.Sequential()
-        for _ in range(config.dyn_layers - 1):
-            self.dyn_more.append(BlockLinear(self.deter, self.deter, self.blocks))
-            self.dyn_more.append(RMSNormSiLU(self.deter))
         self.gru = BlockLinear(self.deter, 3 * self.deter, self.blocks)
-        self.prior_net = nn.Sequential(
-            mlp(self.deter, config.img_layers, self.hidden), Linear(self.hidden, logits)
-        )
+        self.prior_net = nn.Sequential(mlp(self.deter, 2, self.hidden), Linear(self.hidden, logits))
         self.post_first = Linear(self.deter + embed, self.hidden)
         self.post_norm = RMSNormSiLU(self.hidden)
         self._split_key, self._split = None, None  # see split_weights
-        self.post_rest = nn.Sequential(
-            mlp(self.hidden, config.obs_layers - 1, self.hidden), Linear(self.hidden, logits)
-        )
+        self.post_out = Linear(self.hidden, logits)
 
     def initial(self, batch: int) -> State:
         """The zero state, in which every episode starts."""
@@ -419,9 +423,9 @@ class RSSM(nn.Module):
     def dist(self, logit: Tensor) -> dists.OneHot | dists.Normal:
         """Distribution of the latents from `logit` [..., S, K], or [..., S, 2] where Gaussian."""
         if self.classes:
-            return dists.OneHot(logit, self.unimix, dims=1)
+            return dists.OneHot(logit, UNIMIX, dims=1)
         mean, raw_std = logit.float().unbind(-1)
-        return dists.Normal(mean, 2 * torch.sigmoid(raw_std / 2) + self.min_std)
+        return dists.Normal(mean, 2 * torch.sigmoid(raw_std / 2) + MIN_STD)
 
     def feat(self, state: State) -> Tensor:
         """The heads' input [..., F]: deter and flat stoch, in the precision of matrix products."""
@@ -455,7 +459,7 @@ class RSSM(nn.Module):
         deter = state["deter"]
         features = torch.cat([self.in_deter(deter), self.in_stoch(self.flat(state["stoch"]))], -1)
         x = block_matmul(deter, weights.dyn_own) + F.linear(features, weights.dyn_state, self.dyn_first.bias)
-        x = self.dyn_more(self.dyn_norm(x + action_input))
+        x = self.dyn_norm(x + action_input)
         gates = self.gru(x).float().unflatten(-1, (self.blocks, 3, -1))  # [B, G, 3, D/G]
         reset, cand, update = (gate.flatten(-2) for gate in gates.unbind(-2))
         cand = torch.tanh(torch.sigmoid(reset) * cand)
@@ -473,7 +477,7 @@ class RSSM(nn.Module):
     def posterior(self, deter: Tensor, embed_input: Tensor, weights: SplitWeights) -> Tensor:
         """The logit [..., S, K] of the latents, given the observation as well."""
         x = F.linear(deter, weights.post_deter) + embed_input
-        return self.post_rest(self.post_norm(x)).float().unflatten(-1, (self.stoch, -1))
+        return self.post_out(self.post_norm(x)).float().unflatten(-1, (self.stoch, -1))
 
     def observe(
         self,
@@ -548,12 +552,12 @@ class RSSM(nn.Module):
 
 
 class TwoHotHead(nn.Module):
-    """feat [..., F] -> a scalar's TwoHot distribution."""
+    """feat [..., F] -> a scalar's TwoHot distribution, 0 at first."""
 
-    def __init__(self, inputs: int, config: Mapping):
+    def __init__(self, inputs: int, config: Mapping, layers: int = 1):
         super().__init__()
-        self.mlp = mlp(inputs, config.layers, config.units)
-        self.out = Linear(config.units, config.bins, config.outscale)
+        self.mlp = mlp(inputs, layers, config.units)
+        self.out = Linear(config.units, config.bins, scale=0.0)
         self.symlog_space = config.dist == "symlog_disc"
         bins = torch.linspace(-20, 20, config.bins) if self.symlog_space else dists.symexp_bins(config.bins)
         self.register_buffer("bins", bins, persistent=False)
@@ -565,10 +569,10 @@ class TwoHotHead(nn.Module):
 class BinaryHead(nn.Module):
     """feat [..., F] -> a Binary distribution."""
 
-    def __init__(self, inputs: int, config: Mapping):
+    def __init__(self, inputs: int, units: int):
         super().__init__()
-        self.mlp = mlp(inputs, config.layers, config.units)
-        self.out = Linear(config.units, 1, config.outscale)
+        self.mlp = mlp(inputs, 1, units)
+        self.out = Linear(units, 1)
 
     def forward(self, feat: Tensor) -> dists.Binary:
         return dists.Binary(self.out(self.mlp(feat)).squeeze(-1))
@@ -601,16 +605,16 @@ class Actor(nn.Module):
     def __init__(self, inputs: int, actions: ActionVector, config: Mapping):
         super().__init__()
         self.mlp = mlp(inputs, config.layers, config.units)
-        self.unimix, self.min_std, self.max_std = config.unimix, config.min_std, config.max_std
+        self.unimix = config.unimix
         self.classes = list(actions.classes.values())  # of each key, () where continuous
         sizes = list(actions.sizes.values())
         # The policy has one part for each index, and one for the values of a continuous key.
         self.sizes = [part for own, size in zip(self.classes, sizes, strict=True) for part in own or (size,)]
         self.discrete = [bool(own) for own in self.classes for _ in own or (None,)]
         # A continuous action has two output layers, as in the reference: gradients are clipped per tensor.
-        self.outs = nn.ModuleList(Linear(config.units, size, config.outscale) for size in sizes)
+        self.outs = nn.ModuleList(Linear(config.units, size, ACTOR_SCALE) for size in sizes)
         self.std_outs = nn.ModuleList(
-            nn.Identity() if own else Linear(config.units, size, config.outscale)
+            nn.Identity() if own else Linear(config.units, size, ACTOR_SCALE)
             for own, size in zip(self.classes, sizes, strict=True)
         )
 
@@ -635,7 +639,7 @@ class Actor(nn.Module):
             if classes:
                 parts += [dists.OneHot(logits, self.unimix) for logits in out(x).split(classes, -1)]
             else:
-                parts.append(dists.bounded_normal(out(x), std_out(x), self.min_std, self.max_std))
+                parts.append(dists.bounded_normal(out(x), std_out(x), *ACTION_STD))
         return Policy(parts, self.sizes)
 
 
@@ -653,9 +657,8 @@ class AudioEncoder(nn.Module):
         self.size = 0
         if self.flat:
             inputs = sum(math.prod(shapes[key]) for key in self.flat)
-            layers, units = audio_mlp_size(config)
-            self.mlp = mlp(inputs, layers, units)
-            self.size += units
+            self.mlp = mlp(inputs, config.mlp_layers, config.mlp_units)
+            self.size += config.mlp_units
         self.cnns = nn.ModuleList(SpectrumEncoder(key, shapes[key], config) for key in self.spectra)
         self.size += sum(cnn.size for cnn in self.cnns)
 
@@ -669,28 +672,22 @@ class AudioEncoder(nn.Module):
         return torch.cat(outs, -1)  # [..., E]
 
 
-def audio_mlp_size(config: Mapping) -> tuple[int, int]:
-    """Layers and units of the audio MLP; by default those of the MLP for vectors."""
-    layers, units = config.audio_layers, config.audio_units
-    return config.mlp_layers if layers is None else layers, config.mlp_units if units is None else units
-
-
 class SpectrumEncoder(nn.Module):
     """Spectra [..., F, N] or [..., C, F, N] -> [..., E]: each strided convolution halves bands and frames."""
 
     def __init__(self, key: str, shape: tuple[int, ...], config: Mapping):
         super().__init__()
         channels, bands, frames = (1, *shape) if len(shape) == 2 else shape
-        depths = [config.cnn_depth * mult for mult in config.audio_mults]
+        depths = [config.cnn_depth * mult for mult in AUDIO_MULTS]
         factor = 2 ** len(depths)
         if min(bands, frames) < factor:
             raise UserError(
-                f"encoder.audio_mults {config.audio_mults}: {len(depths)} halvings are too many for the "
-                f"{bands} bands x {frames} frames of {key!r}; give fewer, or --encoder.audio_net mlp"
+                f"encoder.audio_net cnn halves spectra {len(depths)} times, too often for the {bands} bands "
+                f"x {frames} frames of {key!r}: use --encoder.audio_net mlp"
             )
         self.dims = len(shape)
         self.convs = nn.ModuleList(
-            Conv(i, o, config.cnn_kernel, 2) for i, o in zip([channels, *depths[:-1]], depths, strict=True)
+            Conv(i, o, KERNEL, 2) for i, o in zip([channels, *depths[:-1]], depths, strict=True)
         )
         self.norms = nn.ModuleList(RMSNormSiLU(d) for d in depths)
         self.size = (bands // factor) * (frames // factor) * depths[-1]

@@ -50,7 +50,7 @@ ROOM = (
     "--log_every 100 --save_every 1000 --replay.capacity 10000 --expl_extr_scale 0 "
     # A tiny model, and short sequences: the agent's cell is all that there is to know.
     "--batch_size 32 --batch_length 8 --imag_last 2 --imag_horizon 8 "
-    "--rssm.deter 128 --rssm.hidden 64 --rssm.stoch 8 --rssm.classes 8 --rssm.blocks 4 --decoder.bspace 4 "
+    "--rssm.deter 128 --rssm.hidden 64 --rssm.stoch 8 --rssm.classes 8 --rssm.blocks 4 "
     "--encoder.mlp_layers 1 --encoder.mlp_units 64 --decoder.mlp_layers 1 --decoder.mlp_units 64 "
     "--reward_head.units 64 --cont_head.units 64 "
     "--actor.layers 2 --actor.units 64 --critic.layers 2 --critic.units 64 "
@@ -64,7 +64,7 @@ PENDULUM = (
     "--train_ratio 128 --prefill 1000 --eval_every 2000 --eval_episodes 5 --log_every 400 "
     "--save_every 2000 --video_pred_log False "
     # Smaller than the cpu preset in what costs most time.
-    "--size 32 32 --encoder.cnn_mults 2 3 4 --decoder.cnn_mults 2 3 4 "
+    "--size 32 32 --encoder.cnn_mults 2 3 4 "
     "--rssm.deter 256 --batch_size 16 --batch_length 16 --imag_last 8 "
     "--opt.lr 1e-3 --model_lr 1e-3 --actor_lr 3e-4"
 )

@@ -141,9 +141,9 @@ class OptionActor(nn.Module):
     def __init__(self, feat: int, actions: int, config: Mapping):
         super().__init__()
         c = config.options
-        self.slots, self.unimix, self.outscale = c.max_options, config.actor.unimix, config.actor.outscale
+        self.slots, self.unimix = c.max_options, config.actor.unimix
         units = c.units or config.actor.units
-        self.out = networks.Linear(config.actor.units, self.slots, self.outscale)
+        self.out = networks.Linear(config.actor.units, self.slots, networks.ACTOR_SCALE)
         self.end_mlp = networks.mlp(feat + self.slots, c.layers, units)
         self.end_out = networks.Linear(units, 1)
         self.register_buffer("uids", torch.zeros(self.slots, dtype=torch.int64))  # 0: the slot is empty
@@ -159,7 +159,7 @@ class OptionActor(nn.Module):
     @torch.no_grad()
     def reset_slot(self, slot: int, generator: torch.Generator) -> None:
         """Initialise the actor's output of a slot that holds another option now."""
-        row, std = self.out.weight[slot], self.outscale / self.out.in_features**0.5
+        row, std = self.out.weight[slot], networks.ACTOR_SCALE / self.out.in_features**0.5
         row.copy_(std * torch.randn(row.shape, device=row.device, generator=generator))
         self.out.bias[slot] = 0
 

@@ -20,7 +20,7 @@ ROOT = Path(dreamer.__file__).parent
 # 120 env steps and about 40 updates within a second; 2 envs, so episodes of 16 steps end every 32.
 TINY = (
     "--configs debug dummy_cue --device cpu --deterministic True --threads 1 --envs.amount 2 --time_limit 0 "
-    "--size 16 16 --encoder.cnn_mults 1 1 --decoder.cnn_mults 1 1 --decoder.bspace 2 --video_pred_log False "
+    "--size 16 16 --encoder.cnn_mults 1 1 --video_pred_log False "
     "--rssm.deter 8 --rssm.hidden 8 --rssm.stoch 2 --rssm.blocks 2 --imag_horizon 2 --batch_size 2 "
     "--batch_length 4 --steps 120 --prefill 30 --train_ratio 3 --log_every 20 --eval_every 50 "
     "--save_every 1000"

@@ -154,7 +154,7 @@ def test_the_class_of_the_older_guide_trains_and_what_it_lacks_is_filled_in(tmp_
 
 def test_an_env_without_images_trains_and_render_supplies_the_videos(tmp_path, task):
     Vectors.renders = 0
-    options = [*task(Vectors), "--actor_dist", "normal"]
+    options = task(Vectors)
     assert train(tmp_path, *options, "--steps", "49") == 0  # the evaluation at the start only
     evaluations, frames = 1, 1 + (1 + 9)  # a look, then each step of an episode
     assert Vectors.renders == evaluations * frames, "training renders nothing"
@@ -365,7 +365,7 @@ def test_the_preset_takes_all_options_of_the_guide(tmp_path):
     preset = configs.read(path).preset("custom")
     named = "envs.amount envs.parallel encoder.mlp_keys encoder.cnn_keys decoder.mlp_keys decoder.cnn_keys "
     named += "train_ratio batch_size batch_length rssm.deter rssm.hidden rssm.stoch rssm.classes model_lr "
-    named += "actor_lr critic_lr actor_dist imag_horizon slow_value_target slow_target_update reward_scale"
+    named += "actor_lr critic_lr imag_horizon slow_value_target slow_target_update reward_scale"
     assert set(named.split()) <= set(preset)
 
 

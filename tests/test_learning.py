@@ -12,7 +12,7 @@ import dreamer
 from envs.dummy import CUE_LENGTH, MEMORY_LENGTH
 
 SMALL = shlex.split(
-    "--size 32 32 --encoder.cnn_mults 2 3 4 --decoder.cnn_mults 2 3 4"
+    "--size 32 32 --encoder.cnn_mults 2 3 4"
     " --encoder.mlp_units 128 --decoder.mlp_units 128 --reward_head.units 128 --cont_head.units 128"
     " --rssm.deter 256 --rssm.hidden 128 --rssm.stoch 8 --rssm.classes 8"
     " --actor.units 128 --critic.units 128"

@@ -851,7 +851,7 @@ def test_an_action_that_has_the_name_of_an_observation_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("parallel", ["none", pytest.param("process", marks=pytest.mark.slow)])
 def test_an_env_with_a_dict_of_all_actions_trains_resumes_and_is_evaluated(parallel, tmp_path, capsys):
-    options = ("--task", ZOO, "--envs.parallel", parallel, "--actor_dist", "auto")
+    options = ("--task", ZOO, "--envs.parallel", parallel)
     assert train(tmp_path, *options) == 0
     steps = moment(tmp_path)["step"]
     assert "train_eps" in os.listdir(tmp_path) and any("loss/policy" in line for line in metrics(tmp_path))
