@@ -103,7 +103,8 @@ class PlainComposer(Composer):
         return super().compose_node(parent, index)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """The content of a YAML text. Raises UserError with `where` and the line."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Composer = PlainComposer
     try:
@@ -403,7 +404,7 @@ def _read_options(
 def read(path: Path = CONFIGS) -> Schema:
     """Reads configs.yaml and checks all of it. Raises UserError with the file and the place."""
     text = _read_text(path)
-    tree = _parse_yaml(text, str(path))
+    tree = parse_yaml(text, str(path))
     parts = ("defaults", *CLASSES)
     if not isinstance(tree, dict) or set(tree) != set(parts):
         raise UserError(f"{path}: must hold exactly {', '.join(parts)}")
@@ -528,7 +529,7 @@ class Config(Mapping):
     @classmethod
     def from_yaml(cls, text: str, where: str) -> "Config":
         """Reads what `to_yaml` gave; missing options take their defaults. Raises UserError naming `where`."""
-        tree = _parse_yaml(text, where)
+        tree = parse_yaml(text, where)
         if not isinstance(tree, dict):
             raise UserError(f"{where}: must hold options as name: value")
         presets, added = tree.pop("configs", []), tree.pop("configs_added", [])

@@ -30,7 +30,6 @@ from lore_llm.synthetic import Item, SyntheticItems, tensors
 from replay import Replay
 
 CACHE = "llm_cache.sqlite"  # files in the logdir
-SKILLS = "skills.yaml"
 DECISIONS = "decisions.jsonl"
 MAX_PROPOSALS = 8  # plans that are evaluated in one step; the newest
 POLL_STEPS = 100  # env steps between two readings of skills.yaml
@@ -167,9 +166,8 @@ class AdviceHooks(NoAdvice):
         self.library: OptionLibrary | None = None
         self.next_options = self.next_poll = self.next_decision = 0
         if config.options.enabled:
-            self.library = OptionLibrary(
-                logdir / SKILLS if distributed.is_main() else None, self.captioner, config.options
-            )
+            folder = logdir if distributed.is_main() else None
+            self.library = OptionLibrary(folder, self.captioner, config.options)
             self.policy.set_options(self.library)
         self.keeps_library = self.library is not None and distributed.is_main()
         self.unshared = self.keeps_library  # the other learners do not have the library's last change
@@ -366,13 +364,12 @@ class AdviceHooks(NoAdvice):
         """Take over what a person edited in skills.yaml."""
         slots, lines = self.library.poll()
         self._notes += lines
-        self.unshared |= bool(lines)  # names may have changed
-        self._set_options(slots)
+        self._set_options(slots, renamed=bool(lines))
 
-    def _set_options(self, slots: Sequence[int]) -> None:
-        """Give the actor the library, whose `slots` hold other options now."""
+    def _set_options(self, slots: Sequence[int], renamed: bool = False) -> None:
+        """Give the actor the library, whose `slots` hold other options now; names may have changed too."""
         self.policy.set_options(self.library, fresh=slots)
-        if slots:
+        if slots or renamed:
             self.library.save()
             self.unshared = True
 

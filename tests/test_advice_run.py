@@ -64,7 +64,7 @@ def test_options_of_disabled_paths_change_no_bit_of_a_run(tmp_path, plain):
     assert train(tmp_path, "--opt.warmup", "0", *others.split()) == 0
     assert_same_run(tmp_path, plain)
     assert not any(
-        (tmp_path / name).exists() for name in ("skills.yaml", "decisions.jsonl", "llm_cache.sqlite")
+        (tmp_path / name).exists() for name in ("skills_learned.yaml", "decisions.jsonl", "llm_cache.sqlite")
     )
 
 

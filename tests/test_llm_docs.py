@@ -291,7 +291,7 @@ def test_own_adviser_of_the_richer_form_proposes_a_skill_and_plans():
     logdir = run(*command_with("mypackage.lumberjack:Lumberjack"), logdir="own")
     assert last(logdir, "llm_adapter/answers") > 5
     assert not any("llm_adapter/errors" in name for name in metrics_of(logdir))
-    assert "name: chop" in (logdir / "skills.yaml").read_text()
+    assert "name: chop" in (logdir / "skills_learned.yaml").read_text()
     from mypackage.lumberjack import Lumberjack
 
     adviser = Lumberjack(AdviceSpec(("noop", "move_left", "do"), ("collect_wood",), 0, 1000, 8), {})
@@ -315,14 +315,13 @@ def test_skills_of_the_guide_are_a_library_without_mistakes(tmp_path):
     (block,) = blocks("yaml")
     path = tmp_path / "skills.yaml"
     path.write_text(block)
-    library = OptionLibrary(path, make_captioner(config, env.obs_space, env.act_space), config.options)
+    library = OptionLibrary(tmp_path, make_captioner(config, env.obs_space, env.act_space), config.options)
     changed, lines = library.poll()
-    assert changed == [0, 1] and all("was read: added" in line for line in lines)
-    chop, drink = library.skills()
-    assert chop.spec.subgoal == "collect_wood" and chop.timeout == 5 and not chop.pinned
-    assert drink.pinned and drink.timeout == 5
-    text = path.read_text()  # as LoRe writes it, with all fields that the guide names
-    assert all(f"\n{line}\n" in text for line in block.splitlines()[2:10] if "by:" not in line)
+    names = "skills fetch wood, to the left and drink; pinned to the left and drink; banned chop"
+    assert changed == [0, 1] and lines == [f"skills.yaml was read: {names}"]
+    wood, drink = library.options()
+    assert wood.spec.subgoal == "collect_wood" and wood.timeout == drink.timeout == 5
+    assert library.is_pinned(drink.spec) and not library.is_pinned(wood.spec)
 
 
 def test_decisions_have_the_fields_of_the_guide(capsys):

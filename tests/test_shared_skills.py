@@ -29,11 +29,7 @@ from lore_llm.option_actor import PLAN, Outcome
 from lore_llm.service import Answered
 
 OBS = {"is_first": np.zeros(2, bool), "is_last": np.zeros(2, bool)}
-MINE = """\
-- name: mine
-  actions: [{action}, {action}]
-
-# By this"""
+FILE = "skills: [{{name: {new}, actions: [{old}]}}, {{name: mine, actions: [{action}, {action}]}}]"
 
 
 class Learners:
@@ -101,7 +97,6 @@ def answering(*specs: OptionSpec, asked: list | None = None):
 
 @pytest.fixture
 def learners(tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "SETTLE_SECONDS", 0.0)
     monkeypatch.setattr(hooks_module, "POLL_STEPS", 1)
     return Learners(tmp_path, monkeypatch)
 
@@ -150,13 +145,11 @@ def test_what_a_person_edits_reaches_all_learners(learners, tmp_path):
     learners.step(10)
     learners.all_hooks[0].service.ask = SilentService().ask
     path = tmp_path / "skills.yaml"
-    action = learners.all_hooks[0].captioner.actions[2]
-    text = path.read_text().replace("name: old", "name: new").replace("# By this", MINE.format(action=action))
-    path.write_text(text)
+    _, old, action, *_ = learners.all_hooks[0].captioner.actions
+    path.write_text(FILE.format(new="new", old=old, action=action))
     learners.step(20)
     assert learners.same()["names"] == ["new", "mine", None]
-    text = path.read_text().replace("name: new", "name: newer")  # nothing but a name
-    path.write_text(text)
+    path.write_text(FILE.format(new="newer", old=old, action=action))  # another name only
     learners.step(30)
     assert learners.same()["names"] == ["newer", "mine", None]
 
@@ -166,7 +159,6 @@ def test_resumed_learners_have_the_skills_whatever_their_number_was(learners, tm
     learners.step(10)
     states = learners.threads.together(AdviceHooks.state_dict, learners.all_hooks)
     assert states[1]["library"] == {}
-    (tmp_path / "skills.yaml").unlink()
     later = Learners(tmp_path, monkeypatch)
     later.load(states[0], {})  # the second is new
     later.step(11)
@@ -206,7 +198,7 @@ def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
 
     A person adds a skill at step 50.
     """
-    options.SETTLE_SECONDS, hooks_module.POLL_STEPS = 0.0, 10
+    hooks_module.POLL_STEPS = 10
     seen: list[dict] = []
     executed: Counter[int] = Counter()
     learn, record = dreamer.Run.learn, AdviceHooks._record_options
@@ -216,7 +208,7 @@ def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
         seen.append(look(run))
         if distributed.is_main() and run.step == 50:
             path = run.logdir / "skills.yaml"
-            path.write_text(path.read_text().replace("# By this", MINE.format(action="forward")))
+            path.write_text("skills: [{name: mine, actions: [forward, forward]}]")
 
     def harm(hooks: AdviceHooks, outcomes: list[Outcome]) -> bool:
         executed.update(outcome.uid for outcome in outcomes)
@@ -264,7 +256,7 @@ def test_learners_of_a_whole_run_have_the_same_skills_and_weights(runs):
     assert all(look["uids"] == [uid or 0 for uid in look["library"]] for look in seen)
     slots = [(a, b) for one, other in pairwise(seen) for a, b in zip(one["uids"], other["uids"], strict=True)]
     assert any(a and not b for a, b in slots) and any(b and a != b for a, b in slots)  # some went, some came
-    assert any("mine" in look["names"] for look in seen) and "added mine" in log(runs / "whole")
+    assert any("mine" in look["names"] for look in seen) and "was read: skills mine" in log(runs / "whole")
     ours, theirs = (Counter(one["executed"]) for one in told)
     tries = {uid: skill["stats"]["tries"] for uid, skill in skills_of(runs / "whole").items()}
     assert tries == {uid: ours[uid] + theirs[uid] for uid in tries} and max(tries.values()) > 1
