@@ -696,7 +696,6 @@ def train(run: Run, stop: Sequence[int] = ()) -> None:
             break
         run.interact()
         run.learn()
-        run.logger.progress(run.step)
 
 
 @dataclass

@@ -1,11 +1,10 @@
-"""What a run tells: TensorBoard, metrics.jsonl, train.log, the console, and videos.
+"""Logs of a run: TensorBoard, metrics.jsonl, train.log, the console, and videos.
 
-Everything is written to `logdir`. A write that fails (disk full) is a UserError that names the file.
-Other modules report through `logging.getLogger("lore")`; it ends in train.log and on the console.
+All files are in `logdir`. A write that fails (disk full) raises a UserError that names the file. Other
+modules log to `logging.getLogger("lore")`, which ends up in train.log and on the console.
 """
 
 import contextlib
-import datetime
 import io
 import itertools
 import json
@@ -24,9 +23,6 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -35,15 +31,11 @@ from basics import UserError, atomic_write, write_error
 
 log = logging.getLogger("lore")
 
-REFRESH_SECONDS = 0.25  # of the live line
-LONGEST_SECONDS = 86_399_999_999_999  # that a timedelta can tell; a run may have no end in sight
 EVENTS = "events.out.tfevents."  # a number follows
-HEAT_SHARE = 16  # the heat strip under a video is so many times lower than the frame
-MAX_NOTES = 20  # of a learner beside the first, between two logs
-MAX_NOTE = 4000  # characters of one
+HEAT_SHARE = 16  # height of the frame / height of the heat strip below it
 VIDEO_FPS = 15
 MIN_VIDEO_PIXELS = 256  # shorter side of an mp4
-CONSOLE_METRICS = {  # what the console shows, and how it is called there
+CONSOLE_METRICS = {  # metrics on the console, and their labels
     "env/episode_return": "return",
     "eval/episode_return": "eval",
     "loss/image": "image",
@@ -54,66 +46,24 @@ CONSOLE_METRICS = {  # what the console shows, and how it is called there
 }
 
 
-class Logger:
-    """Collects scalars between writes and tells them to files and console under the same names.
+class Collector:
+    """Collects metrics and notes, and writes nothing: the logger of all learners but the first."""
 
-    Args:
-        logdir: Folder of the run; made if missing.
-        total_steps: Env steps of the whole run, for the progress.
-        fps: Frames a second of `video`.
-        resume_step: Env step from which the run goes on; what was logged for later steps is dropped. None
-            starts from nothing and drops all.
-        console: False is silent; a rich Console takes the place of the standard output.
-        wandb: Is told the same scalars and videos.
-    """
+    def __init__(self):
+        self._reset()
+        self._notes: list[str] = []
+        self._handlers: list[logging.Handler] = [_Keeper(self._notes)]
+        log.addHandler(self._handlers[0])
 
-    def __init__(
-        self,
-        logdir: str | Path,
-        *,
-        total_steps: int,
-        fps: float,
-        resume_step: int | None,
-        console: bool | Console = True,
-        wandb: "WandbRun | None" = None,
-    ):
-        logdir = Path(logdir)
-        self._wandb = wandb
-        self._total_steps = total_steps
-        self._fps = fps
+    def _reset(self) -> None:
         self._sums: dict[str, float | torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._values: dict[str, float] = {}
-        self._shown: dict[str, float] = {}  # the newest value of each of CONSOLE_METRICS
-        self._step = resume_step or 0
-        self._time = time.perf_counter()
-        self._rate = 0.0  # env steps a second
-        self._refreshed = 0.0
-
-        next_step = 0 if resume_step is None else resume_step + 1
-        metrics_path = logdir / "metrics.jsonl"
-        with _writing(logdir):
-            logdir.mkdir(parents=True, exist_ok=True)
-        dropped = _cut_metrics(metrics_path, next_step)
-        with _writing(metrics_path):
-            self._metrics = open(metrics_path, "ab")
-        self._events = EventFile(logdir, purge_step=next_step)
-        self._handlers: list[logging.Handler] = [_FileHandler(logdir / "train.log")]
-        self._console: _ConsoleHandler | None = None
-        if console:
-            self._console = _ConsoleHandler(console if isinstance(console, Console) else _Console())
-            self._handlers.append(self._console)
-        for handler in self._handlers:
-            logging.getLogger().addHandler(handler)  # the root: warnings of libraries belong there as well
-        log.setLevel(logging.INFO)
-        logging.captureWarnings(True)
-        if dropped:
-            self.print(dropped)
 
     def add(self, metrics: dict[str, float | np.ndarray | torch.Tensor]) -> None:
-        """Take part of the means that the next `write` tells. A NaN makes its mean NaN.
+        """Add scalars to the means of the next `write`. A NaN makes its mean NaN.
 
-        Tensors are summed where they are, so that a GPU is not waited for.
+        Tensors are summed on their device without synchronisation.
         """
         for name, value in metrics.items():
             if np.ndim(value):
@@ -123,17 +73,111 @@ class Logger:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def set(self, name: str, value: float | np.ndarray | torch.Tensor) -> None:
-        """Let the next `write` tell this value; the last one wins."""
+        """Set a value of the next `write`; the last one wins."""
         self._values[name] = float(value)
 
     def write(self, step: int) -> None:
-        """Tell everything since the last write, and the speed as `env/fps`, then start anew."""
+        """Forget the collected metrics, which the first learner has written."""
+        self._reset()
+
+    def print(self, text: str) -> None:
+        """Ignore a line that all learners print."""
+
+    def note(self, text: str) -> None:
+        """Keep a line of this learner for the log of the first one."""
+        self._notes.append(text)
+
+    def take_notes(self) -> list[str]:
+        """The notes since the last call, for the log of the first learner."""
+        notes = self._notes[:]
+        self._notes.clear()
+        return notes
+
+    def state_dict(self) -> dict[str, dict[str, float] | str | None]:
+        """The metrics added since the last write, as plain numbers."""
+        return {
+            "wandb": None,
+            "sums": {name: float(total) for name, total in self._sums.items()},
+            "counts": dict(self._counts),
+            "values": dict(self._values),
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Restore the metrics of `state`."""
+        self._sums, self._counts, self._values = (dict(state[key]) for key in ("sums", "counts", "values"))
+
+    def close(self) -> None:
+        """Keep no more notes."""
+        log.removeHandler(self._handlers[0])
+
+
+class _Keeper(logging.Handler):
+    """Prints the warnings of other modules at once, and keeps them as notes."""
+
+    def __init__(self, notes: list[str]):
+        super().__init__(logging.WARNING)
+        self._notes = notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logging.lastResort.handle(record)
+        self._notes.append(record.getMessage())
+
+
+class Logger(Collector):
+    """Collects metrics between writes and writes them to files and console under the same names.
+
+    Args:
+        logdir: Folder of the run; created if missing.
+        total_steps: Env steps of the whole run, for the progress.
+        fps: Frames per second of `video`.
+        resume_step: Env step at which the run resumes; lines of later steps are dropped. None drops all.
+        console: Whether to print to the standard output.
+        wandb: Gets the same scalars and videos.
+    """
+
+    def __init__(
+        self,
+        logdir: str | Path,
+        *,
+        total_steps: int,
+        fps: float,
+        resume_step: int | None,
+        console: bool = True,
+        wandb: "WandbRun | None" = None,
+    ):
+        self._reset()
+        logdir = Path(logdir)
+        self._wandb = wandb
+        self._total_steps = total_steps
+        self._fps = fps
+        self._shown: dict[str, float] = {}  # the last value of each of CONSOLE_METRICS
+        self._step = resume_step or 0
+        self._time = time.perf_counter()
+
+        next_step = 0 if resume_step is None else resume_step + 1
+        metrics_path = logdir / "metrics.jsonl"
+        with _writing(logdir):
+            logdir.mkdir(parents=True, exist_ok=True)
+        dropped = _cut_metrics(metrics_path, next_step)
+        with _writing(metrics_path):
+            self._metrics = open(metrics_path, "ab")
+        self._events = EventFile(logdir, purge_step=next_step)
+        self._handlers = [_FileHandler(logdir / "train.log"), *([_ConsoleHandler()] if console else [])]
+        for handler in self._handlers:
+            logging.getLogger().addHandler(handler)  # the root logger gets the warnings of libraries, too
+        log.setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        if dropped:
+            self.print(dropped)
+
+    def write(self, step: int) -> None:
+        """Write and forget the metrics since the last write, and the speed as `env/fps`."""
         now = time.perf_counter()
-        self._rate = (step - self._step) / max(now - self._time, sys.float_info.epsilon)
+        rate = (step - self._step) / max(now - self._time, sys.float_info.epsilon)
         self._step, self._time = step, now
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        metrics = {**means, **self._values, "env/fps": self._rate}
-        self._sums, self._counts, self._values = {}, {}, {}
+        metrics = {**means, **self._values, "env/fps": rate}
+        self._reset()
 
         with _writing(self._metrics.name):
             self._metrics.write(json.dumps({"step": int(step), **metrics}).encode() + b"\n")
@@ -142,33 +186,25 @@ class Logger:
         if self._wandb:
             self._wandb.log(step, metrics)
         self._shown |= {name: metrics[name] for name in CONSOLE_METRICS if name in metrics}
-        log.info(self._line(step), extra={"progress": True})
+        self.print(self._line(step, rate))
 
-    def progress(self, step: int) -> None:
-        """Move the live line on. Cheap: call it each step."""
-        now = time.perf_counter()
-        if self._console and self._console.live and now - self._refreshed >= REFRESH_SECONDS:
-            self._refreshed = now
-            self._console.show(self._line(step))
-
-    def _line(self, step: int) -> str:
+    def _line(self, step: int, rate: float) -> str:
         parts = [f"step {step:,}/{self._total_steps:,} ({step / max(self._total_steps, 1):.1%})"]
-        if self._rate:
-            left = min(max(self._total_steps - step, 0) / self._rate, LONGEST_SECONDS)
-            parts += [f"{self._rate:.4g} steps/s", f"ETA {datetime.timedelta(seconds=round(left))}"]
+        if rate:
+            left = round(max(self._total_steps - step, 0) / rate)
+            parts += [f"{rate:.4g} steps/s", f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"]
         shown = [(label, self._shown[name]) for name, label in CONSOLE_METRICS.items() if name in self._shown]
         return " | ".join(parts + [f"{label} {value:.4g}" for label, value in shown])
 
     def print(self, text: str) -> None:
-        """Tell a line to train.log and the console."""
+        """Print a line to train.log and the console."""
         log.info("%s", text)
 
     def note(self, text: str) -> None:
-        """Tell a line that only this learner has to tell."""
+        """Print a line that only this learner reports."""
         self.print(text)
 
     def take_notes(self) -> list[str]:
-        """The notes that were kept since the last call, for another learner's log."""
         return []
 
     def video(self, name: str, frames: np.ndarray, step: int) -> None:
@@ -182,20 +218,11 @@ class Logger:
             self._wandb.video(step, name, gif)
 
     def state_dict(self) -> dict[str, dict[str, float] | str | None]:
-        """What was added since the last write, as plain numbers, and the id of the run at W&B."""
-        return {
-            "wandb": self._wandb and self._wandb.id,
-            "sums": {name: float(total) for name, total in self._sums.items()},
-            "counts": dict(self._counts),
-            "values": dict(self._values),
-        }
-
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Go on adding to `state`."""
-        self._sums, self._counts, self._values = (dict(state[key]) for key in ("sums", "counts", "values"))
+        """The metrics added since the last write, as plain numbers, and the id of the W&B run."""
+        return super().state_dict() | {"wandb": self._wandb and self._wandb.id}
 
     def close(self) -> None:
-        """Close the files and give the terminal back."""
+        """Close the files."""
         logging.captureWarnings(False)
         for handler in self._handlers:
             logging.getLogger().removeHandler(handler)
@@ -209,59 +236,8 @@ class Logger:
                 self._wandb.close()
 
 
-class Collector(Logger):
-    """The Logger of a learner beside the first: it collects, and keeps its notes for the first one's log."""
-
-    def __init__(self):
-        self._notes: list[str] = []
-        self._left_out = 0  # notes that were too many
-        self._handler = _Keeper(self)
-        log.addHandler(self._handler)
-        self._wandb = None
-        self._sums: dict[str, float | torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._values: dict[str, float] = {}
-
-    def write(self, step: int) -> None:
-        """Start anew: the first learner has told it."""
-        self._sums, self._counts, self._values = {}, {}, {}
-
-    def print(self, text: str) -> None:
-        """The first learner tells the same."""
-
-    def note(self, text: str) -> None:
-        if len(self._notes) < MAX_NOTES:
-            self._notes.append(text if len(text) <= MAX_NOTE else f"{text[:MAX_NOTE]}...")
-        else:
-            self._left_out += 1
-
-    def take_notes(self) -> list[str]:
-        notes, left_out = self._notes, self._left_out
-        self._notes, self._left_out = [], 0
-        return notes + ([f"{left_out:,} more notes"] if left_out else [])
-
-    def progress(self, step: int) -> None:
-        """Nobody sees it."""
-
-    def close(self) -> None:
-        """Keep no more notes."""
-        log.removeHandler(self._handler)
-
-
-class _Keeper(logging.Handler):
-    """Brings a Collector what other modules report; the console shows it at once, as without a Logger."""
-
-    def __init__(self, collector: Collector):
-        super().__init__(logging.WARNING)
-        self._collector = collector
-
-    def emit(self, record: logging.LogRecord) -> None:
-        logging.lastResort.handle(record)
-        self._collector.note(record.getMessage())
-
-
 def merged_logs(states: Sequence[dict]) -> dict:
-    """The `Logger.state_dict` of all that several have collected: sums and counts are added up."""
+    """The `state_dict` of the metrics of several learners: sums and counts are added."""
     merged = dict(states[0])
     for key in ("sums", "counts"):
         names = {name: 0 for state in states for name in state[key]}
@@ -272,12 +248,12 @@ def merged_logs(states: Sequence[dict]) -> dict:
 class EventFile:
     """A TensorBoard event file.
 
-    SummaryWriter writes in a thread. On a full disk that thread prints a stack trace and the caller learns of
-    it late or, in `close`, never. This one writes at once.
+    torch's SummaryWriter writes in a thread: on a full disk it prints a stack trace, and `close` reports no
+    error. This class writes synchronously.
     """
 
     def __init__(self, logdir: Path, purge_step: int):
-        # TensorBoard reads them in the order of their names, so the clock may not go back.
+        # TensorBoard reads the files in the order of their names, also if the clock was set back.
         numbers = (path.name.removeprefix(EVENTS) for path in logdir.glob(f"{EVENTS}*"))
         latest = max((int(number) for number in numbers if number.isdecimal()), default=0)
         self._path = logdir / f"{EVENTS}{max(time.time_ns(), latest + 1)}"
@@ -285,7 +261,7 @@ class EventFile:
             self._file = open(self._path, "ab")
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
-        # TensorBoard forgets what older files say of this step and later ones.
+        # TensorBoard drops the values of this step and later ones from older files.
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, values: list[Summary.Value]) -> None:
@@ -305,29 +281,29 @@ class EventFile:
 
 
 class WandbRun:
-    """A run at Weights & Biases, whose files go to {logdir}/wandb.
+    """A run at Weights & Biases, with its files in {logdir}/wandb.
 
-    Whether and as whom it uploads is up to wandb's own settings: `wandb login`, WANDB_MODE=offline.
+    wandb's own settings decide on the account and the upload: `wandb login`, WANDB_MODE=offline.
 
     Args:
-        logdir: Folder of the run; made if missing.
-        project: Of W&B.
+        logdir: Folder of the run; created if missing.
+        project: W&B project.
         config: All options, as plain values.
-        run_id: Of the run that is gone on with, None for a new one. What was told of later steps stays there.
+        run_id: Id of the run to resume, None for a new one. Its values of later steps stay.
 
-    Raises UserError where the package is missing, and where it cannot start or go on.
+    Raises UserError if the package is missing, and if wandb fails.
     """
 
     def __init__(self, logdir: str | Path, project: str, config: dict, run_id: str | None = None):
         try:
-            import wandb  # here, for it is large and seldom asked for
+            import wandb  # large and rarely used
         except ModuleNotFoundError as error:
             raise UserError(
                 "--wandb.enabled True needs the Python package wandb, which is not installed: "
                 "pip install -r requirements/wandb.txt"
             ) from error
         self._video = wandb.Video
-        self._errors = (wandb.Error, OSError)  # OSError: its process, to which all is sent, is gone
+        self._errors = (wandb.Error, OSError)  # OSError: wandb's process has ended
         logdir = Path(logdir).absolute()
         with _writing(logdir):
             logdir.mkdir(parents=True, exist_ok=True)
@@ -339,7 +315,7 @@ class WandbRun:
                 config=config,
                 id=run_id,
                 resume="allow" if run_id else None,
-                settings=wandb.Settings(console="off"),  # the standard output stays ours
+                settings=wandb.Settings(console="off"),  # leave the standard output alone
             )
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")  # the x-axis
@@ -349,18 +325,18 @@ class WandbRun:
         return self._run.id
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Tell scalars of an env step."""
-        # Not log(step=...): W&B drops what comes for an earlier step, as it does after a crash.
+        """Log scalars of an env step."""
+        # Not log(step=...): W&B drops values of earlier steps, which a resumed run repeats.
         with self._working():
             self._run.log({"step": step, **metrics})
 
     def video(self, step: int, name: str, gif: bytes) -> None:
-        """Tell an animated GIF of an env step."""
+        """Log an animated GIF of an env step."""
         with self._working():
             self._run.log({"step": step, name: self._video(io.BytesIO(gif), format="gif")})
 
     def close(self) -> None:
-        """Wait until everything is told."""
+        """Wait until everything is uploaded."""
         with self._working():
             self._run.finish()
 
@@ -371,36 +347,29 @@ class WandbRun:
         except self._errors as error:
             reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(
-                f"Weights & Biases: {reason}. WANDB_MODE=offline keeps all on this "
-                "machine, and --wandb.enabled False goes on without."
+                f"Weights & Biases: {reason}. WANDB_MODE=offline keeps the data on this "
+                "machine, --wandb.enabled False turns it off."
             ) from error
 
 
 class Timer:
-    """Shares of wall-clock time: `with timer("env"): ...`. Sections do not nest."""
+    """Shares of wall-clock time: `with timer("env"): ...`. Sections must not be nested."""
 
     def __init__(self):
         self._seconds: dict[str, float] = {}
         self._since = time.perf_counter()
-        self._section: str | None = None
 
     @contextlib.contextmanager
     def __call__(self, section: str) -> Iterator[None]:
         """Count the time of the `with` block for `section`."""
-        if self._section:
-            raise RuntimeError(f"Timer section {section} inside section {self._section}.")
-        self._section = section
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._section = None
             self._seconds[section] = self._seconds.get(section, 0.0) + time.perf_counter() - start
 
     def shares(self) -> dict[str, float]:
-        """`time/{section}`: the part, 0 to 1, of the time since the last call; then start anew."""
-        if self._section:
-            raise RuntimeError(f"Timer shares asked for inside section {self._section}.")
+        """`time/{section}`: the shares, 0 to 1, of the time since the last call. Resets the timer."""
         now = time.perf_counter()
         elapsed = max(now - self._since, sys.float_info.epsilon)
         shares = {f"time/{section}": seconds / elapsed for section, seconds in self._seconds.items()}
@@ -409,20 +378,17 @@ class Timer:
 
 
 def encode_gif(frames: np.ndarray, fps: float) -> bytes:
-    """An animated GIF, repeating for ever, of frames, uint8 [T, H, W, 3]."""
+    """A looping animated GIF of frames, uint8 [T, H, W, 3]."""
     first, *rest = [Image.fromarray(frame) for frame in frames]
     buffer = io.BytesIO()
-    # GIF counts in 10 ms, and browsers slow down what is shorter than 20.
+    # GIF's unit is 10 ms; browsers slow down frames of less than 20 ms.
     milliseconds = max(20, 10 * round(100 / fps))
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
     return buffer.getvalue()
 
 
 def write_wav(path: str | Path, sound: np.ndarray, rate: int) -> None:
-    """Write `sound`, int16 [samples, channels] of `rate` Hz, as a wav file that appears whole or not at all.
-
-    Raises UserError when it cannot be written.
-    """
+    """Write `sound`, int16 [samples, channels] of `rate` Hz, as a wav file, atomically. Raises UserError."""
 
     def write(file: BinaryIO) -> None:
         with wave.open(file, "wb") as wav:
@@ -440,14 +406,15 @@ def write_mp4(
     sound: np.ndarray | None = None,
     rate: int = 0,
 ) -> None:
-    """Write frames, uint8 [T, H, W, C], as an mp4 file that appears whole or not at all.
+    """Write frames as an mp4 file, atomically. Raises UserError if that fails.
 
-    Or anything that gives frames [H, W, 3] of one size: they are taken one by one, so a long video needs no
-    memory.
-
-    Small frames are enlarged by a whole factor, and odd sizes get a black row or column: the codec needs even
-    ones. `sound` and `rate` are those of `write_wav`; of more than two channels the first two are taken.
-    Raises UserError when it cannot be written.
+    Args:
+        frames: uint8 [T, H, W, C], or an iterable of frames [H, W, 3], which are not kept in memory. Small
+            frames are enlarged by an integer factor; odd sizes get a black row or column, as the codec needs
+            even ones.
+        fps: frames per second.
+        sound: as for `write_wav`; only the first two channels are used.
+        rate: of the sound, in Hz.
     """
     frames = iter(_to_rgb(frames) if isinstance(frames, np.ndarray) else frames)
     first = next(frames)
@@ -458,7 +425,7 @@ def write_mp4(
         ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
         raise UserError(f"Cannot write {path}: {error}") from error
-    # In a group of its own, ffmpeg does not see the Ctrl-C with which a run is asked to finish its step.
+    # In its own process group, ffmpeg does not receive the Ctrl-C that stops a run after its step.
     group = {"start_new_session": True}
     if os.name == "nt":
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
@@ -472,13 +439,13 @@ def write_mp4(
         command += ["-vf", filters, "-pix_fmt", "yuv420p", str(temp)]
         errors = Path(folder) / "errors.txt"
         with (
-            open(errors, "wb") as told,
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=told, stderr=told, **group) as ffmpeg,
+            open(errors, "wb") as output,
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, **group) as ffmpeg,
         ):
             for frame in itertools.chain([first], frames):
                 try:
                     ffmpeg.stdin.write(np.ascontiguousarray(frame).data.cast("B"))
-                except OSError:  # it has ended, and says why
+                except OSError:  # ffmpeg has ended with an error
                     break
             with contextlib.suppress(OSError):
                 ffmpeg.stdin.close()
@@ -489,10 +456,9 @@ def write_mp4(
 
 
 def add_heat_strip(frames: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Frames [T, H, W, C] with a strip below, [T, H + h, W, 3]: the values [T] of the last W steps as heat.
+    """Frames [T, H, W, C] with a strip below that shows values [T] of the last W steps, [T, H + h, W, 3].
 
-    The newest is at the right. From the smallest value of all to the largest it goes from black over red and
-    yellow to white.
+    The newest is at the right. The smallest value is black, then red, yellow and white for the largest.
     """
     frames = _to_rgb(frames)
     steps, height, width = frames.shape[:3]
@@ -507,14 +473,14 @@ def add_heat_strip(frames: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _to_rgb(frames: np.ndarray) -> np.ndarray:
-    """Frames [T, H, W, 3] of frames [T, H, W, C]: their first three channels, or the first one as grey."""
+    """The first three channels of frames [T, H, W, C], or the first one as grey: [T, H, W, 3]."""
     if frames.ndim != 4 or frames.dtype != np.uint8 or not frames.size:
         raise ValueError(f"A video needs uint8 frames [T, H, W, C], got {frames.dtype} {frames.shape}.")
     return frames[..., :3] if frames.shape[-1] >= 3 else frames[..., :1].repeat(3, -1)
 
 
 def _cut_metrics(path: Path, next_step: int) -> str:
-    """Drop the lines of `next_step` and later, and broken ones. Returns what was done, or ''."""
+    """Drop broken lines and those of `next_step` and later. Returns a report, or '' if there are none."""
     if not path.exists():
         return ""
     with _writing(path):
@@ -531,7 +497,7 @@ def _cut_metrics(path: Path, next_step: int) -> str:
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a line of metrics.jsonl, None for a broken line (a crash can cut off the last one)."""
+    """The step of a line of metrics.jsonl, None for a broken line (a crash can truncate the last one)."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -540,7 +506,7 @@ def _step_of(line: bytes) -> int | None:
 
 @contextlib.contextmanager
 def _writing(path: str | Path) -> Iterator[None]:
-    """Turns what the file system refuses into a UserError that names the file."""
+    """Turns an OSError into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -548,7 +514,7 @@ def _writing(path: str | Path) -> Iterator[None]:
 
 
 class _FileHandler(logging.FileHandler):
-    """Writes train.log; an error is raised, not printed with a stack trace as logging does."""
+    """Writes train.log; an error is raised, not printed as a stack trace."""
 
     def __init__(self, path: Path):
         with _writing(path):
@@ -568,55 +534,13 @@ class _FileHandler(logging.FileHandler):
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints to the console, in a terminal with a live line of progress below."""
-
-    def __init__(self, console: Console):
-        super().__init__()
-        self._console = console
-        self.live: Live | None = None
-        if console.is_interactive:
-            self.live = Live(console=console, auto_refresh=False, redirect_stderr=sys.stderr.isatty())
-            self.live.start()
+    """Prints to the standard output. The run outlives its terminal, or the reader of its pipe."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.live and getattr(record, "progress", False):
-            self.show(record.getMessage())
-        else:
-            with self._outliving():
-                # soft_wrap leaves long lines whole, but would crop the live line.
-                self._console.print(self._text(self.format(record)), soft_wrap=not self.live)
-
-    def show(self, line: str) -> None:
-        """Put `line` into the place of the live line."""
-        with self._outliving():
-            self.live.update(self._text(line), refresh=True)
-
-    def _text(self, text: str) -> Text:
-        # Old Windows consoles know few characters: show the others as escapes.
-        encoding = self._console.encoding
-        return Text(text.encode(encoding, "backslashreplace").decode(encoding))
-
-    @contextlib.contextmanager
-    def _outliving(self) -> Iterator[None]:
         try:
-            yield
+            encoding = sys.stdout.encoding or "utf-8"  # old Windows consoles lack most characters
+            text = self.format(record).encode(encoding, "backslashreplace").decode(encoding)
+            print(text, flush=True)
         except OSError:
-            self._console.quiet = True  # the terminal is gone; the run goes on and train.log has it all
-
-    def close(self) -> None:
-        if self.live:
-            with self._outliving():
-                self.live.stop()
-        super().close()
-
-
-class _Console(Console):
-    """The standard output; when its reader goes away the run does not end, as it would with rich's own."""
-
-    def __init__(self):
-        # FORCE_COLOR would let rich draw a live line into a pipe.
-        super().__init__(highlight=False, force_interactive=None if sys.stdout.isatty() else False)
-
-    def on_broken_pipe(self) -> None:
-        with contextlib.suppress(SystemExit):
-            super().on_broken_pipe()
+            # Python flushes the standard output once more at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

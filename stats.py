@@ -1,4 +1,4 @@
-"""Statistics of episodes: returns and lengths, success rates, and intervals for means."""
+"""Statistics: returns and lengths of episodes, success rates, and bootstrap intervals."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 BOOTSTRAP_RESAMPLES = 10_000
-ACHIEVEMENT = "log_achievement_"  # what the keys of achievements begin with
+ACHIEVEMENT = "log_achievement_"  # prefix of the keys of achievements
 
 
 class EpisodeStats:
-    """Sums up the open episode of each env and hands out those that have finished.
+    """Accumulates the current episode of each env and returns the finished ones.
 
-    An episode counts from its `is_first` to its `is_last`; one that is abandoned in between is dropped.
+    An episode lasts from `is_first` to `is_last`; one that is abandoned in between is dropped.
     """
 
     def __init__(self, n_envs: int, action_repeat: int = 1):
@@ -24,15 +24,15 @@ class EpisodeStats:
         self._above: dict[str, np.ndarray] = {}  # by log key, the steps at which it was above 0, [n]
 
     def add(self, step: dict[str, np.ndarray]) -> list[dict[str, float]]:
-        """Take one step of all envs and return the episodes that it finished, in the envs' order.
+        """Add one step of all envs and return the episodes that it finished, in the order of the envs.
 
         Args:
             step: `reward`, `is_first`, `is_last` and any `log_*` scalars, each [n].
 
         Returns:
-            A dict for each finished episode: `return`, `length` in env steps (action repeat included;
-            the reset is none), the highest value of each `log_*` key, and as `log_*_share` the share of the
-            steps at which it was above 0, achievements aside.
+            A dict for each finished episode: `return`, `length` in env steps (including action repeat,
+            without the reset), the maximum of each `log_*` key, and as `log_*_share` the share of the steps
+            at which it was above 0 (not for achievements).
         """
         first = np.asarray(step["is_first"], bool)
         self._started |= first
@@ -57,7 +57,7 @@ class EpisodeStats:
         }
 
     def state_dict(self) -> dict:
-        """The open episodes, as plain lists."""
+        """The current episodes, as plain lists."""
         return {
             "started": self._started.tolist(),
             "return": self._return.tolist(),
@@ -67,9 +67,7 @@ class EpisodeStats:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on with the open episodes of `state`, from as many envs as this was made for."""
-        if len(state["started"]) != len(self._started):
-            raise ValueError(f"Statistics of {len(state['started'])} envs, expected {len(self._started)}.")
+        """Restore the current episodes of `state`, which has the same number of envs."""
         self._started = np.array(state["started"], bool)
         self._return = np.array(state["return"], np.float64)
         self._steps = np.array(state["steps"], np.int64)
@@ -80,8 +78,8 @@ class EpisodeStats:
 class SuccessRates:
     """Success rates of `log_achievement_*` over all episodes so far: Crafter's official protocol.
 
-    `add` takes the episodes that `EpisodeStats` hands out. An achievement counts once for each episode in
-    which it reached 1.
+    `add` takes the episodes of `EpisodeStats`. An achievement counts once for each episode in which it
+    reached 1.
     """
 
     def __init__(self, suite: str):
@@ -110,13 +108,13 @@ class SuccessRates:
         return {"episodes": self._episodes, "successes": dict(self._successes)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on counting from `state`."""
+        """Restore the counts of `state`."""
         self._episodes = state["episodes"]
         self._successes = dict(state["successes"])
 
 
 def merged_successes(states: Sequence[dict]) -> dict:
-    """The `SuccessRates.state_dict` of all episodes that several have counted."""
+    """The sum of the `SuccessRates.state_dict` of several learners."""
     names = {name: 0 for state in states for name in state["successes"]}
     counts = {name: sum(state["successes"].get(name, 0) for state in states) for name in names}
     return {"episodes": sum(state["episodes"] for state in states), "successes": counts}
@@ -128,10 +126,10 @@ def achievement_score(rates: Sequence[float]) -> float:
 
 
 def interquartile_mean(values: Sequence[float] | np.ndarray, axis: int = -1) -> np.ndarray | np.float64:
-    """Mean of the middle half: a quarter of the values is cut off at each end (arXiv 2108.13264).
+    """Mean of the middle half of the values, without the lowest and highest quarter (arXiv 2108.13264).
 
-    Where a quarter is no whole number, the outermost of the remaining values count in part: of three values,
-    the middle one counts four times as much as the others.
+    If a quarter is not an integer, the outermost remaining values have a smaller weight: of three values, the
+    middle one has four times the weight of the others.
     """
     values = np.sort(np.asarray(values, np.float64), axis)
     amount = values.shape[axis]
@@ -148,18 +146,12 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of the mean, or another statistic, of independent values.
 
-    `statistic` takes an array and the axis over which it is. Of curves [n, points] it is the interval at each
-    point, [points], and whole curves are drawn.
-
-    The same values and seed give the same interval. A single value says nothing about the spread: it gives
-    (nan, nan). Raises ValueError when there are none.
+    `statistic` takes an array and an axis. For curves [n, points] whole curves are resampled, and low and
+    high are [points]. The same values and seed give the same interval; a single value gives (nan, nan).
     """
     values = np.asarray(values, np.float64)
-    if not values.ndim or not len(values):
-        raise ValueError(f"An interval needs a list of values, got shape {values.shape}.")
     if len(values) == 1:
-        nothing = np.full(values.shape[1:], math.nan)[()]
-        return nothing, nothing
+        return (np.full(values.shape[1:], math.nan)[()],) * 2
     return _quantiles(_resampled(values, np.random.default_rng(seed), statistic), confidence)
 
 
@@ -170,12 +162,9 @@ def ratio_interval(
     seed: int = 0,
     statistic: Callable[..., np.ndarray] = np.mean,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (low, high) of mean(over) / mean(under), of independent samples.
+    """Percentile bootstrap interval (low, high) of mean(over) / mean(under), or another statistic.
 
-    Instead of the mean it may be another `statistic`.
-
-    A sample of a single value says nothing about the spread, and zeros in `under` may be all that a resample
-    has: these give (nan, nan).
+    Single values, and zeros in `under`, which a resample may consist of, give (nan, nan).
     """
     if min(len(over), len(under)) < 2 or not np.all(under):
         return math.nan, math.nan
@@ -187,7 +176,7 @@ def ratio_interval(
 def _resampled(
     values: np.ndarray, rng: np.random.Generator, statistic: Callable[..., np.ndarray]
 ) -> np.ndarray:
-    shape = (BOOTSTRAP_RESAMPLES // 100, len(values))  # in parts, for there may be many values
+    shape = (BOOTSTRAP_RESAMPLES // 100, len(values))  # in parts to save memory
     return np.concatenate([statistic(rng.choice(values, shape), axis=1) for _ in range(100)])
 
 

@@ -35,7 +35,7 @@ def _feed(stats, steps):
     return [episode for step in steps for episode in stats.add(step)]
 
 
-def test_episode_has_its_return_its_length_and_the_maximum_of_log_keys():
+def test_episode_has_return_length_and_the_maximum_of_log_keys():
     expected = {"return": 1.5, "length": 2.0, "log_achievement_eat": 1.0}
     assert _feed(EpisodeStats(1), EPISODE) == [expected]
 
@@ -73,7 +73,7 @@ def test_abandoned_and_half_seen_episodes_are_not_counted():
     assert _feed(EpisodeStats(1), EPISODE[:2] + EPISODE)[0]["return"] == 1.5
 
 
-def test_envs_are_counted_apart():
+def test_envs_are_counted_separately():
     stats = EpisodeStats(2)
     flags = np.zeros(2, bool)
     stats.add({"reward": np.zeros(2), "is_first": ~flags, "is_last": flags})
@@ -90,11 +90,6 @@ def test_open_episodes_survive_a_checkpoint(tmp_path):
     restored = EpisodeStats(1)
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert _feed(restored, EPISODE[2:]) == _feed(stats, EPISODE[2:]) != []
-
-
-def test_state_of_another_number_of_envs_is_refused():
-    with pytest.raises(ValueError, match="2 envs, expected 1"):
-        EpisodeStats(1).load_state_dict(EpisodeStats(2).state_dict())
 
 
 def test_score_is_the_geometric_mean_of_one_plus_percent():
@@ -116,43 +111,11 @@ def test_success_rate_is_the_share_of_all_episodes_so_far():
     assert len(metrics) == 3
 
 
-def test_env_without_achievements_has_no_score():
-    rates = SuccessRates("dummy")
-    rates.add({"return": 1.0, "length": 3.0, "log_speed": 2.0})
-    assert rates.metrics() == {}
-
-
-def test_success_rates_survive_a_checkpoint(tmp_path):
-    rates = SuccessRates("crafter")
-    rates.add({"log_achievement_eat": 1.0})
-    torch.save(rates.state_dict(), tmp_path / "state.pt")
-    restored = SuccessRates("crafter")
-    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    rates.add({"log_achievement_eat": 0.0})
-    restored.add({"log_achievement_eat": 0.0})
-    assert restored.metrics() == rates.metrics()
-    assert restored.metrics()["crafter/success_rate/eat"] == 50.0
-
-
-def test_interval_of_two_values_follows_from_the_four_resamples():
+def test_interval_of_two_values_follows_from_their_four_resamples():
     # The means of the resamples of [0, 1] are 0, 1/2, 1/2, 1 with equal chances.
     assert bootstrap_interval([0, 1], confidence=0.95) == (0.0, 1.0)
     assert bootstrap_interval([0, 1], confidence=0.6) == (0.0, 1.0)
     assert bootstrap_interval([0, 1], confidence=0.4) == (0.5, 0.5)
-
-
-def test_interval_of_many_values_is_near_the_normal_one():
-    values = np.random.default_rng(1).normal(5, 2, 200)
-    half = 1.96 * values.std() / math.sqrt(len(values))
-    low, high = bootstrap_interval(values)
-    assert low == pytest.approx(values.mean() - half, abs=0.02)
-    assert high == pytest.approx(values.mean() + half, abs=0.02)
-
-
-def test_interval_is_the_same_for_the_same_seed():
-    values = [0.0, 1.0, 5.0, 2.0]
-    assert bootstrap_interval(values, confidence=0.9, seed=3) == bootstrap_interval(values, 0.9, 3)
-    assert bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
 
 
 def test_interval_of_a_ratio():
@@ -178,13 +141,11 @@ def test_interval_of_another_statistic():
     assert ratio_interval([0, 1], [2, 2], confidence=0.4, statistic=np.max) == (0.5, 0.5)
 
 
-def test_one_value_has_no_interval_and_none_is_an_error():
+def test_single_value_has_no_interval():
     assert np.isnan(bootstrap_interval([3.0])).all()
-    with pytest.raises(ValueError, match="list of values"):
-        bootstrap_interval([])
 
 
-def test_the_interval_of_curves_is_that_of_each_point():
+def test_interval_of_curves_is_computed_per_point():
     curves = np.array([[0.0, 5.0], [1.0, 5.0], [7.0, 6.0], [3.0, 9.0]])
     low, high = bootstrap_interval(curves, statistic=interquartile_mean)
     for point, values in enumerate(curves.T):

@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import checkpoint as checkpoints
 import dreamer
-import tools
 from episodes import EpisodeWriter
 from evaluation import Evaluation
 from logger import EventFile, Logger
@@ -26,7 +25,7 @@ BALLAST = "ballast"
 # Where the disk is full: who writes, and what the error names.
 WRITES = {
     "episode": (EpisodeWriter, "_write", r"train_eps/\d{8}T.*\.npz"),
-    "checkpoint": (tools, "save_tensors", r"checkpoints/step-\d+\.pt"),
+    "checkpoint": (checkpoints, "save_tensors", r"checkpoints/step-\d+\.pt"),
     "what the replay keeps beside it": (Replay, "save", r"replay_state/step-\d+/.*\.npz"),
     "metrics": (Logger, "write", r"metrics\.jsonl"),
     "TensorBoard": (EventFile, "add", r"events\.out\.tfevents\.\d+"),
