@@ -2,34 +2,34 @@
 
 An environment is any class with
 
-    obs_space                 dict of gymnasium spaces, one a key
+    obs_space                 dict of gymnasium spaces, one per key
     act_space                 one gymnasium space, or a dict of them
     reset(seed=None)       -> (obs, info)
     step(action)           -> (obs, reward, terminated, truncated, info)
-    render()               -> uint8 [H, W, 3]; optional, for videos of an env without images
+    render()               -> uint8 [H, W, 3]; optional, for videos of envs without images
 
 - `obs` is a dict of arrays with the keys, shapes and dtypes of `obs_space`. Images are uint8 [H, W, C].
 - `is_first`, `is_last` and `is_terminal` are filled in from reset, terminated and truncated.
-- `terminated` says that the task itself is over; a time limit is `truncated`, and nothing else.
-- `log_*` keys are float32 scalars. They are logged and never learned from: of each episode the highest value
-  as `env/*`, and the share of the steps at which it was above 0 as `env/*_share` (of evaluations
-  `eval/*_share`). `log_achievement_*` become success rates instead.
-- `symbolic` is for the captions of an adviser (lore_llm/captions.py): numbers of a fixed shape that describe
-  the situation. It is never learned from; our own environments observe it only with `llm.enabled`.
-- The same seed and the same actions give the same observations, so that a run can be resumed.
-- Actions are Discrete, MultiDiscrete, Box, or a dict of these. The range of a Box is the environment's own:
-  `make_env` clips and scales to it.
-- An environment that does `config.action_repeat` by itself, so that it draws no frame in vain, has the
-  attribute `repeats_actions = True`.
+- `terminated` means that the task itself is over; a time limit is `truncated`.
+- `log_*` keys are float32 scalars, logged and never learned from: the highest value of each episode as
+  `env/*`, and the share of the steps at which it was above 0 as `env/*_share` (`eval/*_share` in
+  evaluations). `log_achievement_*` become success rates instead.
+- `symbolic` is for captions (lore_llm/captions.py): integers of a fixed shape that describe the situation.
+  It is never learned from; our own environments have it only with `llm.enabled`.
+- The same seed and actions give the same observations, so that a run can be resumed.
+- Actions are Discrete, MultiDiscrete, Box, or a dict of these. A Box may have any range: `make_env` clips
+  and scales actions to it.
+- An environment that implements `config.action_repeat` itself, to render fewer frames, has the attribute
+  `repeats_actions = True`.
 
-`adapter.Adapter` brings gymnasium environments and older classes to this contract, and watches the first
-steps; `python3 -m envs.check TASK` looks closer. `make_env` hands out an environment inside
-`wrappers.Episode`: then `obs_space` also holds `reward`, `is_first`, `is_last` and `is_terminal`, and
-`act_space` is a dict (`{"action": space}` for a single space).
+`adapter.Adapter` adapts gymnasium environments and older classes to this contract, and checks the first
+steps; `python3 -m envs.check TASK` checks more. `make_env` returns an environment inside `wrappers.Episode`:
+then `obs_space` also has `reward`, `is_first`, `is_last` and `is_terminal`, and `act_space` is a dict
+(`{"action": space}` for a single space).
 
-A new suite is one line in `REGISTRY`: its name, and a function or class that makes the environment of the
-task `suite_name`. It is given those of `name`, `task` (the same), `config`, `size`, `seed` and `render_mode`
-that it has parameters for. docs/custom_env.md is the guide.
+A new suite is one line in `REGISTRY`: its name, and a function or class that makes the environment of task
+`suite_name`. It may have any of the parameters `name`, `task` (the same), `config`, `size`, `seed` and
+`render_mode`. Guide: docs/custom_env.md.
 """
 
 import difflib
@@ -47,9 +47,9 @@ from basics import UserError, derive_seed
 from envs import wrappers
 from envs.adapter import Adapter, render_fault
 
-REPEATED_STEPS = 10  # of an evaluation env, by which is found out whether it repeats itself
+REPEATED_STEPS = 10  # steps of an evaluation env that test for determinism
 
-# Suite name -> "module:function", imported when it is asked for, or the function itself.
+# Suite name -> "module:function", imported on demand, or the function itself.
 REGISTRY: dict[str, str | Callable[..., Any]] = {
     "atari": "envs.atari:make",
     "crafter": "envs.crafter:make",
@@ -65,27 +65,28 @@ REGISTRY: dict[str, str | Callable[..., Any]] = {
 }
 
 NOT_FOR_3_13 = ("dm_control", "labmaze", "memory_maze")
-MAX_LISTED = 20  # names in an error; of more, the nearest are listed
+MAX_LISTED = 20  # names in an error; of more, only the nearest
 
 
 def make_env(config: Any, mode: str, index: int, video: bool = False, first: int = 0) -> wrappers.Episode:
-    """Make environment number `first + index` of `config.task`, with the wrappers that the options ask for.
+    """Make environment number `first + index` of `config.task`, with the wrappers of the options.
 
-    `mode` is "train" or "eval". Each episode has a seed of its own, made from `config.seed`, mode, index and
-    the episode's number, so training and evaluation never see the same one. With `video`, an environment
-    without images shows what it renders as `log_image`, which the agent does not see.
-    `functools.partial(make_env, config, mode)` can be pickled, for worker processes.
+    `mode` is "train" or "eval". Each episode has its own seed, derived from `config.seed`, mode, index and
+    episode number, so training and evaluation have different episodes. With `video`, an environment without
+    images gets its rendered frame as `log_image`, which the agent does not see. For worker processes,
+    `functools.partial(make_env, config, mode)` can be pickled.
+
     Raises UserError for a task that does not exist or a package that is not installed.
     """
     index += first
     seed_of = functools.partial(_seed_of, config, mode, index)
     env = Adapter(make_raw(config, seed_of("construction")), config.task)
-    if mode == "eval" and index == 0:  # not in training: its seeds and steps are its own
-        env.judge_repeats(seed_of("repeats"), REPEATED_STEPS)
+    if mode == "eval" and index == 0:  # not in training, whose episodes it would change
+        env.check_repeats(seed_of("repeats"), REPEATED_STEPS)
     env = wrappers.NormalizeActions(env)
     repeats = getattr(env, "repeats_actions", False)
     if config.time_limit:
-        inner_steps = config.action_repeat if repeats else 1  # env steps in one step of what env is here
+        inner_steps = config.action_repeat if repeats else 1  # env steps in one step of `env`
         env = wrappers.TimeLimit(env, math.ceil(config.time_limit / inner_steps))
     if config.action_repeat > 1 and not repeats:
         env = wrappers.ActionRepeat(env, config.action_repeat)
@@ -93,11 +94,11 @@ def make_env(config: Any, mode: str, index: int, video: bool = False, first: int
     if sizes - {tuple(config.size)}:
         env.note(f"{config.task}: images of {_listed(sizes)} pixels are resized to {_listed([config.size])}.")
         env = wrappers.Resize(env, config.size)
-    if config.noisy_tv.enabled:  # here, so that pictures are of the final size, and stacked as other frames
+    if config.noisy_tv.enabled:  # after resizing, before stacking
         if not sizes:
             raise UserError(
                 f"--noisy_tv.enabled True needs images, which {config.task} does not show. "
-                "Tasks of gym and dmc do so by --obs pixels."
+                "Tasks of gym and dmc show them with --obs pixels."
             )
         env = wrappers.NoisyTV(env, **{k: v for k, v in config.noisy_tv.items() if k != "enabled"})
     if config.grayscale:
@@ -114,13 +115,13 @@ def make_env(config: Any, mode: str, index: int, video: bool = False, first: int
 
 
 def _seed_of(config: Any, *names: str | int) -> int:
-    """The seed for a purpose. Custom environments may hand it to np.random.RandomState: it wants 32 bits."""
+    """The seed for a purpose; 32 bits for custom environments, which may use np.random.RandomState."""
     seed = derive_seed(config.seed, *names)
     return seed % 2**32 if config.task.startswith("custom_") else seed
 
 
 def make_raw(config: Any, seed: int) -> Any:
-    """The environment of `config.task` as its class or function makes it; `seed` is for those that want one.
+    """The environment of `config.task`, without adapter and wrappers; `seed` is passed to its constructor.
 
     Raises UserError for a task that does not exist or a package that is not installed.
     """
@@ -140,7 +141,7 @@ def make_raw(config: Any, seed: int) -> Any:
             entry = getattr(importlib.import_module(module), function)
         return call_with_known(entry, config.task, known)
     except ModuleNotFoundError as error:
-        if suite == "custom":  # the user's own file: no list of ours names what it needs
+        if suite == "custom":  # the user's own file: our requirements do not list its packages
             raise UserError(
                 f"{config.task}: {module} needs the Python package {error.name}, which is not installed."
             ) from error
@@ -152,7 +153,7 @@ def make_raw(config: Any, seed: int) -> Any:
 
 
 def call_with_known(make: Callable[..., Any], task: str, known: dict[str, Any]) -> Any:
-    """Call a class or function with those of the `known` values that it has parameters for."""
+    """Call a class or function with those `known` values that it has parameters for."""
     wanted = inspect.signature(make).parameters
     needed = [p for p in wanted.values() if p.default is p.empty]
     missing = [
@@ -160,19 +161,19 @@ def call_with_known(make: Callable[..., Any], task: str, known: dict[str, Any]) 
     ]
     if missing:
         raise UserError(
-            f"{task}: {make.__name__} needs {', '.join(missing)}, which nobody gives it: give a "
-            f"default. It may ask for {', '.join(known)}."
+            f"{task}: {make.__name__} needs the unknown parameters {', '.join(missing)}: give them "
+            f"defaults. Known are {', '.join(known)}."
         )
     return make(**{key: value for key, value in known.items() if key in wanted})
 
 
 def _with_video(env: Any, size: tuple[int, int], seed: int) -> Any:
-    """Adds what the environment renders; where it renders nothing, a note says why."""
+    """Add the rendered frame; a note says why if there is none."""
     try:
         env.reset(seed=seed)
         fault = render_fault(env.render())
         reason = fault and fault.what
-    except Exception as error:  # of any kind: it is the environment's own code, and no video is no harm
+    except Exception as error:  # any error of the environment's code: only the video is lost
         reason = f"{type(error).__name__}: {error}"
     if reason:
         env.note(f"No videos of the evaluation: {reason}")
@@ -185,15 +186,15 @@ def _listed(sizes: Iterable[Iterable[int]]) -> str:
 
 
 def unknown_task(suite: str, name: str, names: Iterable[str]) -> UserError:
-    """The error for a task that `suite` does not have: it names the nearest one and all others."""
+    """The error for a task that `suite` does not have; it names the nearest ones."""
     tasks = [f"{suite}_{other}" for other in names]
     return unknown_name("task", f"{suite}_{name}", tasks)
 
 
 def load_class(path: str) -> Callable[..., Any]:
-    """The class or function that `package.module:Class` names."""
+    """Import the class or function `package.module:Class`."""
     module, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:  # `python3 somewhere/dreamer.py` looks beside dreamer.py only
+    if os.getcwd() not in sys.path:  # `python3 somewhere/dreamer.py` only searches its own folder
         sys.path.append(os.getcwd())
     try:
         found = importlib.import_module(module)

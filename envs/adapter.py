@@ -1,8 +1,8 @@
-"""Makes any environment keep the contract of envs/__init__.py, and watches over its first steps.
+"""Adapts any environment to the contract of envs/__init__.py, and checks its first steps.
 
-`Adapter` takes environments that keep it already, gymnasium environments, and classes in older styles. What
-it finds are `Fault`s, each with its cure: `python3 -m envs.check` lists them all, a run stops at an error and
-tells the rest in its log.
+`Adapter` takes environments that follow the contract, gymnasium environments, and classes with the old gym
+API. It reports `Fault`s, each with its cure: `python3 -m envs.check` lists them all; a run stops at an error
+and logs the rest.
 """
 
 import copy
@@ -18,19 +18,24 @@ from gymnasium import spaces
 from basics import UserError
 from envs.wrappers import Wrapper, is_image
 
-FLAGS = ("is_first", "is_last", "is_terminal")
-FILLED = (*FLAGS, "reward", "discount")  # known from reset and step, whatever an observation says
+FILLED = (
+    "is_first",
+    "is_last",
+    "is_terminal",
+    "reward",
+    "discount",
+)  # taken from reset and step, not from observations
 FOREIGN = ("pixels", "rgb", "observation")  # keys of other libraries, renamed to image or vector
-GUARDED_STEPS = 200  # watched closely; after them the checks of wrappers.Episode remain
-SLOW = 2  # seconds that a run may spend on finding out whether an environment repeats itself
-ENDS = 3  # episodes by which terminals that are time limits are found out
-COLORS = (1, 3, 4)  # channels of what is likely to be an image
-MIN_SIDE = 16  # pixels of what is likely to be an image
+GUARDED_STEPS = 200  # checked in full; later steps only by wrappers.Episode
+SLOW = 2  # seconds after which a run skips the test for determinism
+ENDS = 3  # episodes after which terminals are compared with time limits
+COLORS = (1, 3, 4)  # channels of a likely image
+MIN_SIDE = 16  # pixels of a likely image
 BOX_ACTIONS = "a Box with finite bounds, such as spaces.Box(-1, 1, (2,), np.float32)"
 
 
 class Fault(NamedTuple):
-    """Something found in an environment: an `error` stops a run, a `warning` costs, a `note` does no harm."""
+    """A finding about an environment. An `error` stops a run, a `note` is harmless."""
 
     level: str
     what: str
@@ -38,25 +43,24 @@ class Fault(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One observation: where the environment has it, its space there, and what becomes of it."""
+    """One observation: its place and space in the environment, and its key and space here."""
 
-    path: tuple  # keys and indices that lead to it; () where it is the whole observation
+    path: tuple  # nested keys and indices; () is the whole observation
     own: spaces.Space
     key: str
     space: spaces.Space
 
 
 class Adapter(Wrapper):
-    """The environment inside, with `obs_space` and `act_space`, `reset(seed)` and `step` of the contract.
+    """Gives an environment the contract's `obs_space`, `act_space`, `reset(seed)` and `step`.
 
-    - Observations without keys, and those called `pixels`, `rgb` or `observation`, become `image` or
-      `vector`. Nested ones are joined by `_`; discrete ones become one-hot vectors; text is left out.
-    - An action that is wanted one-hot (`wrappers.OneHotAction`) is Discrete here.
-    - `reset` may take no seed and give no info. `step` may give 4 values, with `done`.
-    - `render` gives [H, W, 3] uint8, also of those that take a `mode`.
+    - Observations without keys, and those named `pixels`, `rgb` or `observation`, become `image` or `vector`.
+      Keys of nested ones are joined by `_`; discrete ones become one-hot vectors; text is left out.
+    - `reset` may take no seed and return no info. `step` may return 4 values, with `done`.
+    - `render` may take a `mode`.
 
-    `faults` collects what was found; with `strict`, an error is a UserError at once. `notes()` hands out what
-    a log should say. `task` is named in messages.
+    `faults` lists the findings; with `strict`, an error raises UserError at once. `notes()` returns lines for
+    the log. Messages contain `task`.
     """
 
     def __init__(self, env: Any, task: str = "", strict: bool = True):
@@ -75,10 +79,9 @@ class Adapter(Wrapper):
         self._own_keys = set(space) if isinstance(space, Mapping) else set()
         self._entries = self._route(space)
         self.obs_space = {entry.key: entry.space for entry in self._entries}
-        own = self._declared("act_space", "action_space")
-        self._action_parts = self._unwrap_actions(own)
-        self.act_space = self._action_parts.get("", self._action_parts)
-        # Observations that need no change are handed on as they are.
+        self.act_space = self._declared("act_space", "action_space")
+        self._check_actions()
+        # Observations that need no change are passed on as they are.
         self._plain = isinstance(space, Mapping) and self._entries == [
             Entry((key,), entry, key, entry) for key, entry in space.items()
         ]
@@ -98,7 +101,7 @@ class Adapter(Wrapper):
             space = space() if inspect.ismethod(space) else space
             if isinstance(space, Mapping | spaces.Space):
                 return space
-        cure = f"give it {names[0]}: gymnasium spaces" + (", one a key" if "obs" in names[0] else "")
+        cure = f"add {names[0]}: gymnasium spaces" + (", one per key" if "obs" in names[0] else "")
         raise self._error(f"it has no {' or '.join(names)}", cure)
 
     def _route(self, space: Any) -> list[Entry]:
@@ -113,21 +116,21 @@ class Adapter(Wrapper):
                     key = name
                 else:
                     self.note(
-                        f"{self._task}: {repr(name) if path else 'the observation'} is called {key!r} here."
+                        f"{self._task}: {repr(name) if path else 'the observation'} is renamed to {key!r}."
                     )
-            self._judge_observation(key, own)
+            self._check_observation(key, own)
             if isinstance(own, spaces.Box) or key.startswith("log_"):
                 entries.append(Entry(path, own, key, own))
             elif isinstance(own, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
                 size = spaces.flatdim(own)
                 entries.append(Entry(path, own, key, spaces.Box(0, 1, (size,), np.float32)))
             else:
-                self._find("warning", f"{key!r} is {own}, which nothing can learn from", "it is left out")
+                self._find("warning", f"{key!r} is {own}, which is not numeric", "it is left out")
         if all(entry.key.startswith("log_") for entry in entries):
-            self._find("error", "there is nothing to observe", "declare an image or a vector in obs_space")
+            self._find("error", "there are no observations", "declare an image or a vector in obs_space")
         return entries
 
-    def _judge_observation(self, key: str, space: spaces.Space) -> None:
+    def _check_observation(self, key: str, space: spaces.Space) -> None:
         shape = space.shape
         if key.startswith("log_"):
             if shape != ():
@@ -136,7 +139,7 @@ class Adapter(Wrapper):
         if not isinstance(space, spaces.Box):
             return
         if 0 in shape:
-            self._find("error", f"{key!r} has shape {shape}: no number at all", "leave it out of obs_space")
+            self._find("error", f"{key!r} has shape {shape}: it is empty", "leave it out of obs_space")
         is_byte = space.dtype == np.uint8
         likely = len(shape) == 3 and sorted(shape)[1] >= MIN_SIDE and {shape[0], shape[2]} & set(COLORS)
         level = "error" if key == "image" or is_byte else "warning"
@@ -149,23 +152,17 @@ class Adapter(Wrapper):
         if key == "image" and len(shape) == 2:
             self._find("error", f"'image' has shape {shape}", "images are [H, W, C]: image[..., None]")
 
-    def _unwrap_actions(self, own: Any) -> dict[str, spaces.Space]:
-        """The action spaces as the agent sees them, by key; '' is the key of a single one."""
-        parts = dict(own) if isinstance(own, Mapping) else {"": own}
-        self._own_actions = dict(parts)
-        for key, space in parts.items():
+    def _check_actions(self) -> None:
+        parts = self.act_space.items() if isinstance(self.act_space, Mapping) else [("", self.act_space)]
+        for key, space in parts:
             name = f"action {key!r}" if key else "the action"
             if isinstance(space, spaces.Box):
-                if getattr(space, "discrete", False) and len(space.shape) == 1:
-                    parts[key] = spaces.Discrete(space.shape[0])
-                elif not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-                    what = f"{name} is unbounded, {space}: only values from -1 to 1 will be tried"
+                if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+                    what = f"{name} is unbounded, {space}: only values from -1 to 1 will be used"
                     self._find("warning", what, f"make it {BOX_ACTIONS}")
             elif not isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-                cure = f"the actor knows Discrete, MultiDiscrete, or {BOX_ACTIONS}"
+                cure = f"the actor supports Discrete, MultiDiscrete, or {BOX_ACTIONS}"
                 self._find("error", f"{name} is {space}", cure)
-        self._changed_actions = [key for key, space in parts.items() if space is not self._own_actions[key]]
-        return parts
 
     # --- Reset, step, render ---------------------------------------------------------------------------
 
@@ -173,17 +170,17 @@ class Adapter(Wrapper):
         if self._seeded:
             result = self.env.reset(seed=seed)
         else:
-            if seed is not None and callable(getattr(self.env, "seed", None)):  # as in the older gym
+            if seed is not None and callable(getattr(self.env, "seed", None)):  # as in old gym
                 self.env.seed(seed)
             result = self.env.reset()
         obs, info = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         self._length = 0
         if self._watched < GUARDED_STEPS or not self._strict:
-            self._watch(obs, is_first=True, is_last=False, is_terminal=False)
+            self._watch(obs)
         return self._convert(obs), info
 
     def step(self, action: Any) -> tuple[dict, float, bool, bool, dict]:
-        result = self.env.step(self._to_own(action) if self._changed_actions else action)
+        result = self.env.step(action)
         if not isinstance(result, tuple) or len(result) not in (4, 5):
             cure = "return obs, reward, terminated, truncated, info"
             raise self._error(f"step() returned {type(result).__name__}, not five values", cure)
@@ -194,26 +191,25 @@ class Adapter(Wrapper):
             terminated, truncated = self._read_done(obs, done, info)
         self._length += 1
         if self._watched < GUARDED_STEPS or not self._strict:
-            last = bool(terminated or truncated)
-            self._watch(obs, is_first=False, is_last=last, is_terminal=bool(terminated))
-            self._judge_reward(reward)
+            self._watch(obs)
+            self._check_reward(reward)
         if (terminated or truncated) and (len(self.ends) < ENDS or not self._strict):
             self.ends.append((self._length, bool(terminated)))
             if len(self.ends) == ENDS and self._strict:
-                self.judge_ends()
+                self.check_ends()
         if np.ndim(reward):
             reward = np.asarray(reward).item()
         return self._convert(obs), reward, terminated, truncated, info
 
     def render(self) -> Any:
-        """What the environment shows, [H, W, 3] uint8 if it is as it should be."""
+        """The environment's frame, which should be uint8 [H, W, 3]."""
         render = getattr(self.env, "render", None)
         if render is None:
             raise UserError(f"{self._task} has no render()")
         return render(mode="rgb_array") if _takes(render, "mode") else render()
 
     def notes(self) -> list[str]:
-        """Lines for the log, each once."""
+        """New lines for the log."""
         notes, self._notes = self._notes, []
         return notes
 
@@ -221,24 +217,16 @@ class Adapter(Wrapper):
         self._notes.append(line)
 
     def _read_done(self, obs: Any, done: bool, info: Mapping) -> tuple[bool, bool]:
-        """(terminated, truncated) of a step that says only that the episode is over."""
+        """(terminated, truncated) of a step that returned `done`."""
         self._find(
             "note",
-            "step() returns four values: its `done` is taken for terminated, or for truncated where "
-            "info['TimeLimit.truncated'] or is_terminal says so",
+            "step() returns four values: `done` counts as terminated, or as truncated according to "
+            "info['TimeLimit.truncated'] or is_terminal",
             "return obs, reward, terminated, truncated, info",
         )
         survived = isinstance(obs, Mapping) and not obs.get("is_terminal", True)
         truncated = bool(done) and bool(info.get("TimeLimit.truncated", survived))
         return bool(done) and not truncated, truncated
-
-    def _to_own(self, action: Any) -> Any:
-        """The action in the environment's own terms."""
-        single = "" in self._own_actions
-        values = {"": action} if single else dict(action)
-        for key in self._changed_actions:
-            values[key] = np.eye(*self._own_actions[key].shape, dtype=np.float32)[int(values[key])]
-        return values[""] if single else values
 
     def _convert(self, obs: Any) -> dict:
         if self._plain and obs.keys() == self.obs_space.keys():
@@ -252,32 +240,32 @@ class Adapter(Wrapper):
                 values[key] = value
         return values
 
-    # --- The watch -------------------------------------------------------------------------------------
+    # --- Checks ----------------------------------------------------------------------------------------
 
-    def judge_repeats(self, seed: int, steps: int) -> None:
-        """Play the start of an episode twice: the same seed and actions must give the same.
+    def check_repeats(self, seed: int, steps: int) -> None:
+        """Play the start of an episode twice: the same seed and actions must give the same observations.
 
-        An environment too slow for it, with more than SLOW seconds, is spared the second time.
+        A run skips the second time if the first takes more than SLOW seconds.
         """
         start, ends = time.monotonic(), list(self.ends)
         one = self._play(seed, steps)
         if time.monotonic() - start > SLOW and self._strict:
             return
         other = self._play(seed, steps)
-        self.ends = ends  # twice the same length says nothing of time limits
+        self.ends = ends  # two equal episodes say nothing about time limits
         for step, (left, right) in enumerate(itertools.zip_longest(one, other, fillvalue={})):
             differing = [key for key in left | right if not _same(left.get(key), right.get(key))]
             if differing:
                 self._find(
                     "warning",
-                    f"the same seed and actions gave another {differing[0]} at step {step}, "
+                    f"the same seed and actions gave a different {differing[0]} at step {step}, "
                     "so that runs cannot be repeated, or resumed in mid-episode",
                     "draw at random only from a generator made in reset: np.random.default_rng(seed)",
                 )
                 return
 
     def _play(self, seed: int, steps: int) -> list[dict[str, np.ndarray]]:
-        """What random actions that depend on the seed lead to, up to the end of the episode."""
+        """Observations of random actions that depend on the seed, at most one episode."""
         sample = action_sampler(self.act_space, seed)
         obs, _ = self.reset(seed=seed)
         history = [_copied(obs)]
@@ -289,35 +277,36 @@ class Adapter(Wrapper):
                 break
         return history
 
-    def judge_ends(self) -> None:
-        """Look whether terminals seem to be time limits."""
+    def check_ends(self) -> None:
+        """Warn if terminals look like time limits."""
         lengths = {length for length, _ in self.ends}
         if len(self.ends) > 1 and len(lengths) == 1 and lengths != {1} and all(end[1] for end in self.ends):
             self._find(
                 "warning",
                 f"each of {len(self.ends)} episodes terminated after exactly {lengths.pop()} steps, "
                 "which looks like a time limit",
-                "a time limit is truncated, not terminated: what comes after it still has a value",
+                "a time limit is truncated, not terminated: the states after it still have a value",
             )
 
-    def _watch(self, obs: Any, **flags: bool) -> None:
+    def _watch(self, obs: Any) -> None:
         self._watched += 1
         if isinstance(obs, Mapping):
-            self._judge_flags(obs, flags)
             for key in sorted(set(obs) - self._own_keys - set(FILLED)):
-                cure = "declare it in obs_space, or leave it out (log_* keys too)"
+                cure = "declare it in obs_space, or leave it out (also log_* keys)"
                 self._find("error", f"{key!r}: expected no such key, got the key", cure)
         for path, own, key, _ in self._entries:
             value = _at(obs, path)
             if value is None:
-                cure = "observe every key of obs_space at reset and at each step"
+                cure = "return every key of obs_space at reset and at each step"
                 self._find("error", f"{key!r}: expected the key, got no such key", cure)
             elif isinstance(own, spaces.Box):
-                self._judge_value(key, own, np.asarray(value))
+                self._check_value(key, own, np.asarray(value))
             elif not own.contains(value):
-                self._find("error", f"{key!r} leaves its space, {own}", f"it was {value!r} of {type(value)}")
+                self._find(
+                    "error", f"{key!r} is outside its space, {own}", f"it was {value!r} of {type(value)}"
+                )
 
-    def _judge_value(self, key: str, space: spaces.Box, value: np.ndarray) -> None:
+    def _check_value(self, key: str, space: spaces.Box, value: np.ndarray) -> None:
         what = f"{key!r}: expected {space.dtype} {space.shape}, got {value.dtype} {value.shape}"
         if value.shape != space.shape:
             cure = f"return that, or declare the shape {value.shape}"
@@ -330,28 +319,17 @@ class Adapter(Wrapper):
                 cure = "images are uint8 from 0 to 255: return np.uint8(255 * image)"
             casts = np.can_cast(value.dtype, space.dtype, "same_kind")
             self._find("note" if casts else "error", what, cure)
-            if casts:  # look at what it becomes, too
+            if casts:  # check the cast value too
                 with np.errstate(over="ignore"):
-                    self._judge_value(key, space, value.astype(space.dtype))
+                    self._check_value(key, space, value.astype(space.dtype))
         elif value.dtype.kind == "f" and not np.isfinite(value).all():
-            cure = "look for a division by zero or a root of a negative number in it"
+            cure = "look for a division by zero or a root of a negative number"
             self._find("error", f"{key!r}: expected finite values, got NaN or infinity", cure)
         elif (value < space.low).any() or (value > space.high).any():
-            what = f"{key!r} leaves the bounds of its space, {space.low.min()} to {space.high.max()}"
+            what = f"{key!r} is outside the bounds of its space, {space.low.min()} to {space.high.max()}"
             self._find("warning", what, "clip it, or declare wider bounds")
 
-    def _judge_flags(self, obs: Mapping, flags: Mapping[str, bool]) -> None:
-        missing = [name for name in FLAGS if name not in obs]
-        if missing:
-            cure = "they are filled in from reset, terminated and truncated"
-            self._find("note", f"{', '.join(missing)} not observed", cure, tell=len(missing) < len(FLAGS))
-        for name, flag in flags.items():
-            if name in obs and bool(obs[name]) != flag:
-                truth = {"is_first": "reset", "is_last": "terminated and truncated"}.get(name, "terminated")
-                cure = f"{truth} decides: return it accordingly, or leave the key out"
-                self._find("note", f"{name} contradicts {truth}", cure)
-
-    def _judge_reward(self, reward: Any) -> None:
+    def _check_reward(self, reward: Any) -> None:
         try:
             finite = np.isfinite(np.asarray(reward).item())
         except (TypeError, ValueError):
@@ -359,7 +337,7 @@ class Adapter(Wrapper):
         if not finite:
             self._find("error", f"'reward': expected a finite number, got {reward}", "look for its cause")
 
-    def _find(self, level: str, what: str, cure: str, tell: bool = True) -> None:
+    def _find(self, level: str, what: str, cure: str) -> None:
         if any(fault.what == what for fault in self.faults):
             return
         self.faults.append(Fault(level, what, cure))
@@ -367,8 +345,7 @@ class Adapter(Wrapper):
             return
         if level == "error":
             raise self._error(what, cure)
-        if tell:
-            self.note(f"{self._task}: {what}; {cure}.")
+        self.note(f"{self._task}: {what}; {cure}.")
 
     def _error(self, what: str, cure: str) -> UserError:
         when = f" breaks its contract at step {self._length} of an episode:" if self._watched else ":"
@@ -376,7 +353,7 @@ class Adapter(Wrapper):
 
 
 def render_fault(frame: Any) -> Fault | None:
-    """What is wrong with a picture that `render` gave."""
+    """The fault of a rendered frame, if any."""
     if isinstance(frame, np.ndarray) and frame.ndim == 3 and frame.shape[2] == 3 and frame.dtype == np.uint8:
         return None
     got = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
@@ -385,7 +362,7 @@ def render_fault(frame: Any) -> Fault | None:
 
 
 def action_sampler(space: Any, seed: int) -> Callable[[], Any]:
-    """A function that draws random actions of a space, or a dict of them."""
+    """A function that draws random actions of a space or of a dict of spaces."""
     space = copy.deepcopy(spaces.Dict(dict(space)) if isinstance(space, Mapping) else space)
     space.seed(seed % 2**32)
 
@@ -397,19 +374,19 @@ def action_sampler(space: Any, seed: int) -> Callable[[], Any]:
 
 
 def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
-    """Whether two observations are equal; NaN equals NaN, for that is a fault of its own."""
+    """Whether two observations are equal; NaN equals NaN, which is a separate fault."""
     if one is None or other is None:
         return one is other
     return np.array_equal(one, other, equal_nan=one.dtype.kind == other.dtype.kind == "f")
 
 
 def _copied(obs: Mapping) -> dict[str, np.ndarray]:
-    """A copy that outlives an environment's reuse of its arrays."""
+    """A copy, since an environment may reuse its arrays."""
     return {key: np.array(value) for key, value in obs.items()}
 
 
 def _leaves(space: Any, path: tuple = ()) -> Iterator[tuple[tuple, spaces.Space]]:
-    """(path, space) of everything in nested dicts and tuples of spaces."""
+    """(path, space) of all spaces in nested dicts and tuples."""
     if isinstance(space, Mapping | spaces.Tuple):
         items = space.items() if isinstance(space, Mapping) else enumerate(space.spaces)
         for key, inner in items:
@@ -419,7 +396,7 @@ def _leaves(space: Any, path: tuple = ()) -> Iterator[tuple[tuple, spaces.Space]
 
 
 def _at(obs: Any, path: tuple) -> Any:
-    """What lies at a path of an observation; None if it is not there."""
+    """The value at a path of an observation; None if it is missing."""
     for key in path:
         try:
             obs = obs[key]
@@ -429,6 +406,6 @@ def _at(obs: Any, path: tuple) -> Any:
 
 
 def _takes(function: Any, name: str) -> bool:
-    """Whether a function has a parameter of that name, or takes any."""
+    """Whether a function has the parameter, or **kwargs."""
     parameters = inspect.signature(function).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,4 +1,4 @@
-"""Atari 2600 games (Bellemare et al. 2013), `atari_{game}`: for example `atari_pong`. ale-py has the ROMs."""
+"""Atari 2600 games (Bellemare et al. 2013), `atari_{game}`, such as `atari_pong`. ale-py has the ROMs."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from gymnasium.wrappers import AtariPreprocessing
 import envs
 
 MAX_NOOPS = 30  # at the start of an episode, as is usual (Machado et al. 2018)
-MAX_FRAMES = 108_000  # of an episode: half an hour of play, as is usual (Machado et al. 2018)
-STICKY = 0.25  # probability that a sticky action is kept for one more frame (Machado et al. 2018)
+MAX_FRAMES = 108_000  # per episode: half an hour of play (Machado et al. 2018)
+STICKY = 0.25  # probability that an action is repeated for one more frame (Machado et al. 2018)
 
 
 def make(name: str, config: Any) -> "Atari":
@@ -18,7 +18,9 @@ def make(name: str, config: Any) -> "Atari":
     games = roms.get_all_rom_ids()
     if name not in games:
         raise envs.unknown_task("atari", name, sorted(games))
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # else each environment prints its version
+    ale_py.ALEInterface.setLoggerMode(
+        ale_py.LoggerMode.Error
+    )  # otherwise each environment prints its version
     env = ale_py.AtariEnv(
         name,
         frameskip=1,
@@ -39,9 +41,9 @@ def make(name: str, config: Any) -> "Atari":
 
 
 class Atari:
-    """A game behind gymnasium's AtariPreprocessing: images are the maximum of the last two frames, shrunk.
+    """A game with gymnasium's AtariPreprocessing: images are the maximum of the last two frames, resized.
 
-    Losing a life is nothing special; the end of the game is terminal, that of time is a truncation.
+    Losing a life does not end an episode. The end of the game is terminal, the time limit a truncation.
     """
 
     repeats_actions = True

@@ -1,7 +1,7 @@
-"""Look an environment over: python3 -m envs.check custom_task_name
+"""Check an environment: python3 -m envs.check custom_task_name
 
-Runs it for some hundred random steps and reports each fault with its cure. Options of dreamer.py may follow
-the task. Exit code 0, 1 if a fault would stop a run, 2 for a mistake in the command.
+Takes some hundred random steps and reports each fault with its cure. Options of dreamer.py may follow the
+task. Exit code: 0, 1 if a fault would stop a run, 2 for a mistake in the command.
 """
 
 import sys
@@ -20,19 +20,19 @@ from envs import adapter
 from envs.adapter import Adapter, Fault, action_sampler, render_fault
 from envs.wrappers import is_image
 
-STEPS = 300  # at least, if no error ends them
+STEPS = 300  # at least, unless an error ends them
 MAX_STEPS = 3000  # while fewer than two episodes have ended
-MAX_SECONDS = 10  # for what goes beyond STEPS
-REPEATED_STEPS = 50  # are done twice with the same seed
+MAX_SECONDS = 10  # for the steps beyond STEPS
+REPEATED_STEPS = 50  # taken twice with the same seed
 LEVELS = {
     "error": "training would stop",
-    "warning": "training runs, but at a loss",
-    "note": "fine if it is meant",
+    "warning": "training runs, but worse",
+    "note": "fine if intended",
 }
 
 
 class Report:
-    """What a check found: `faults`, and `lines` that describe the environment."""
+    """The findings of a check: `faults`, and `lines` that describe the environment."""
 
     def __init__(self, task: str):
         self.task = task
@@ -45,13 +45,15 @@ class Report:
 
     def __str__(self) -> str:
         faults = sorted(self.faults, key=lambda fault: list(LEVELS).index(fault.level))
-        told = [f"{each.level} ({LEVELS[each.level]}): {each.what}\n    cure: {each.cure}" for each in faults]
+        shown = [
+            f"{each.level} ({LEVELS[each.level]}): {each.what}\n    cure: {each.cure}" for each in faults
+        ]
         worse = sum(fault.level != "note" for fault in faults)
-        return "\n".join([*self.lines, *told, f"faults: {worse}" if worse else f"{self.task} is fine"])
+        return "\n".join([*self.lines, *shown, f"faults: {worse}" if worse else f"{self.task} is fine"])
 
 
 def check(config: Any) -> Report:
-    """Look over the environment of `config.task`. Raises UserError if it cannot be made."""
+    """Check the environment of `config.task`. Raises UserError if it cannot be made."""
     report = Report(config.task)
     seed = _seed(config.seed)
     raw = None
@@ -62,7 +64,7 @@ def check(config: Any) -> Report:
         _describe(env, report)
         _roll(env, seed, report)
         if not report.errors:
-            env.judge_repeats(seed, REPEATED_STEPS)
+            env.check_repeats(seed, REPEATED_STEPS)
             _render(env, report)
     except UserError as error:
         if raw is None:
@@ -71,7 +73,7 @@ def check(config: Any) -> Report:
     except (Exception, SystemExit) as error:
         what = f"{type(error).__name__}: {error}, in {_place(error)}"
         known = next((fault.cure for fault in report.faults if fault.level == "error"), None)
-        report.faults.append(Fault("error", what, known or "the environment's own code raised it"))
+        report.faults.append(Fault("error", what, known or "the environment's code raised it"))
     finally:
         if callable(getattr(raw, "close", None)):
             raw.close()
@@ -79,7 +81,7 @@ def check(config: Any) -> Report:
 
 
 def _place(error: Exception) -> str:
-    """The innermost line of the environment's own file that raised an error."""
+    """The innermost line of the environment's file that raised an error."""
     frames = traceback.extract_tb(error.__traceback__)
     files = [frame.filename for frame in frames]
     own_files = (__file__, adapter.__file__, envs.__file__)
@@ -101,7 +103,7 @@ def _brief(space: spaces.Space) -> str:
 
 
 def _roll(env: Adapter, seed: int, report: Report) -> None:
-    """Random steps over some episodes, and how fast they go."""
+    """Take random steps over some episodes and measure their speed."""
     sample = action_sampler(env.act_space, seed)
     returns, total, steps, resets, reset_seconds = [], 0.0, 0, 0, 0.0
     start = time.perf_counter()
@@ -119,7 +121,7 @@ def _roll(env: Adapter, seed: int, report: Report) -> None:
         if done:
             returns.append(total)
     seconds = time.perf_counter() - start - reset_seconds
-    env.judge_ends()
+    env.check_ends()
     report.lines.append(
         f"speed: {steps / seconds:,.0f} steps per second (checks included); "
         f"a reset takes {1000 * reset_seconds / resets:,.1f} ms"
@@ -132,7 +134,7 @@ def _roll(env: Adapter, seed: int, report: Report) -> None:
         )
     else:
         what, cure = f"no episode ended within {steps} steps", "if none ever does, set --time_limit N"
-        report.faults.append(Fault("note", what, f"{cure}; an evaluation waits for their ends"))
+        report.faults.append(Fault("note", what, f"{cure}; an evaluation waits for the end"))
 
 
 def _render(env: Adapter, report: Report) -> None:
@@ -140,12 +142,12 @@ def _render(env: Adapter, report: Report) -> None:
     if callable(getattr(env.env, "render", None)):
         try:
             fault = render_fault(env.render())
-        except Exception as error:  # as in training, where it costs the video and no more
+        except Exception as error:  # as in training, where only the video is lost
             what = f"render() raised {type(error).__name__}: {error}, in {_place(error)}"
-            fault = Fault("warning", what, "mend it: there will be no video of an env without images")
+            fault = Fault("warning", what, "fix it: there will be no video of an env without images")
     elif not shown:
-        what = "there is neither an image nor a render(): evaluations give no videos"
-        fault = Fault("note", what, "write a render() if you want some")
+        what = "there is no image and no render(): evaluations have no videos"
+        fault = Fault("note", what, "add a render() for videos")
     else:
         fault = None
     if fault:
@@ -153,7 +155,7 @@ def _render(env: Adapter, report: Report) -> None:
 
 
 def _seed(seed: int, *names: int) -> int:
-    return derive_seed(seed, "check", *names) % 2**32  # as many bits as any generator takes
+    return derive_seed(seed, "check", *names) % 2**32  # 32 bits, which every generator accepts
 
 
 def _split(error: UserError) -> tuple[str, str]:
@@ -162,11 +164,11 @@ def _split(error: UserError) -> tuple[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check the task that the command line names. Returns the exit code."""
+    """Check the task of the command line. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv or argv[0].startswith("-"):
-            raise UserError("which task? Write python3 -m envs.check custom_task_name")
+            raise UserError("which task? Usage: python3 -m envs.check custom_task_name")
         report = check(configs.load(["--task", *argv]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -14,14 +14,14 @@ from envs.symbolic import Layout
 
 TASKS = {"reward": True, "noreward": False}
 DEFAULT_LENGTH = 10000  # env steps of an episode, Crafter's own choice
-MIN_SIZE = 18  # pixels; 9 x 9 fields are drawn, and below 2 pixels a field the items have none
-OUTSIDE = 127  # gray of what lies beyond the world's edge
+MIN_SIZE = 18  # pixels; 9 x 9 cells are drawn, and items need 2 pixels per cell
+OUTSIDE = 127  # gray level beyond the world's edge
 
-# The observation `symbolic`. `view` [X, Y] is the map around the player, as indices into KINDS, the upper
-# left first, the player in the middle. `daylight` is in percent, `achievements` counts those of this episode.
-VIEW = (9, 7)  # fields that are drawn: 9 x 9 less the two rows of the inventory
+# The observation `symbolic`. `view` [X, Y] is the map around the player as indices into KINDS, from the upper
+# left, with the player in the middle. `daylight` is in percent; `achievements` are counts in this episode.
+VIEW = (9, 7)  # visible cells: 9 x 9 without the two rows of the inventory
 CREATURES = ("player", "cow", "zombie", "skeleton", "arrow", "plant", "ripe_plant", "fence")
-# The numbers of materials are those that Crafter's maps hold: its World counts them so.
+# Materials have the numbers of Crafter's maps.
 KINDS = ("outside", *crafter.constants.materials, *CREATURES)
 SYMBOLIC = Layout(
     view=VIEW,
@@ -46,16 +46,16 @@ def make(name: str, config: Any) -> "Crafter":
 
 
 class Crafter:
-    """Crafter, reproducible under a seed.
+    """Crafter, reproducible for a given seed.
 
-    Each observation says of every achievement whether it was unlocked in this episode so far, as
-    `log_achievement_{name}` (0 or 1). Death is terminal; the end after `length` steps is a truncation.
+    `log_achievement_{name}` is 1 once the achievement is unlocked in this episode. Death is terminal; the end
+    after `length` steps is a truncation.
 
     Args:
-        reward: give Crafter's reward; else it is always 0.
+        reward: whether there is Crafter's reward; otherwise it is always 0.
         size: height and width of the image.
         length: env steps of an episode.
-        symbolic: also observe `symbolic`, the vector SYMBOLIC of what the image shows.
+        symbolic: whether to observe `symbolic`, the image's content in the layout SYMBOLIC.
         area: width and height of the world in cells.
     """
 
@@ -68,7 +68,7 @@ class Crafter:
         area: tuple[int, int] = (64, 64),
     ):
         height, width = size
-        # The seed is set at each reset. Without one here, Crafter would draw from NumPy's global generator.
+        # Each reset sets the seed; without one here, Crafter would use NumPy's global generator.
         self._env = _Env(tuple(area), size=(width, height), reward=reward, length=length, seed=0)
         self._achievements = {name: f"log_achievement_{name}" for name in crafter.constants.achievements}
         self.obs_space: dict[str, spaces.Space] = {"image": spaces.Box(0, 255, (height, width, 3), np.uint8)}
@@ -79,7 +79,7 @@ class Crafter:
         self.act_space = spaces.Discrete(len(self._env.action_names))
 
     def reset(self, seed: int | None = None) -> tuple[dict, dict]:
-        """The world is that of the first episode of `crafter.Env(seed=seed)`."""
+        """Start in the world of the first episode of `crafter.Env(seed=seed)`."""
         if seed is not None:
             self._env._seed, self._env._episode = seed, 0
         return self._obs(self._env.reset()), {}
@@ -97,7 +97,7 @@ class Crafter:
 
 
 class _Env(crafter.Env):
-    """Crafter, the same game, faster."""
+    """The same game as `crafter.Env`, faster."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -106,7 +106,7 @@ class _Env(crafter.Env):
         self._item_view = _ItemView(self._textures, self._item_view._grid)
 
     def reset(self) -> np.ndarray:
-        """That of `crafter.Env`, line by line, but for the world generator."""
+        """`crafter.Env.reset`, line by line, with another world generator."""
         center = (self._world.area[0] // 2, self._world.area[1] // 2)
         self._episode += 1
         self._step = 0
@@ -120,7 +120,7 @@ class _Env(crafter.Env):
         return self._obs()
 
     def symbolic(self) -> np.ndarray:
-        """What the image shows, in the layout SYMBOLIC."""
+        """The image's content in the layout SYMBOLIC."""
         player = self._player
         return SYMBOLIC.pack(
             view=self._local_view.kinds(player),
@@ -133,10 +133,10 @@ class _Env(crafter.Env):
 
 
 class _World(crafter.engine.World):
-    """Crafter's world with its objects in order.
+    """Crafter's world with ordered objects.
 
-    Crafter keeps the objects of a chunk in a set, whose order is that of their memory addresses. It decides
-    which creature vanishes, so the same seed and actions would give different games.
+    Crafter keeps the objects of a chunk in a set, whose order depends on memory addresses. The order decides
+    which creature despawns, so the same seed and actions would give different games.
     """
 
     def reset(self, seed: int | None = None) -> None:
@@ -145,7 +145,7 @@ class _World(crafter.engine.World):
 
 
 class _OrderedSet(dict):
-    """The part of a set that Crafter uses; iterates in the order of insertion."""
+    """A set with the methods that Crafter uses, iterated in the order of insertion."""
 
     def add(self, item: Any) -> None:
         self[item] = None
@@ -155,14 +155,14 @@ class _OrderedSet(dict):
 
 
 class _LocalView(crafter.engine.LocalView):
-    """What the player sees. The original draws field by field; here one lookup draws the whole terrain."""
+    """The player's view. The original draws cell by cell; here one lookup draws the whole terrain."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._tiles: dict[tuple[int, int], np.ndarray] = {}  # by size, as `_draw_tiles` gives them
 
     def __call__(self, player: Any, unit: np.ndarray) -> np.ndarray:
-        """Image of the fields around the player, each of `unit` pixels."""
+        """Image of the cells around the player, each of `unit` pixels."""
         corner = player.pos - self._offset
         fields = self._around(self._world._mat_map, corner)  # [X, Y]
         size = tuple(unit.tolist())
@@ -170,7 +170,7 @@ class _LocalView(crafter.engine.LocalView):
             self._tiles[size] = self._draw_tiles(*size)
         # [X, Y, width, height, 3] -> [X * width, Y * height, 3]
         canvas = self._tiles[size][fields].swapaxes(1, 2).reshape(*self._grid * unit, 3)
-        objects = self._around(self._world._obj_map, corner)  # no two at one place, so in any order
+        objects = self._around(self._world._obj_map, corner)  # at most one per cell, so in any order
         for place in np.argwhere(objects):
             texture = self._world._objects[objects[tuple(place)]].texture
             crafter.engine._draw_alpha(canvas, place * unit, self._textures.get(texture, unit))
@@ -178,7 +178,7 @@ class _LocalView(crafter.engine.LocalView):
         return self._sleep(canvas) if player.sleeping else canvas
 
     def kinds(self, player: Any) -> np.ndarray:
-        """What lies on each field around the player, as indices into KINDS [X, Y]."""
+        """Content of each cell around the player, as indices into KINDS [X, Y]."""
         corner = player.pos - self._offset
         kinds = self._around(self._world._mat_map, corner).astype(np.int16)
         objects = self._around(self._world._obj_map, corner)
@@ -189,7 +189,7 @@ class _LocalView(crafter.engine.LocalView):
         return kinds
 
     def _around(self, values: np.ndarray, corner: np.ndarray) -> np.ndarray:
-        """The part of a map from `corner` on; 0 beyond the map's edges."""
+        """The part of a map that starts at `corner`; 0 beyond the map's edges."""
         result = np.zeros(self._grid, values.dtype)
         low, high = np.maximum(corner, 0), np.minimum(corner + self._grid, self._area)
         (x0, y0), (x1, y1) = low - corner, high - corner
@@ -197,19 +197,19 @@ class _LocalView(crafter.engine.LocalView):
         return result
 
     def _draw_tiles(self, width: int, height: int) -> np.ndarray:
-        """Texture of each material by its number [materials, width, height, 3]; gray for 0, the outside."""
+        """Texture of each material by number [materials, width, height, 3]; 0, the outside, is gray."""
         names = list(self._world._mat_names.values())[1:]
         textures = [self._textures.get(name, (width, height))[..., :3] for name in names]
         return np.stack([np.full((width, height, 3), OUTSIDE, np.uint8), *textures])
 
 
 class _ItemView(crafter.engine.ItemView):
-    """The inventory, drawn anew only when it has changed."""
+    """The inventory, only drawn again when it has changed."""
 
     _drawn: tuple | None = None
 
     def __call__(self, inventory: dict[str, int], unit: np.ndarray) -> np.ndarray:
-        """Image of the items and their amounts; not to be written to."""
+        """Image of the items and their amounts; read only."""
         wanted = (*unit, *inventory.items())
         if wanted != self._drawn:
             self._image = super().__call__(inventory, unit)

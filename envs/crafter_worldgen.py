@@ -1,8 +1,8 @@
-"""Crafter's world generator, the same worlds in about a fiftieth of the time.
+"""Crafter's world generator: the same worlds in about a fiftieth of the time.
 
-`crafter.worldgen` asks OpenSimplex in plain Python for the noise of one cell after another, which takes
-0.8 s a world. Here the noise of all cells is computed at once (`OpenSimplexGrid`), with the same float64
-operations in the same order. The decisions, whose random draws depend on each other, stay a loop over cells.
+`crafter.worldgen` computes the noise of one cell after another in plain Python, which takes 0.8 s per world.
+Here the noise of all cells is computed at once (`OpenSimplexGrid`), with the same float64 operations in the
+same order. The decisions, whose random draws depend on each other, remain a loop over cells.
 """
 
 import array
@@ -52,11 +52,11 @@ FIELDS = {
 
 
 class OpenSimplexGrid:
-    """OpenSimplex noise at fixed points, for one seed after another.
+    """OpenSimplex noise at fixed points, for any seed.
 
-    The noise at a point is a sum over near lattice points. Which lattice points, and where they lie from the
-    point, does not depend on the seed: it is found once, by the original function itself. The seed only
-    picks the gradient at each lattice point, which is a lookup for all of them at once.
+    The noise at a point is a sum over nearby lattice points. These and their offsets from the point do not
+    depend on the seed: the original function gives them once. The seed only selects the gradient at each
+    lattice point, which is one lookup for all of them.
 
     Args:
         points: coordinates (x, y, z) of each point.
@@ -73,7 +73,7 @@ class OpenSimplexGrid:
         self._falloff = falloff * falloff  # [N]
 
     def __call__(self, seed: int) -> np.ndarray:
-        """Noise of `OpenSimplex(seed)` at each point."""
+        """The noise of `OpenSimplex(seed)` at each point."""
         simplex = OpenSimplex(seed)
         permutation = simplex._perm.astype(np.uint8)
         x, y, z = self._lattice
@@ -82,17 +82,17 @@ class OpenSimplexGrid:
         index = simplex._perm_grad_index3[permutation[permutation[x] + y] + z]
         gradients = GRADIENTS3.astype(np.float64)
         value = gradients[index] * dx + gradients[index + 1] * dy + gradients[index + 2] * dz
-        # bincount adds in the order of the terms, as the original does.
+        # bincount adds in the order of the terms, as the original.
         return np.bincount(self._point, self._falloff * value, self._amount) / NORM_CONSTANT3
 
 
 def _lattice_terms(points: list[tuple[float, float, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The terms of the noise at each point, in order.
 
-    A copy of the original `_noise3` runs with another `_extrapolate3`, which writes down what it is asked.
+    A copy of the original `_noise3` runs with another `_extrapolate3`, which records its arguments.
 
     Returns:
-        How many terms each point has [points], their lattice positions [3, N] and offsets [3, N].
+        Number of terms of each point [points], their lattice positions [3, N] and offsets [3, N].
     """
     terms = array.array("d")
 
@@ -100,7 +100,9 @@ def _lattice_terms(points: list[tuple[float, float, float]]) -> tuple[np.ndarray
         terms.extend(position_and_offset)
         return 0.0
 
-    noise3 = getattr(internals._noise3, "py_func", internals._noise3)  # the plain function, where numba is
+    noise3 = getattr(
+        internals._noise3, "py_func", internals._noise3
+    )  # the plain function if numba is installed
     noise3 = types.FunctionType(noise3.__code__, vars(internals) | {"_extrapolate3": extrapolate})
     ends = [0]
     for point in points:
@@ -111,7 +113,7 @@ def _lattice_terms(points: list[tuple[float, float, float]]) -> tuple[np.ndarray
 
 
 def octave_points(area: tuple[int, int]) -> list[tuple[float, float, float]]:
-    """Where the original evaluates each octave of each field, for all cells."""
+    """The points at which the original evaluates each octave of each field, for all cells."""
     points = []
     for field in FIELDS.values():
         for size in field.octaves:
@@ -123,12 +125,12 @@ def octave_points(area: tuple[int, int]) -> list[tuple[float, float, float]]:
 
 @functools.lru_cache
 def _grid(area: tuple[int, int]) -> OpenSimplexGrid:
-    """The noise at all octave points. It takes half a second to prepare, so it is made once in a process."""
+    """The noise at all octave points; preparing it takes half a second, so once per process."""
     return OpenSimplexGrid(octave_points(area))
 
 
 def noise_fields(area: tuple[int, int], seed: int) -> dict[str, np.ndarray]:
-    """Each of `FIELDS` at all cells [X, Y], bit for bit as `crafter.worldgen._simplex` gives it."""
+    """Each of `FIELDS` at all cells [X, Y], equal to `crafter.worldgen._simplex` to the bit."""
     octaves = iter(_grid(area)(seed).reshape(-1, *area))
     result = {}
     for name, field in FIELDS.items():
@@ -164,7 +166,7 @@ def _landscape(distance: np.ndarray, noise: dict[str, np.ndarray]) -> dict[str, 
 def _set_materials(world: World, player: objects.Player, noise: dict[str, np.ndarray]) -> np.ndarray:
     """Set the material of all cells; return which cells are tunnels [X, Y]."""
     fields = noise | _landscape(_distances(world, player), noise)
-    # Lists, because Python reads and compares their floats several times faster than those of an array.
+    # Lists: Python reads and compares their floats several times faster than those of an array.
     columns = [fields[name].ravel().tolist() for name in FIELDS]
     uniform = world.random.random_sample  # the same number as uniform(), in a tenth of the time
     names = [_material(uniform, *cell) for cell in zip(*columns, strict=True)]
@@ -187,7 +189,7 @@ def _material(
     sand: float,
     tree: float,
 ) -> str:
-    """Material of a cell, or `tunnel`, which is path where skeletons may be. Arguments as in `FIELDS`."""
+    """Material of a cell, or `tunnel`: a path where skeletons may spawn. Arguments as in `FIELDS`."""
     if start > 0.5:
         return "grass"
     if mountain > 0.15:
@@ -212,11 +214,11 @@ def _material(
 
 
 def _set_objects(world: World, player: objects.Player, tunnels: np.ndarray) -> None:
-    """Put creatures on the cells where one can walk."""
+    """Put creatures on walkable cells."""
     uniform = world.random.random_sample  # as above
     walkable = np.isin(world._mat_map, [world._mat_ids[name] for name in constants.walkable])
     grass = world._mat_map == world._mat_ids["grass"]
-    places = np.argwhere(walkable).tolist()  # row by row, as the original goes
+    places = np.argwhere(walkable).tolist()  # in the original's order
     cells = [each[walkable].tolist() for each in (_distances(world, player), grass, tunnels)]
     for pos, distance, on_grass, in_tunnel in zip(places, *cells, strict=True):
         if distance > 3 and on_grass and uniform() > 0.985:

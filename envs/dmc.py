@@ -1,4 +1,4 @@
-"""DeepMind Control (Tunyasuvunakool et al. 2020), `dmc_{domain}_{task}`: for example `dmc_walker_walk`."""
+"""DeepMind Control (Tunyasuvunakool et al. 2020), `dmc_{domain}_{task}`, such as `dmc_walker_walk`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from gymnasium import spaces
 import envs
 from envs import rendering
 
-CAMERAS = {"quadruped": 2}  # the camera that shows most; 0 for all other domains
+CAMERAS = {"quadruped": 2}  # the camera with the best view; 0 for other domains
 
 
 def make(name: str, config: Any) -> "DMC":
@@ -30,11 +30,11 @@ class DMC:
     """An environment of dm_control's suite.
 
     Args:
-        env: as `suite.load` gives it.
-        size: height and width of the key `image`; None for no image, and then nothing is ever drawn.
-        camera: which of the model's cameras takes it.
-        repeat: env steps for which an action is repeated; only the last of them is drawn.
-        vectors: whether there are the suite's own observations, each a vector.
+        env: from `suite.load`.
+        size: height and width of the key `image`; None for no image, and then nothing is rendered.
+        camera: number of the model's camera.
+        repeat: env steps per action; only the last of them is rendered.
+        vectors: whether to observe the suite's own observations, each as a vector.
     """
 
     repeats_actions = True
@@ -60,7 +60,7 @@ class DMC:
 
     def reset(self, seed: int | None = None) -> tuple[dict, dict]:
         if seed is not None:
-            self._env.task._random = np.random.RandomState(np.random.MT19937(seed))  # no public way
+            self._env.task._random = np.random.RandomState(np.random.MT19937(seed))  # there is no public way
         return self._obs(self._env.reset()), {}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -70,7 +70,7 @@ class DMC:
             reward += step.reward
             if step.last():
                 break
-        # A discount above 0 at the end means that time is up.
+        # A discount above 0 at the end means a time limit.
         terminated = step.last() and step.discount == 0
         return self._obs(step), reward, terminated, step.last() and not terminated, {}
 

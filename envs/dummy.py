@@ -1,12 +1,13 @@
-"""Small environments that are solved within minutes, for tests.
+"""Small environments for tests, solved within minutes.
 
-One of four colours is the cue; it names the rewarded action. A random agent gets a quarter of the best.
+The cue is one of four colours and determines the rewarded action. Random actions get a quarter of the best
+return.
 
     dummy_cue         image; each step shows a new cue
-    dummy_memory      image; the cue is seen at the first step only, and is asked for at all later ones
+    dummy_memory      image; the cue is visible at the first step only, and rewarded at all later ones
     dummy_vector      as dummy_cue, without an image: the cue is a one-hot vector
     dummy_mixed       as dummy_cue, with image and vector
-    dummy_continuous  as dummy_cue, with continuous actions: the cue names a point in the plane
+    dummy_continuous  as dummy_cue, with continuous actions: the cue determines a point in the plane
 """
 
 import math
@@ -19,8 +20,8 @@ import envs
 
 COLORS = np.array([(230, 30, 30), (30, 200, 30), (40, 60, 240), (230, 220, 30)], np.uint8)
 BACKGROUND = 60  # gray level; a blank image is all background
-CUE_LENGTH = 16  # steps of an episode that shows a new cue each step
-MEMORY_LENGTH = 6  # steps of an episode with one cue, the step that shows it included
+CUE_LENGTH = 16  # steps of an episode with a new cue at each step
+MEMORY_LENGTH = 6  # steps of an episode with one cue, including the step that shows it
 RADIUS = 0.6  # of the circle on which the continuous targets lie
 WIDTH = 0.3  # distance from the target at which the reward has fallen to exp(-1/2)
 
@@ -41,17 +42,17 @@ def make(name: str, config: Any) -> "Dummy":
 
 
 class Dummy:
-    """Shows a cue and rewards the action that it names.
+    """Shows a cue and rewards the matching action.
 
     Args:
         size: height and width of the image.
         image: whether there is an image; the cue is a coloured square in its middle.
-        vectors: names of vector keys; each holds the cue as a one-hot vector, zeros when it is hidden.
-        memory: show the cue at the first step only, and reward the later steps only.
-        continuous: actions are points in the square [-1, 1]^2; the nearer to the cue's, the better.
-        length: steps of an episode, which then terminates.
+        vectors: names of vector keys with the one-hot cue, or zeros while it is hidden.
+        memory: show the cue at the first step only, and reward only later steps.
+        continuous: actions are points in [-1, 1]^2, rewarded by the distance to the cue's point.
+        length: steps after which an episode terminates.
 
-    `best_return` is the return of an episode in which every rewarded action is right.
+    `best_return` is the return of an episode of correct actions.
     """
 
     def __init__(

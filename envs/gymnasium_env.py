@@ -1,6 +1,6 @@
-"""Any environment of gymnasium, `gym_{id}`: for example `gym_CartPole-v1`.
+"""Any environment of gymnasium, `gym_{id}`, such as `gym_CartPole-v1`.
 
-`gym_{module}:{id}` imports a module first, which registers the id: for example `gym_ale_py:ALE/Pong-v5`.
+`gym_{module}:{id}` first imports a module that registers the id, such as `gym_ale_py:ALE/Pong-v5`.
 """
 
 import importlib
@@ -22,7 +22,7 @@ Vector = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinar
 
 
 def make(name: str, config: Any) -> "Gymnasium":
-    """The environment of task `gym_{name}`. Where `obs` is not native, `image` is what it draws."""
+    """The environment of task `gym_{name}`. Unless `obs` is native, `image` is the rendered frame."""
     task = f"gym_{name}"
     module, _, env_id = name.rpartition(":")
     try:
@@ -32,7 +32,7 @@ def make(name: str, config: Any) -> "Gymnasium":
     except gymnasium.error.DependencyNotInstalled as error:
         reason = _first_line(error)
         raise UserError(f"{task}: {reason} LoRe's own list: pip install -r requirements/gym.txt") from error
-    except (gymnasium.error.Error, ImportError) as error:  # also an id that gymnasium has dropped
+    except (gymnasium.error.Error, ImportError) as error:  # also ids that gymnasium has removed
         raise UserError(f"{task} cannot be made: {_first_line(error)}") from error
 
 
@@ -49,28 +49,28 @@ def _make(task: str, module: str, env_id: str, obs: str) -> gymnasium.Env:
     creator = creator if callable(creator) else load_env_creator(creator)
     draws = "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ())
     if obs != "native" and not draws:
-        raise UserError(f"{task} cannot draw itself as an image: use --obs native.")
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # no window is opened: pygame need not look for one
+        raise UserError(f"{task} cannot render images: use --obs native.")
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no window
     env = gymnasium.make(env_id, disable_env_checker=True, **({"render_mode": "rgb_array"} if draws else {}))
     if obs == "native":
         return env
     _choose_backend(env)
-    env.reset(seed=0)  # a camera may keep its place from the first reset of all
+    env.reset(seed=0)  # a camera may keep its position from the very first reset
     return AddRenderObservation(env, obs == "pixels", render_key="image", obs_key="vector")
 
 
 def _choose_backend(env: gymnasium.Env) -> None:
-    """Before the first frame is drawn: environments of MuJoCo need an OpenGL."""
+    """Choose an OpenGL before the first frame, which environments of MuJoCo need."""
     if hasattr(env.unwrapped, "mujoco_renderer"):
         rendering.choose_backend(f"gym_{env.spec.id}")
 
 
 class Gymnasium:
-    """A gymnasium environment with the observations of LoRe.
+    """A gymnasium environment with images and vectors as observations.
 
-    The keys of a Dict stay, and an observation without keys is `image` or `vector`. uint8 [H, W] and
-    [H, W, C] are images, which get the given size. All else becomes a float32 vector, as gymnasium's
-    `flatten` does it: Discrete is one-hot, and a Tuple or inner Dict is one vector.
+    The keys of a Dict stay; an observation without keys becomes `image` or `vector`. uint8 [H, W] and
+    [H, W, C] are images, resized to `size`. Everything else becomes a float32 vector by gymnasium's
+    `flatten`: Discrete is one-hot, and a Tuple or inner Dict is one vector.
     """
 
     def __init__(self, env: gymnasium.Env, size: tuple[int, int]):
@@ -92,7 +92,7 @@ class Gymnasium:
         return self._obs(obs), float(reward), terminated, truncated, info
 
     def render(self) -> np.ndarray | None:
-        """The frame as uint8 [H, W, 3], None where the environment draws none."""
+        """The frame as uint8 [H, W, 3], or None if the environment renders none."""
         _choose_backend(self._env)
         return self._env.render()
 
@@ -105,7 +105,7 @@ class Gymnasium:
         if _is_image(space):
             return spaces.Box(0, 255, (*self._size, *(space.shape[2:] or (1,))), np.uint8)
         if not isinstance(space, Vector):
-            raise UserError(f"Observation {key!r} is {space}, which is not made of numbers: leave it out.")
+            raise UserError(f"Observation {key!r} is {space}, which is not numeric: leave it out.")
         return spaces.Box(-np.inf, np.inf, spaces.flatten_space(space).shape, np.float32)
 
     def _obs(self, obs: Any) -> dict[str, np.ndarray]:
@@ -120,7 +120,7 @@ class Gymnasium:
             return spaces.flatten(space, value).astype(np.float32)
         height, width = self._size
         image = cv2.resize(np.asarray(value), (width, height), interpolation=cv2.INTER_AREA)
-        return image.reshape(self.obs_space[key].shape)  # cv2 leaves out a single channel
+        return image.reshape(self.obs_space[key].shape)  # cv2 drops a single channel
 
 
 def _is_image(space: spaces.Space) -> bool:

@@ -1,8 +1,7 @@
 """Minecraft through MineRL 0.4.4 (Guss et al. 2019): `minecraft_diamond` and others.
 
-MineRL cannot be had everywhere, so the tests step this file against a fake that has MineRL's documented
-spaces; the real game was not run. A seed gives the same world, but the game does not repeat itself step for
-step: a resumed run begins new episodes.
+Tested only against a fake with MineRL's documented spaces, not against the real game. A seed gives the same
+world, but the game is not deterministic: a resumed run starts new episodes.
 """
 
 import re
@@ -16,18 +15,18 @@ from gymnasium import spaces
 import envs
 from basics import UserError
 
-# The id in MineRL, and the steps after which it ends an episode.
+# MineRL's id and its time limit in steps.
 TASKS = {
     "diamond": ("MineRLObtainDiamond-v0", 18000),
     "ironpickaxe": ("MineRLObtainIronPickaxe-v0", 6000),
     "treechop": ("MineRLTreechop-v0", 8000),
     "navigate": ("MineRLNavigate-v0", 6000),
 }
-NOTHING = "none"  # the choice of a MineRL action that does nothing
-TURN = 15  # degrees of a turn of the camera
-PITCH_LIMIT = 60  # degrees that the camera looks up or down at most
-ATTACK_STEPS = 30  # for which an attack is held: fewer break no block (as DreamerV3 does it)
-JUMP_STEPS = 10  # for which a jump is held
+NOTHING = "none"  # the value of a MineRL action that does nothing
+TURN = 15  # degrees of a camera turn
+PITCH_LIMIT = 60  # largest camera angle up or down, in degrees
+ATTACK_STEPS = 30  # steps for which an attack is held, as in DreamerV3: fewer break no block
+JUMP_STEPS = 10  # steps for which a jump is held
 
 
 def make(name: str, config: Any) -> "Minecraft":
@@ -52,7 +51,7 @@ def make(name: str, config: Any) -> "Minecraft":
 
 
 def java_version() -> str | None:
-    """The major version of the `java` that is started by that name, "8" for 1.8; None where there is none."""
+    """The major version of `java`, "8" for 1.8; None if it is missing."""
     try:
         told = subprocess.run(["java", "-version"], capture_output=True, text=True).stderr
     except OSError:
@@ -62,16 +61,16 @@ def java_version() -> str | None:
 
 
 class Minecraft:
-    """A MineRL environment with one discrete action, as DreamerV3 has it.
+    """A MineRL environment with one discrete action, as in DreamerV3.
 
     The actions: nothing, each button alone, a jump forward, four turns of the camera, and each item that can
     be crafted, smelted, placed or equipped. Observations are `image`, one vector for each other key of MineRL
-    (names of items are one-hot), and `inventory_max`: the most that was held of each item in this episode.
+    (item names are one-hot), and `inventory_max`, the largest number of each item in this episode.
 
     Args:
-        env: as `gym.make` of MineRL gives it.
+        env: from MineRL's `gym.make`.
         size: height and width of the image.
-        length: steps after which MineRL ends an episode because time is up.
+        length: MineRL's time limit in steps.
     """
 
     def __init__(self, env: Any, size: tuple[int, int], length: int):
@@ -103,7 +102,7 @@ class Minecraft:
         self._env.close()
 
     def _hold(self, chosen: dict[str, Any]) -> dict[str, Any]:
-        """The whole MineRL action: buttons are held for some steps, and the camera stays within its limit."""
+        """The complete MineRL action: buttons are held for some steps, the camera is limited."""
         action = {**self._env.action_space.no_op(), **chosen}
         self._attack = ATTACK_STEPS if chosen.get("attack") else self._attack
         self._jump = JUMP_STEPS if chosen.get("jump") else self._jump
@@ -131,7 +130,7 @@ class Minecraft:
 
 
 def list_actions(space: dict[str, Any]) -> list[dict[str, Any]]:
-    """The discrete actions for a Dict of MineRL actions, each as what differs from doing nothing."""
+    """The discrete actions for a Dict of MineRL actions, each as its difference from doing nothing."""
     actions: list[dict[str, Any]] = [{}]
     for key, part in sorted(space.items()):
         if key == "camera":

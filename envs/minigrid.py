@@ -1,6 +1,6 @@
-"""MiniGrid and BabyAI (Chevalier-Boisvert et al. 2023), for example `minigrid_DoorKey-5x5`.
+"""MiniGrid and BabyAI (Chevalier-Boisvert et al. 2023), such as `minigrid_DoorKey-5x5`.
 
-The name is the id without `MiniGrid-` and without the version `-v0`; whole ids are understood too.
+The name is the id without `MiniGrid-` and the version `-v0`, or the full id.
 """
 
 import functools
@@ -20,26 +20,28 @@ import envs
 from envs import symbolic
 from envs.gymnasium_env import Gymnasium
 
-MISSION_LENGTH = 50  # words of a mission that are shown, as in minigrid's own wrapper
-# MiniGrid's own list of words, and what the missions of BabyAI have beside it.
+MISSION_LENGTH = 50  # most words of a mission, as in minigrid's wrapper
+# MiniGrid's list of words, and those that BabyAI's missions have in addition.
 WORDS = [*DictObservationSpaceWrapper.get_minigrid_words()]
 WORDS += ["next", "put", "in", "on", "your", "left", "right", "front", "behind", "after", "is", "drop"]
-WORDS = {word: index for index, word in enumerate(dict.fromkeys(WORDS), start=1)}  # 0 is any other word
+WORDS = {word: index for index, word in enumerate(dict.fromkeys(WORDS), start=1)}  # 0 is an unknown word
 DOOR = OBJECT_TO_IDX["door"]
-PLAIN = (OBJECT_TO_IDX["unseen"], OBJECT_TO_IDX["empty"])  # what has no colour
+PLAIN = (OBJECT_TO_IDX["unseen"], OBJECT_TO_IDX["empty"])  # kinds without colour
 KINDS = len(OBJECT_TO_IDX)
-CELL = KINDS + len(COLOR_TO_IDX) + len(STATE_TO_IDX)  # numbers by which a cell is described
+CELL = KINDS + len(COLOR_TO_IDX) + len(STATE_TO_IDX)  # numbers per cell
 
 
 def make(name: str, config: Any) -> Gymnasium:
     """The environment of task `minigrid_{name}`.
 
-    `image` is the part of the grid that the agent sees, drawn. With `minigrid.grid` it is the vector `grid`
-    instead (see `encode_grid`), and nothing is drawn. With `minigrid.direction` there is also where it looks,
-    one-hot [4], and with `minigrid.mission` what it is told, a one-hot row for each word.
+    `image` is the rendered part of the grid that the agent sees. With `minigrid.grid` it is replaced by the
+    vector `grid` (see `encode_grid`), and nothing is rendered. `minigrid.direction` adds the agent's
+    direction, one-hot [4], and `minigrid.mission` the mission, one one-hot row per word.
     """
     ids = list_ids()
-    short = {re.sub(r"^MiniGrid-|-v\d+$", "", each): each for each in sorted(ids)}  # the latest version wins
+    short = {
+        re.sub(r"^MiniGrid-|-v\d+$", "", each): each for each in sorted(ids)
+    }  # the latest version is kept
     if name not in short and name not in ids:
         raise envs.unknown_task("minigrid", name, short)
     env = gymnasium.make(short.get(name, name), disable_env_checker=True, render_mode="rgb_array")
@@ -53,7 +55,7 @@ def make(name: str, config: Any) -> Gymnasium:
             lambda obs: {**obs, "grid": encode_grid(obs["image"])},
             spaces.Dict({**own.spaces, "grid": cells}),
         )
-    else:  # drawn a little too large and then shrunk to `size`
+    else:  # rendered slightly larger, then resized to `size`
         env = RGBImgPartialObsWrapper(env, math.ceil(max(config.size) / env.unwrapped.agent_view_size))
     first = "grid" if config.minigrid.grid else "image"
     keys = [first, *(key for key in ("direction", "mission") if config.minigrid[key])]
@@ -70,22 +72,22 @@ def make(name: str, config: Any) -> Gymnasium:
 
 
 def layout(view_size: int) -> symbolic.Layout:
-    """Of the observation `symbolic`: what the agent sees, as minigrid numbers it.
+    """Layout of the observation `symbolic`, with minigrid's numbers.
 
-    `view` [X, Y, 3] is the grid in front of it: kind of object, colour, state. The agent is in the middle of
-    the last row, where the view shows what it carries. `on` is the kind of what it stands on. `direction` is
-    0 right, 1 down, 2 left, 3 up. `mission` has the number of each word in WORDS, one more than there are for
-    any other word, and 0 after the end.
+    `view` [X, Y, 3] is the visible grid: kind of object, colour, state. The agent is in the middle of the
+    last row, where the view shows the object that it carries. `on` is the kind of object under it.
+    `direction` is 0 right, 1 down, 2 left, 3 up. `mission` has each word's number in WORDS, len(WORDS) + 1
+    for unknown words, and 0 after the end.
     """
     return symbolic.Layout(view=(view_size, view_size, 3), direction=(), on=(), mission=(MISSION_LENGTH,))
 
 
 def _with_symbolic(env: gymnasium.Env) -> gymnasium.Env:
-    """Adds the observation `symbolic` to an environment that still observes its compact grid."""
+    """Add the observation `symbolic` to an environment that still has its compact grid."""
     inner = env.unwrapped
     parts = layout(inner.agent_view_size)
 
-    @functools.lru_cache(maxsize=1)  # it stays the same for an episode
+    @functools.lru_cache(maxsize=1)  # it is constant within an episode
     def numbers(mission: str) -> list[int]:
         words = [WORDS.get(word, len(WORDS) + 1) for word in _words(mission)][:MISSION_LENGTH]
         return words + [0] * (MISSION_LENGTH - len(words))
@@ -106,17 +108,17 @@ def _with_symbolic(env: gymnasium.Env) -> gymnasium.Env:
 
 
 def list_ids() -> list[str]:
-    """The ids of MiniGrid and BabyAI, but for those of WFC, whose patterns are not in minigrid's wheel."""
+    """The ids of MiniGrid and BabyAI, without WFC, whose patterns are not in minigrid's wheel."""
     entries = {key: str(spec.entry_point) for key, spec in gymnasium.registry.items()}
     return [key for key, entry in entries.items() if entry.startswith("minigrid.") and ".wfc" not in entry]
 
 
 def encode_grid(view: np.ndarray) -> np.ndarray:
-    """The part of the grid that the agent sees, one-hot, int8 [X, Y, CELL].
+    """The visible part of the grid, one-hot, int8 [X, Y, CELL].
 
-    `view` is MiniGrid's own: kind, colour and state of each cell, [X, Y, 3]. The agent is at the middle of
-    the last row (Y) and looks up; in its cell is what it carries. A cell that it does not see, or that is
-    empty, has no colour, and only a door has a state.
+    `view` is MiniGrid's: kind, colour and state of each cell, [X, Y, 3]. The agent is in the middle of the
+    last row (Y) and looks up; its cell shows the object that it carries. Unseen and empty cells have no
+    colour, and only doors have a state.
     """
     kind, colour, state = np.moveaxis(view, -1, 0)
     grid = np.zeros((*kind.shape, CELL), np.int8)
@@ -128,7 +130,7 @@ def encode_grid(view: np.ndarray) -> np.ndarray:
 
 
 def encode_mission(mission: str) -> np.ndarray:
-    """A mission as a one-hot row for each word, int8 [MISSION_LENGTH, words + 1]; zeros after its end."""
+    """A mission with one one-hot row per word, int8 [MISSION_LENGTH, words + 1]; zeros after its end."""
     rows = np.zeros((MISSION_LENGTH, len(WORDS) + 1), np.int8)
     for row, word in zip(rows, _words(mission), strict=False):
         row[WORDS.get(word, 0)] = 1

@@ -1,7 +1,7 @@
-"""A room with a source of sound that cannot be seen: the agent must find it by ear.
+"""A room with an invisible sound source, which the agent must find by hearing.
 
 soundsearch_room      two ears hear the source
-soundsearch_shuffled  a control: each step sounds as at another place of another room
+soundsearch_shuffled  a control: each step sounds as at random places
 """
 
 from typing import Any
@@ -11,31 +11,26 @@ from gymnasium import spaces
 
 import envs
 
-SIDE = 10.0  # metres; the room is a square with the origin in its middle
-STEP = 1.0  # metres that a move takes the agent
-REACH = (
-    0.75  # metres from the source at which it is found: the nearest point of the agent's lattice is within
-)
-MIN_DISTANCE = 2.0  # metres from the middle, where the agent starts, to the source
-LENGTH = 20  # steps of an episode at most
+SIDE = 10.0  # metres; the room is a square around the origin
+STEP = 1.0  # metres per move
+REACH = 0.75  # metres at which the source is found; some point of the agent's lattice is always within
+MIN_DISTANCE = 2.0  # metres from the source to the middle, where the agent starts
+LENGTH = 20  # most steps of an episode
 MOVES = np.array([(0, 1), (1, 0), (0, -1), (-1, 0)], np.float64)  # forward, right, backward, left
-CLOSER_REWARD = 0.1  # for each metre closer
+CLOSER_REWARD = 0.1  # per metre closer
 FOUND_REWARD = 1.0
 
 SAMPLE_RATE = 8000  # Hz
-SAMPLES = 1024  # of a step: 128 ms
-SPEED_OF_SOUND = 343.0  # metres a second
+SAMPLES = 1024  # per step: 128 ms
+SPEED_OF_SOUND = 343.0  # metres per second
 EARS = np.array([(-0.1, 0.0), (0.1, 0.0)])  # metres from the middle of the head, left and right
 EAR_DIRECTIONS = np.array([(-np.sin(np.pi / 3), 0.5), (np.sin(np.pi / 3), 0.5)])  # 60 degrees to each side
 LOUDNESS = 0.2  # amplitude at one metre
-NEAREST = 0.5  # metres; nearer it does not become louder
-PITCH, GLIDE, GLIDE_SECONDS = (
-    320.0,
-    80.0,
-    1.024,
-)  # Hz: the middle and the range of the fundamental, its period
+NEAREST = 0.5  # metres; closer sources are not louder
+PITCH, GLIDE = 320.0, 80.0  # Hz: mean and amplitude of the fundamental
+GLIDE_SECONDS = 1.024  # its period
 HARMONICS = np.arange(1, 10)
-# What the head leaves of a harmonic in the ear that is turned away: little of the high ones.
+# Gain of the harmonics in the ear that faces away: low for the high ones.
 SHADOW = np.linspace(0.5, 0.05, len(HARMONICS))
 
 FLOOR, WALL, AGENT, SOURCE = (
@@ -55,16 +50,16 @@ def make(name: str, config: Any) -> "SoundSearch":
 class SoundSearch:
     """A square room from above. The agent moves in four directions and always faces forward, up in the image.
 
-    `audio` is what the two ears heard during the step, int16 (2, 1024) at 8 kHz: nearer sounds are louder,
-    the ear that is turned to the source hears it louder, brighter and earlier, and what is behind is dull.
-    The image shows the agent and nothing of the source, which does not depend on where the agent is.
-    Each metre closer is rewarded, and most of all to be there, which terminates the episode.
+    `audio` is the sound at the two ears during the step, int16 (2, 1024) at 8 kHz: closer sources are louder,
+    the ear that faces the source hears it louder, brighter and earlier, and sounds from behind are dull.
+    The image shows the agent but not the source. Each metre closer is rewarded, and reaching the source most,
+    which terminates the episode.
 
     `log_achievement_found` is 1 once the source is reached.
 
     Args:
         size: height and width of the image.
-        shuffled: hear, at each step, a source and an agent at random places instead.
+        shuffled: at each step, hear a source and an agent at random places instead.
     """
 
     def __init__(self, size: tuple[int, int] = (32, 32), shuffled: bool = False):
@@ -98,13 +93,13 @@ class SoundSearch:
         return self._obs(before, found), reward, found, self._step >= LENGTH, {}
 
     def render(self) -> np.ndarray:
-        """The room with the source, for people: uint8 [H, W, 3]."""
+        """The room with the source, for videos: uint8 [H, W, 3]."""
         image = self._image()
         image[np.linalg.norm(self._pixels - self._source, axis=-1) <= REACH] = SOURCE
         return image
 
     def _place(self) -> np.ndarray:
-        """A place for the source, the same odds everywhere but near the middle."""
+        """A place for the source, uniform except near the middle."""
         while True:
             place = self._random.uniform(-SIDE / 2, SIDE / 2, 2)
             if np.linalg.norm(place) >= MIN_DISTANCE:
@@ -129,10 +124,10 @@ class SoundSearch:
 
 
 def hear(source: np.ndarray, start: np.ndarray, end: np.ndarray, time: float) -> np.ndarray:
-    """What the ears hear of `source` while the head moves from `start` to `end`: int16 [ears, samples].
+    """The sound of `source` at the ears while the head moves from `start` to `end`: int16 [ears, samples].
 
-    Places are (x, y) in metres; `time` in seconds is when the step begins. Each ear hears the sound later and
-    softer with its distance, and less of the high harmonics the more it is turned away.
+    Places are (x, y) in metres; `time` in seconds is the start of the step. With distance the sound arrives
+    later and softer; an ear that faces away hears less of the high harmonics.
     """
     share = np.arange(SAMPLES)[:, None] / SAMPLES
     head = start + share * (end - start)  # [L, 2]

@@ -1,7 +1,7 @@
-"""The observation `symbolic`: what an environment tells the adviser's captions (lore_llm/captions.py).
+"""The observation `symbolic`, from which captions are made (lore_llm/captions.py).
 
-It is a flat int16 vector of a fixed layout, so that it passes through shared memory like any observation. The
-agent never learns from it, and it is observed only with `llm.enabled`.
+It is a flat int16 vector of a fixed layout, so that it fits into shared memory like any observation. The
+agent never learns from it, and it exists only with `llm.enabled`.
 """
 
 import math
@@ -15,7 +15,7 @@ KEY = "symbolic"
 
 
 class Layout:
-    """Named parts of a flat int16 vector: `Layout(view=(9, 7), facing=(2,), asleep=())`, in this order."""
+    """Named parts of a flat int16 vector, in order: `Layout(view=(9, 7), facing=(2,), asleep=())`."""
 
     def __init__(self, **shapes: tuple[int, ...]):
         self._parts = {}
@@ -29,16 +29,12 @@ class Layout:
         self.space = spaces.Box(info.min, info.max, (start,), np.int16)
 
     def pack(self, **values: Any) -> np.ndarray:
-        """The vector [size] that holds these parts. Each part must have as many numbers as declared."""
+        """The vector [size] of these parts. Each part must have its declared size."""
         vector = np.empty(self.size, np.int16)
         for name, (place, shape) in self._parts.items():
             vector[place] = np.reshape(values.pop(name), -1) if shape else values.pop(name)
-        if values:
-            raise KeyError(f"no such part: {', '.join(values)}")
         return vector
 
     def unpack(self, vector: np.ndarray) -> Mapping[str, np.ndarray]:
-        """The parts of a vector [size], each with its own shape; they share its memory."""
-        if vector.shape != (self.size,):
-            raise ValueError(f"expected a vector of {self.size} numbers, got {vector.shape}")
+        """The parts of a vector [size] with their shapes, as views."""
         return {name: vector[place].reshape(shape) for name, (place, shape) in self._parts.items()}

@@ -1,15 +1,6 @@
-"""The pictures that the television of `wrappers.NoisyTV` shows: CIFAR-10, or pictures generated here.
-
-CIFAR-10 (Krizhevsky 2009) is read from its original archive, `cifar-10-binary.tar.gz` or
-`cifar-10-python.tar.gz`, or from the folder that is in it. Nothing is unpacked to the disk, nothing is read
-beyond the sizes of the original, and no pickle is executed.
-"""
+"""The pictures of `wrappers.NoisyTV`: CIFAR-10 (Krizhevsky 2009), or pictures generated here."""
 
 import functools
-import gzip
-import io
-import itertools
-import pickletools
 import tarfile
 import zlib
 from pathlib import Path
@@ -18,36 +9,30 @@ import numpy as np
 
 from basics import UserError, numpy_rng
 
-SIDE = 32  # pixels of a picture's height and of its width
-CIFAR_AMOUNT = 10_000  # pictures of CIFAR-10's first batch, which are all that is read of it
-BATCH = "data_batch_1"  # of the python version; that of the binary version is called .bin
-BINARY_RECORD = 1 + 3 * SIDE**2  # bytes of a picture in the binary version: its label, then its pixels
-MAX_BATCH = 32 * 2**20  # bytes of a batch's file; the python version, with labels and file names, has 31.0e6
-MAX_ARCHIVE = 256 * 2**20  # bytes of all that an archive holds; CIFAR-10 has 186e6
-MAX_MEMBERS = 100  # files and folders that are looked at in an archive; CIFAR-10 has 9
+SIDE = 32  # pixels of a picture's height and width
+CIFAR_AMOUNT = 10_000  # pictures in CIFAR-10's first batch, which is the only one used
+BATCH = "data_batch_1.bin"
+RECORD = 1 + 3 * SIDE**2  # bytes per picture: its label, then its pixels
 
-GENERATED_AMOUNT = 4096  # pictures that are generated
-CHUNK = 256  # of them at once, to take little memory
-WAVES = 6  # summed to a texture
-SHAPES = 4  # on top of it
+GENERATED_AMOUNT = 4096  # generated pictures
+CHUNK = 256  # pictures generated at once, to limit memory
+WAVES = 6  # summed into a texture
+SHAPES = 4  # drawn over it
 
 
 @functools.cache  # environments in one process share them
 def pictures(data: str | None) -> np.ndarray:
-    """The television's programme, uint8 [N, 32, 32, 3], read only: CIFAR-10 from `data`, else generated.
+    """The pictures, uint8 [N, 32, 32, 3], read only: CIFAR-10 from `data`, or generated if that is None.
 
-    Raises UserError where `data` is not CIFAR-10.
+    Raises UserError if `data` is not CIFAR-10.
     """
     found = generate(GENERATED_AMOUNT, numpy_rng(0, "tv_pictures")) if data is None else read_cifar10(data)
     found.flags.writeable = False
     return found
 
 
-# --- Generated pictures --------------------------------------------------------------------------------
-
-
 def generate(amount: int, random: np.random.Generator) -> np.ndarray:
-    """Pictures, uint8 [amount, 32, 32, 3]: coloured shapes on textures and gradients, a little grainy."""
+    """Pictures, uint8 [amount, 32, 32, 3]: coloured shapes on textures and gradients, with some grain."""
     sizes = [min(CHUNK, amount - start) for start in range(0, amount, CHUNK)]
     return np.concatenate([_generate_chunk(size, random) for size in sizes])
 
@@ -60,7 +45,7 @@ def _generate_chunk(n: int, random: np.random.Generator) -> np.ndarray:
         return random.uniform(low, high, (n, *shape)).astype(np.float32)
 
     def waves(amount: int, low: float, high: float) -> np.ndarray:
-        """Sums of plane waves of any direction, [n, 32, 32] within -1 to 1; the slower, the stronger."""
+        """Sums of plane waves [n, 32, 32] within -1 to 1; slower waves are stronger."""
         frequency = low * (high / low) ** uniform(0, 1, amount)  # [n, waves] radians
         angle, phase = uniform(0, 2 * np.pi, amount), uniform(0, 2 * np.pi, amount)
         weight = 1 / frequency
@@ -93,84 +78,41 @@ def _generate_chunk(n: int, random: np.random.Generator) -> np.ndarray:
     return np.clip(image + grain, 0, 255).astype(np.uint8)
 
 
-# --- CIFAR-10 ------------------------------------------------------------------------------------------
-
-
 def read_cifar10(data: str) -> np.ndarray:
-    """The first batch of CIFAR-10, uint8 [10000, 32, 32, 3], from the original archive or its folder.
+    """The first batch of CIFAR-10, uint8 [10000, 32, 32, 3], from `cifar-10-binary.tar.gz` or its folder.
 
     Raises UserError for anything else.
     """
     path = Path(data)
     try:
-        if path.is_dir():
-            name, content = _from_folder(path)
-        else:
-            name, content = _from_archive(path)
-        pixels = _from_binary(content) if name.endswith(".bin") else _from_pickle(content)
+        content = _from_folder(path) if path.is_dir() else _from_archive(path)
+        if len(content) != CIFAR_AMOUNT * RECORD:
+            raise ValueError(f"{BATCH} does not have {CIFAR_AMOUNT * RECORD:,} bytes")
     except FileNotFoundError as error:
         raise UserError(
-            f"--noisy_tv.data {data}: there is no such file or folder. Give cifar-10-binary.tar.gz, or leave "
-            "it out for generated pictures."
+            f"--noisy_tv.data {data}: no such file or folder. Pass cifar-10-binary.tar.gz, or leave the "
+            "option out for generated pictures."
         ) from error
-    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, OverflowError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError) as error:
         raise UserError(
-            f"--noisy_tv.data {data} is not CIFAR-10's original archive or its folder: {error}. Get "
-            "cifar-10-binary.tar.gz anew, or leave the option out for generated pictures."
+            f"--noisy_tv.data {data} is not cifar-10-binary.tar.gz or its folder: {error}. Download it "
+            "again, or leave the option out for generated pictures."
         ) from error
+    pixels = np.frombuffer(content, np.uint8).reshape(CIFAR_AMOUNT, RECORD)[:, 1:]
     return np.ascontiguousarray(pixels.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
 
 
-def _from_folder(folder: Path) -> tuple[str, bytes]:
-    """Name and content of the first batch in a folder, or in the folder that the archive has in it."""
-    found = [path for name in (f"{BATCH}.bin", BATCH) for path in (folder / name, *folder.glob(f"*/{name}"))]
-    found = [path for path in found if path.is_file()]
-    if not found:
-        raise ValueError(f"it has neither {BATCH}.bin nor {BATCH}")
-    with open(found[0], "rb") as file:
-        return found[0].name, _bounded(file.read(MAX_BATCH + 1), MAX_BATCH, found[0].name)
+def _from_folder(folder: Path) -> bytes:
+    for path in (folder / BATCH, *folder.glob(f"*/{BATCH}")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                return file.read(CIFAR_AMOUNT * RECORD + 1)
+    raise ValueError(f"it has no {BATCH}")
 
 
-def _from_archive(path: Path) -> tuple[str, bytes]:
-    """Name and content of the first batch in a .tar.gz, read in memory."""
-    with gzip.open(path) as file:
-        content = _bounded(file.read(MAX_ARCHIVE + 1), MAX_ARCHIVE, "the archive")
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
-        # Bounded, for a member of negative size leads tarfile back to where it was, again and again.
-        for member in itertools.islice(archive, MAX_MEMBERS):
-            name = member.name.rpartition("/")[2]
-            if name in (BATCH, f"{BATCH}.bin") and member.isreg():
-                return name, _bounded(archive.extractfile(member).read(MAX_BATCH + 1), MAX_BATCH, name)
-    raise ValueError(f"it has neither {BATCH}.bin nor {BATCH}")
-
-
-def _bounded(content: bytes, limit: int, what: str) -> bytes:
-    if len(content) > limit:
-        raise ValueError(f"{what} has more than {limit / 2**20:.0f} MiB")
-    return content
-
-
-def _from_binary(content: bytes) -> np.ndarray:
-    """Pixels [10000, 3072] of the binary version: records of a label and the colours' planes."""
-    if len(content) != CIFAR_AMOUNT * BINARY_RECORD:
-        expected = f"{CIFAR_AMOUNT * BINARY_RECORD:,} bytes"
-        raise ValueError(f"{BATCH}.bin has {len(content):,} bytes in place of {expected}")
-    return np.frombuffer(content, np.uint8).reshape(CIFAR_AMOUNT, BINARY_RECORD)[:, 1:]
-
-
-def _from_pickle(content: bytes) -> np.ndarray:
-    """Pixels [10000, 3072] of the python version: a pickle by Python 2, whose instructions are only read.
-
-    An unpickler, also one that knows few classes, does what a file says. `genops` does nothing: it splits the
-    pickle into instructions. One of them holds all pixels as a string, and the one before it says in which
-    order they lie: of an array's state (version, shape, dtype, is_fortran, bytes) they are the last two.
-    """
-    size = CIFAR_AMOUNT * (BINARY_RECORD - 1)
-    before = ""
-    for opcode, value, _ in pickletools.genops(content):
-        if opcode.name == "BINSTRING" and len(value) == size:
-            order = "F" if before == "NEWTRUE" else "C"
-            pixels = np.frombuffer(value.encode("latin-1"), np.uint8)  # genops decodes bytes as latin-1
-            return pixels.reshape(CIFAR_AMOUNT, -1, order=order)
-        before = opcode.name
-    raise ValueError(f"{BATCH} does not hold {CIFAR_AMOUNT:,} pictures of {SIDE}x{SIDE} pixels")
+def _from_archive(path: Path) -> bytes:
+    with tarfile.open(path, "r:gz") as archive:
+        for member in archive:
+            if member.isreg() and member.name.rpartition("/")[2] == BATCH:
+                return archive.extractfile(member).read(CIFAR_AMOUNT * RECORD + 1)
+    raise ValueError(f"it has no {BATCH}")

@@ -1,4 +1,4 @@
-"""A flat of six rooms with a television in an alcove beside the start, and no reward: for curiosity.
+"""Six rooms with a television in an alcove near the start, and no reward: a test of curiosity.
 
 tvroom_noise  the television shows a random picture at each step
 tvroom_still  a control: it always shows the same picture
@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 import envs
 
-# S is where each episode starts, T the alcove with the television, which is seen from there only.
+# S is the start, T the alcove with the television, which is visible only from there.
 PLAN = """
 ###################
 #.....#.....#.....#
@@ -24,12 +24,12 @@ PLAN = """
 """.split()
 FREE = [
     (row, column) for row, cells in enumerate(PLAN) for column, cell in enumerate(cells) if cell != "#"
-]  # the cells, by the index that `position` has 1 at
+]  # (row, column) of each index of `position`
 CELLS = len(FREE)
 START, TV = (next(i for i, (row, column) in enumerate(FREE) if PLAN[row][column] == sign) for sign in "ST")
 MOVES = [(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)]  # up, down, left, right, stay
 LENGTH = 100  # steps of an episode
-SIDE = 4  # pixels of a picture, each way
+SIDE = 4  # pixels of a picture's side
 PICTURES = np.random.default_rng(0).choice(np.float32([-1, 1]), (1000, SIDE * SIDE))  # black and white
 
 WALL, FLOOR, ALCOVE, AGENT = ((90, 90, 100), (235, 230, 220), (240, 190, 120), (40, 90, 220))
@@ -44,18 +44,18 @@ def make(name: str) -> "TVRoom":
 
 
 def watched(position: np.ndarray) -> np.ndarray:
-    """Where `position` [..., CELLS] is in front of the television: bool [...]."""
+    """Whether `position` [..., CELLS] is in front of the television: bool [...]."""
     return position[..., TV] == 1
 
 
 class TVRoom:
-    """Walk a cell up, down, left or right, or stay; walls stop. Episodes are truncated after LENGTH steps.
+    """Move one cell up, down, left or right, or stay. Episodes are truncated after LENGTH steps.
 
-    `position` has 1 at the agent's cell; `screen` is what the television shows, -1 or 1 a pixel, and 0
-    wherever it is not seen. `log_tv` is 1 in front of it.
+    `position` is one-hot; `screen` is the picture, -1 or 1 per pixel, and 0 where it is not visible. `log_tv`
+    is 1 in front of it.
 
     Args:
-        noise: show a random one of PICTURES at each step instead of always the first.
+        noise: show a random one of PICTURES at each step, not always the first.
     """
 
     def __init__(self, noise: bool):
@@ -79,8 +79,8 @@ class TVRoom:
         return self._obs(), 0.0, False, self._step >= LENGTH, {}
 
     def render(self) -> np.ndarray:
-        """The flat from above, and what the television shows, below the alcove: uint8 [H, W, 3]."""
-        tile = 2 * SIDE  # pixels of a cell, each way
+        """The rooms from above, with the picture below the alcove: uint8 [H, W, 3]."""
+        tile = 2 * SIDE  # pixels of a cell's side
         image = np.array([[WALL if cell == "#" else FLOOR for cell in cells] for cells in PLAN], np.uint8)
         image[FREE[TV]] = ALCOVE
         image[FREE[self._cell]] = AGENT
@@ -99,7 +99,7 @@ class TVRoom:
 
 
 def _next(cell: int, move: tuple[int, int]) -> int:
-    """The cell that a move leads to: the same one where a wall stops it."""
+    """The cell after a move; walls block moves."""
     place = (FREE[cell][0] + move[0], FREE[cell][1] + move[1])
     return FREE.index(place) if place in FREE else cell
 

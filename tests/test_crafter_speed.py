@@ -1,4 +1,4 @@
-"""Our faster Crafter plays bit for bit the game of the installed package."""
+"""The faster Crafter is the game of the installed package to the bit."""
 
 import crafter
 import numpy as np
@@ -24,7 +24,7 @@ class ListSimplex(OpenSimplex):
 
 @pytest.fixture
 def quick_original(monkeypatch):
-    """The original generator, where plain Python reads lists: the same worlds, several times faster."""
+    """The original generator with lists for arrays: the same worlds, several times faster."""
     monkeypatch.setattr(internals, "GRADIENTS3", internals.GRADIENTS3.tolist())
     monkeypatch.setattr(worldgen.opensimplex, "OpenSimplex", ListSimplex)
 
@@ -88,7 +88,7 @@ def test_landscape_is_the_plain_form_to_the_last_bit(seed):
         assert (start, water, mountain) == tuple(ours[name][x, y] for name in ("start", "water", "mountain"))
 
 
-def test_the_original_asks_for_noise_at_our_points_only(quick_original, monkeypatch):
+def test_original_evaluates_noise_only_at_our_points(quick_original, monkeypatch):
     asked = set()
 
     class Recorder(ListSimplex):
@@ -113,7 +113,7 @@ def test_noise_at_any_point_is_the_originals_to_the_last_bit():
     assert crafter_worldgen.OpenSimplexGrid(points)(7).tobytes() == original.tobytes()
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_world_is_the_originals(seed, quick_original):
     ours, original = (make_world(each.generate_world, seed) for each in (crafter_worldgen, worldgen))
     assert_same_world(ours, original)
@@ -125,14 +125,14 @@ def test_world_of_another_area_is_the_originals(quick_original):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1020))
+@pytest.mark.parametrize("seed", range(1000, 1006))
 def test_world_is_the_untouched_originals(seed):
     ours, original = (make_world(each.generate_world, seed) for each in (crafter_worldgen, worldgen))
     assert_same_world(ours, original)
 
 
 def make_pair(seed, **options):
-    """Ours, and the original, but for the order of objects in a chunk, which there is that of memory."""
+    """Ours and the original, which gets ordered chunks: its own order depends on memory addresses."""
     size = options.get("size", (64, 64))
     ours, original = Crafter(**options), crafter.Env(seed=seed, **options | {"size": size[::-1]})
     original._world.__class__ = _World
@@ -151,10 +151,9 @@ def assert_same_step(ours, original, action):
     return done
 
 
-# The player is kept alive through a night (dark around step 210), so that much comes and goes.
-@pytest.mark.parametrize("seed", [1, 2])
-def test_trajectory_is_the_originals(seed, quick_original):
-    pair, actions = make_pair(seed), np.random.default_rng(seed).integers(17, size=400).tolist()
+# The player is kept alive through a night (dark around step 210).
+def test_trajectory_is_the_originals(quick_original):
+    pair, actions = make_pair(1), np.random.default_rng(1).integers(17, size=400).tolist()
     slept = False
     for action in actions:
         for player in (env._player for env in (pair[0]._env, pair[1])):
@@ -176,7 +175,7 @@ def test_trajectory_over_many_episodes_is_the_originals(quick_original):
     assert_same_world(ours._env._world, original._world)
 
 
-def test_a_smaller_world_is_the_originals(quick_original):
+def test_smaller_world_is_the_originals(quick_original):
     made = envs.make_raw(config.load(["--crafter.area", "20", "32"]), 0)
     assert made._env._world.area == (20, 32)
     ours, original = make_pair(3, length=80, area=(20, 32))
@@ -200,7 +199,7 @@ def test_images_at_the_worlds_edges_are_the_originals(size, quick_original):
             np.testing.assert_array_equal(ours._env.render(), original.render())
 
 
-def test_inventory_is_drawn_anew_when_it_changes(quick_original):
+def test_inventory_is_redrawn_when_it_changes(quick_original):
     ours, original = make_pair(0)
     for change in (dict(wood=3), dict(wood=4), dict(wood=0, iron_sword=1), dict(wood=0), dict(health=2)):
         for env in (ours._env, original):
@@ -210,6 +209,6 @@ def test_inventory_is_drawn_anew_when_it_changes(quick_original):
         np.testing.assert_array_equal(ours._env.render(larger), original.render(larger))
 
 
-def test_the_installed_package_stays_as_it_is():
+def test_installed_package_is_not_changed():
     assert crafter.env.worldgen.generate_world.__module__ == "crafter.worldgen"
     assert type(crafter.Env(seed=0)._local_view) is engine.LocalView

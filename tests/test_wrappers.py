@@ -1,6 +1,5 @@
-"""Wrappers around ours and around gymnasium's environments."""
+"""Wrappers around one environment."""
 
-import gymnasium
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -9,7 +8,6 @@ import config as configs
 import envs
 from basics import UserError
 from envs import wrappers
-from envs.adapter import Adapter
 from envs.dummy import Dummy
 
 
@@ -17,128 +15,122 @@ def dummy(**options) -> Dummy:
     return Dummy(size=(20, 24), vectors=("vector",), **options)
 
 
-class Picture(gymnasium.Env):
-    """A gymnasium env whose observation is an image without a key."""
-
-    observation_space = spaces.Box(0, 255, (20, 24, 3), np.uint8)
-    action_space = spaces.Discrete(3, start=1)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.taken = []
-        return self._obs(), {}
-
-    def step(self, action):
-        self.taken.append(action)
-        return self._obs(), 5.0, False, len(self.taken) == 7, {}
-
-    def _obs(self):
-        return self.np_random.integers(0, 256, (20, 24, 3), np.uint8)
-
-
 def play(env, actions, seed=0):
     steps = [env.reset(seed=seed)[0]]
     return steps + [env.step(action)[0] for action in actions]
 
 
-def matches(env, obs) -> bool:
-    space = getattr(env, "obs_space", None) or env.observation_space
-    space = spaces.Dict(space) if isinstance(space, dict) else space
-    return space.contains(obs)
+@pytest.mark.parametrize(
+    "wrap, shape",
+    [
+        (lambda env: wrappers.Resize(env, (64, 64)), (64, 64, 3)),
+        (lambda env: wrappers.GrayScale(env), (20, 24, 1)),
+        (lambda env: wrappers.FrameStack(env, 4), (20, 24, 12)),
+        (lambda env: wrappers.FrameStack(wrappers.GrayScale(wrappers.Resize(env, (8, 8))), 2), (8, 8, 2)),
+    ],
+)
+def test_image_wrappers_change_space_and_observations(wrap, shape):
+    env = wrap(dummy())
+    assert env.obs_space["image"].shape == shape and env.obs_space["vector"].shape == (4,)
+    steps = play(env, [0, 1])
+    assert all(spaces.Dict(env.obs_space).contains(obs) for obs in steps)
+    np.testing.assert_equal(steps, play(env, [0, 1]))
 
 
-IMAGE_WRAPPERS = [
-    (lambda env: wrappers.Resize(env, (64, 64)), (64, 64, 3)),
-    (lambda env: wrappers.GrayScale(env), (20, 24, 1)),
-    (lambda env: wrappers.FrameStack(env, 4), (20, 24, 12)),
-    (lambda env: wrappers.FrameStack(wrappers.GrayScale(wrappers.Resize(env, (8, 8))), 2), (8, 8, 2)),
-]
-
-
-@pytest.mark.parametrize("wrap, shape", IMAGE_WRAPPERS)
-def test_image_wrappers_change_space_and_observations_of_ours_and_gymnasiums(wrap, shape):
-    ours, theirs = wrap(dummy()), wrap(Picture())
-    assert ours.obs_space["image"].shape == theirs.observation_space.shape == shape
-    assert ours.obs_space["vector"].shape == (4,)
-    for env, actions in ((ours, [0, 1]), (theirs, [1, 2])):
-        steps, again = play(env, actions), play(env, actions)
-        assert all(matches(env, obs) for obs in steps)
-        for one, other in zip(steps, again, strict=True):  # what is random comes from the seed
-            np.testing.assert_equal(one, other)
-
-
-def test_resize_averages_and_gray_weighs_colours():
+def test_resize_averages_and_grayscale_weights_colours():
     image = np.zeros((4, 4, 3), np.uint8)
     image[::2, ::2] = 200
     assert (wrappers.resize(image, (2, 2)) == 50).all()
-    env = wrappers.GrayScale(dummy())
-    env.reset(seed=0)
     color = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], np.uint8)
-    assert env._new("image", color)[0, :, 0].tolist() == [76, 150, 29, 255]
+    assert wrappers.gray(color)[0, :, 0].tolist() == [76, 150, 29, 255]
 
 
-def test_frame_stack_shows_the_newest_frame_last_and_starts_with_copies_of_the_first():
-    bare, env = dummy(), wrappers.FrameStack(dummy(), 3)
-    frames = [obs["image"] for obs in play(bare, [0, 1, 2])]
-    stacks = [obs["image"] for obs in play(env, [0, 1, 2])]
+def test_frame_stack_has_the_newest_frame_last_and_starts_with_copies_of_the_first():
+    frames = [obs["image"] for obs in play(dummy(), [0, 1, 2])]
+    stacks = [obs["image"] for obs in play(wrappers.FrameStack(dummy(), 3), [0, 1, 2])]
     for t, stack in enumerate(stacks):
-        wanted = [frames[max(0, t - 2)], frames[max(0, t - 1)], frames[t]]
-        np.testing.assert_array_equal(stack, np.concatenate(wanted, -1))
+        expected = [frames[max(0, t - 2)], frames[max(0, t - 1)], frames[t]]
+        np.testing.assert_array_equal(stack, np.concatenate(expected, -1))
 
 
-def test_clip_reward_and_normalised_observations():
-    env = wrappers.ClipReward(Picture(), min_reward=-1, max_reward=1)
+def test_time_limit_action_repeat_and_clip_reward():
+    env = wrappers.ActionRepeat(dummy(memory=True, length=6), 4)
     env.reset(seed=0)
-    assert env.step(1)[1] == 1.0
-    for bare in (gymnasium.make("Pendulum-v1"), dummy()):
-        env = wrappers.NormalizeObservation(bare)
-        space = spaces.Discrete(4) if isinstance(bare, Dummy) else bare.action_space
-        space.seed(1)
-        seen = []
-        for seed in range(30):
-            seen += play(env, [space.sample() for _ in range(15)], seed)
-        assert all(matches(env, obs) for obs in seen)
-        values = np.array([obs["vector"] if isinstance(obs, dict) else obs for obs in seen])
-        assert abs(values.mean()) < 0.5 and 0.5 < values.std() < 2
-    again = wrappers.NormalizeObservation(dummy())  # the same in every process and after a resume
-    np.testing.assert_equal(play(again, [0, 1]), play(env, [0, 1]))
-
-
-def test_one_hot_action_is_the_action_that_it_names_and_the_agent_chooses_among_them():
-    bare = Picture()
-    env = wrappers.OneHotAction(bare)
-    assert env.action_space.shape == (3,) and env.action_space.contains(env.action_space.sample())
+    cue = env._cue
+    assert env.step(cue)[1:4] == (3.0, False, False)  # the first of the four steps has no reward
+    assert env.step(cue)[1:4] == (2.0, True, False)
+    env = wrappers.ClipReward(env, min_reward=-1, max_reward=1)
     env.reset(seed=0)
-    env.step(np.array([0, 1, 0], np.float32))
-    with pytest.raises(ValueError, match="one-hot"):
-        env.step(np.array([1, 1, 0], np.float32))
-    adapted = Adapter(env)
-    assert adapted.act_space == spaces.Discrete(3)
-    adapted.step(2)
-    assert bare.taken == [2, 3]
+    assert env.step(cue)[1] == 1.0
+    env = wrappers.TimeLimit(dummy(), 3)
+    env.reset(seed=0)
+    assert [env.step(0)[3] for _ in range(3)] == [False, False, True]
 
 
-def test_audio_inject_adds_zeros_plus_noise():
-    for bare, key in ((dummy(), "image"), (Picture(), "observation")):
-        silent, noisy = (wrappers.AudioInject(bare, 500, std) for std in (0.0, 2.0))
-        assert not play(silent, [1])[1]["audio"].any()
-        first, second = play(noisy, [1])
-        assert matches(noisy, first) and key in first
-        assert 1.8 < first["audio"].std() < 2.2 and abs(first["audio"].mean()) < 0.3
-        assert not np.array_equal(first["audio"], second["audio"])
-        np.testing.assert_equal(play(noisy, [1]), [first, second])
-        assert not np.array_equal(play(noisy, [1], seed=1)[0]["audio"], first["audio"])
-    with pytest.raises(UserError, match="audio of its own"):
+def test_audio_inject_adds_noise_from_the_seed():
+    silent, noisy = (wrappers.AudioInject(dummy(), 500, std) for std in (0.0, 2.0))
+    assert not play(silent, [1])[1]["audio"].any()
+    first, second = play(noisy, [1])
+    assert 1.8 < first["audio"].std() < 2.2 and abs(first["audio"].mean()) < 0.3
+    assert not np.array_equal(first["audio"], second["audio"])
+    np.testing.assert_equal(play(noisy, [1]), [first, second])
+    assert not np.array_equal(play(noisy, [1], seed=1)[0]["audio"], first["audio"])
+    with pytest.raises(UserError, match="already has audio"):
         wrappers.AudioInject(noisy, 3)
 
 
-@pytest.mark.parametrize("wrapper", [wrappers.GrayScale, wrappers.Resize, wrappers.FrameStack])
-def test_a_wrapper_that_does_not_fit_says_what_it_needs(wrapper):
+@pytest.mark.parametrize("wrapper", [wrappers.GrayScale, wrappers.NoisyTV])
+def test_wrapper_names_what_it_needs(wrapper):
     with pytest.raises(UserError, match=r"needs images.*vector"):
         wrapper(Dummy(image=False, vectors=("vector",)))
 
 
-def test_options_wrap_the_env_and_restored_episodes_go_on():
+def test_normalised_actions_are_clipped_and_scaled_to_the_envs_range():
+    class Recorder:
+        act_space = {
+            "inside": spaces.Box(np.array([0, -2], np.float32), np.array([1, 6], np.float32)),
+            "below": spaces.Box(3, np.inf, (1,), np.float64),
+            "above": spaces.Box(-np.inf, 3, (1,), np.float32),
+            "free": spaces.Box(-np.inf, np.inf, (1,), np.float32),
+            "whole": spaces.Box(0, 255, (1,), np.uint8),
+            "index": spaces.Discrete(4),
+        }
+
+        def step(self, action):
+            return action
+
+    env = wrappers.NormalizeActions(Recorder())
+    boxes = {key: space for key, space in env.act_space.items() if key != "index"}
+    assert all(space == spaces.Box(-1, 1, space.shape, np.float32) for space in boxes.values())
+    assert env.act_space["index"] == spaces.Discrete(4)
+
+    def do(value):
+        done = env.step(
+            {key: np.full(space.shape, value, np.float32) for key, space in boxes.items()} | {"index": 2}
+        )
+        for key, space in Recorder.act_space.items():
+            assert space.contains(np.asarray(done[key])), key
+        return {key: np.asarray(each).tolist() for key, each in done.items() if key != "index"}
+
+    expected = {"inside": [0, -2], "below": [3], "above": [1], "free": [-1], "whole": [0]}
+    assert do(-1) == do(-7) == expected
+    expected = {"inside": [1, 6], "below": [5], "above": [3], "free": [1], "whole": [255]}
+    assert do(1) == do(7) == expected
+    assert do(0) == {"inside": [0.5, 2], "below": [4], "above": [2], "free": [0], "whole": [128]}
+
+
+def test_normalising_an_action_from_minus_one_to_one_changes_no_bit():
+    class Plain:
+        act_space = spaces.Box(-1, 1, (1000,), np.float32)
+
+        def step(self, action):
+            return action
+
+    action = np.random.default_rng(0).normal(0, 0.5, 1000).clip(-1, 1).astype(np.float32)
+    np.testing.assert_array_equal(wrappers.NormalizeActions(Plain()).step(action), action)
+
+
+def test_options_add_wrappers_and_restored_episodes_continue():
     options = ["--grayscale", "True", "--frame_stack", "2", "--clip_reward", "True", "--action_repeat", "2"]
     options += ["--audio_dim", "3", "--audio_noise_std", "1", "--size", "48", "48", "--task", "dummy_mixed"]
     config = configs.load(options)
