@@ -1,9 +1,9 @@
-"""Advice of a language model: who is asked, what is answered, and how it reaches the agent (docs/llm.md)."""
+"""Advice of language models and other advisers, and its use by the agent (docs/llm.md)."""
 
 import importlib
 from typing import Any
 
-# Name -> module. They are imported when asked for: environments and their tests need no pydantic.
+# Name -> module, imported on first use: environments do not need pydantic.
 _HOMES = {
     "ActionPrior": "advice",
     "Advice": "advice",

@@ -142,8 +142,8 @@ class AdviceSpec:
     @property
     def digest(self) -> str:
         """A hash of what the prompt says about the environment, for the cache key."""
-        told = [self.actions, self.subgoals, self.features, self.max_skills]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        parts = [self.actions, self.subgoals, self.features, self.max_skills]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""Captions: what an adviser is told about a situation, as text.
+"""Captions: descriptions of situations as text, for advisers.
 
-A captioner reads one environment's observation, above all its array `symbolic` (envs/symbolic.py): the game's
-own state, cut to what the image shows, which the agent's eyes do not get. It quantises, so that equal
-situations give equal text: the text is the key under which advice is cached. Nothing here needs the
-environment itself, and no text is made unless somebody asks.
+A captioner reads the observation of one environment, mainly its array `symbolic` (envs/symbolic.py): the
+state of the game, cropped to what the image shows, which the agent does not observe. Captions are quantised,
+so that similar situations have equal text, which is the cache key of advice. They are made on demand.
 """
 
 import heapq
@@ -22,48 +21,49 @@ Obs = Mapping[str, np.ndarray]
 
 
 class Captioner:
-    """Base of all captioners, and the one for environments without `symbolic`: it sums up their vectors.
+    """Base class of captioners, and the one for environments without `symbolic`: it summarises their vectors.
 
-    Subclass it for an environment of your own and name it by `--llm.captioner package.module:Class`. It is
-    made as `Class(actions, obs_space)`; most need to write `caption` only.
+    Subclass it for your own environment and select it by `--llm.captioner package.module:Class`. It is
+    constructed as `Class(actions, obs_space)`. Most subclasses only define `caption`.
 
     Attributes:
-        actions: what the actions are called, in their order. An adviser's plans use these names.
-        subgoals: the only subgoals that advice may name; `reached` knows each of them.
-        rules: which of the embedded rules (lore_llm/rules.py) understand the captions; None: none do.
-        about: what an adviser should know beside the caption, such as the rules of the game. It is part of
-            the prompt and never changes.
+        actions: Names of the actions, in order, as advice uses them.
+        subgoals: All subgoals that advice may name. `reached` must support them.
+        rules: The embedded rules (rules.py) that understand the captions, or None.
+        about: Constant background for the prompt, such as the rules of the game.
     """
 
     subgoals: tuple[str, ...] = ()
     rules: str | None = None
     about: str = ""
 
-    NUMBERS = 48  # of one vector that are told at most
-    KEYS = 12  # observations that are told at most
+    NUMBERS = 48  # most numbers of one vector
+    KEYS = 12  # most observations
 
     def __init__(self, actions: Sequence[str], obs_space: Mapping[str, spaces.Space]):
         self.actions = tuple(actions)
-        self._told = sorted(key for key, space in obs_space.items() if _is_told(key, space))[: self.KEYS]
+        self._described = sorted(key for key, space in obs_space.items() if _is_described(key, space))[
+            : self.KEYS
+        ]
 
     def caption(self, obs: Obs) -> str:
-        """The situation in words. Equal situations should give equal text: leave out what does not matter."""
-        return "\n".join(f"{key}: {_summary(np.asarray(obs[key]), self.NUMBERS)}" for key in self._told)
+        """The situation in words. Equal situations should have equal text: leave out what does not matter."""
+        return "\n".join(f"{key}: {_summary(np.asarray(obs[key]), self.NUMBERS)}" for key in self._described)
 
     def reached(self, subgoal: str, before: Obs, now: Obs) -> bool:
-        """Whether a subgoal was reached from one observation of an episode to a later one."""
+        """Whether `subgoal` was reached between two observations of an episode."""
         return False
 
     def blocked(self, before: Obs, now: Obs, action: int) -> bool:
-        """Whether an action, done from `before` to the next observation `now`, had no effect that shows."""
+        """Whether `action`, taken at `before` and followed by `now`, had no visible effect."""
         return False
 
 
 def make_captioner(config: Any, obs_space: Mapping[str, Any], act_space: Any) -> Captioner:
     """The captioner of `config.task`, or the one that `config.llm.captioner` names.
 
-    `obs_space` and `act_space` are those of `envs.make_env`. Raises UserError where the agent does not choose
-    one discrete action, and for a captioner that cannot be used.
+    `obs_space` and `act_space` are those of `envs.make_env`. Raises UserError unless the action is one
+    Discrete, and for a captioner that cannot be used.
     """
     parts = dict(act_space) if isinstance(act_space, Mapping) else {"action": act_space}
     if len(parts) != 1 or not isinstance(next(iter(parts.values())), spaces.Discrete):
@@ -95,35 +95,35 @@ def _load(path: str) -> type[Captioner]:
         raise UserError(f"--llm.captioner {path}: write auto, or package.module:Class.")
     found = envs.load_class(path)
     if not (isinstance(found, type) and issubclass(found, Captioner)):
-        raise UserError(f"--llm.captioner {path} is no subclass of lore_llm.captions.Captioner.")
+        raise UserError(f"--llm.captioner {path} is not a subclass of lore_llm.captions.Captioner.")
     return found
 
 
 # --- Any environment: numbers ------------------------------------------------------------------------------
 
 FLAGS = ("reward", "is_first", "is_last", "is_terminal", "discount", KEY)
-HALF_DECADES = 2  # numbers are told as 0.1, 0.3, 1, 3, 10, ...: so many steps to a factor of ten
-SMALLEST, LARGEST = 0.05, 1000.0  # below is told as 0, and above as this
+HALF_DECADES = 2  # numbers are rounded to 0.1, 0.3, 1, 3, 10, ...: two steps per factor of ten
+SMALLEST, LARGEST = 0.05, 1000.0  # smaller numbers become 0, larger ones LARGEST
 
 
-def _is_told(key: str, space: Any) -> bool:
+def _is_described(key: str, space: Any) -> bool:
     return key not in FLAGS and not key.startswith(("log_", "llm_")) and isinstance(space, spaces.Box)
 
 
 def _summary(value: np.ndarray, limit: int) -> str:
-    """An image or a vector in few words."""
+    """A short description of an image or a vector."""
     if value.dtype == np.uint8 and value.ndim == 3:
         return "an image is seen"
     flat = value.ravel().astype(np.float64)
     hot = np.flatnonzero(flat)
     if flat.size > 1 and hot.size == 1 and flat[hot[0]] == 1:
         return f"number {hot[0]} of {flat.size}"
-    told = " ".join(_rounded(number) for number in flat[:limit].tolist())
-    return told + (f" and {flat.size - limit} more" if flat.size > limit else "")
+    numbers = " ".join(_rounded(number) for number in flat[:limit].tolist())
+    return numbers + (f" and {flat.size - limit} more" if flat.size > limit else "")
 
 
 def _rounded(number: float) -> str:
-    """A number to half a decade: its sign, and 0, 0.1, 0.3, 1, 3, ..., 1000."""
+    """A number rounded to half a decade: 0, ±0.1, ±0.3, ±1, ±3, ..., ±1000."""
     size = min(abs(number), LARGEST)
     if not size >= SMALLEST:  # NaN too
         return "0"
@@ -135,14 +135,14 @@ def _rounded(number: float) -> str:
 
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # x to the right, y down
 LEVELS = ((4, "low"), (8, "middle"))  # vitals below the number; else high
-NEAR = 3  # fields from which on something is far
-OPEN = 3  # free fields in a row from which on a direction is open
+NEAR = 3  # largest distance of near things
+OPEN = 3  # free fields in a row that make a direction open
 DAY, NIGHT = 60, 30  # percent of daylight
-STEP, DIG = 1, 2  # what a free field costs on a way, and one that must be dug first
+STEP, DIG = 1, 2  # path cost of a free field, and of one that must be dug first
 
 
 class CrafterCaptioner(Captioner):
-    """Crafter: the nearest of each kind with direction, distance and the first step to it, and the player."""
+    """Crafter: the nearest thing of each kind with distance, direction and first step, and the player."""
 
     rules = "crafter"
 
@@ -157,13 +157,12 @@ class CrafterCaptioner(Captioner):
         self._kinds = [kind.replace("_", " ") for kind in KINDS]
         self._walkable = {KINDS.index(kind) for kind in game.walkable}
         self._player = KINDS.index("player")
-        # What can be dug away and then walked upon: its kind, and the tool that it needs.
+        # Kinds that become walkable when they are collected, with the tools that this requires.
         self._diggable = {
             KINDS.index(kind): tuple(info["require"].items())
             for kind, info in game.collect.items()
             if info["leaves"] in game.walkable and kind not in game.walkable
         }
-        self._collected = {KINDS.index(kind) for kind in game.collect if kind not in game.walkable}
         self._creatures = {KINDS.index(kind) for kind in ("cow", "zombie", "skeleton", "ripe_plant")}
         self._movers = {KINDS.index(kind) for kind in ("cow", "zombie", "skeleton", "arrow")}
         self._items = list(game.items)
@@ -228,15 +227,15 @@ class CrafterCaptioner(Captioner):
             turned = (old["facing"] != new["facing"]).any()
             return not turned and int(old["view"][x + dx, y + dy]) not in self._walkable
         gained = (old["achievements"] != new["achievements"]).any()
-        if name != "do":  # what is placed or made
+        if name != "do":  # place or make
             return not gained
         dx, dy = old["facing"].tolist()
         target = int(old["view"][x + dx, y + dy])
-        hit = target in self._creatures or target in self._walkable  # blows do not show, nor does bad luck
+        hit = target in self._creatures or target in self._walkable  # blows and bad luck are invisible
         return not gained and not hit
 
     def _free_way(self, view: list[list[int]], dx: int, dy: int) -> int:
-        """Free fields in a straight line from the player."""
+        """Number of free fields in a straight line from the player."""
         x, y = self._width // 2 + dx, self._height // 2 + dy
         length = 0
         while 0 <= x < self._width and 0 <= y < self._height and view[x][y] in self._walkable:
@@ -244,7 +243,7 @@ class CrafterCaptioner(Captioner):
         return length
 
     def _is_deep(self, view: list[list[int]], dx: int, dy: int) -> bool:
-        """Whether a tunnel of two fields, dug in a direction, has walls on all other sides."""
+        """Whether a tunnel of two fields in a direction would have walls on all other sides."""
         x, y = self._width // 2, self._height // 2
         if view[x + dx][y + dy] not in self._diggable:
             return False
@@ -254,7 +253,7 @@ class CrafterCaptioner(Captioner):
         return all(view[a][b] not in self._walkable | self._movers for a, b in tunnel + walls)
 
     def _is_walled_in(self, view: list[list[int]]) -> bool:
-        """Whether no creature can come to the player, as far as it is seen."""
+        """Whether no creature can reach the player, as far as is visible."""
         start = self._width // 2, self._height // 2
         seen, todo = {start}, [start]
         while todo:
@@ -274,7 +273,7 @@ class CrafterCaptioner(Captioner):
         return True
 
     def _seen(self, view: list[list[int]], items: Mapping[str, int]) -> list[str]:
-        """The nearest of each kind: how far, where, and the first step of the shortest way to it."""
+        """The nearest thing of each kind: distance, direction and first step of the shortest path."""
         ways = self._ways(view, items)
         x0, y0 = self._width // 2, self._height // 2
         best: dict[int, tuple] = {}
@@ -292,7 +291,7 @@ class CrafterCaptioner(Captioner):
             if distance == 1:
                 if kind not in self._walkable:
                     lines.append(f"{self._kinds[kind]} beside {_where(x - x0, y - y0)}")
-                continue  # the ground beside is told already
+                continue  # the ground next to the player is described elsewhere
             far = "near" if distance <= NEAR else "far"
             way = f"go {first}" if first else "no way"
             lines.append(f"{self._kinds[kind]} {far} {_where(x - x0, y - y0)}, {way}")
@@ -301,7 +300,7 @@ class CrafterCaptioner(Captioner):
     def _ways(
         self, view: list[list[int]], items: Mapping[str, int]
     ) -> dict[tuple[int, int], tuple[int, str]]:
-        """(cost to come beside it, first move) of each field of the view that can be reached."""
+        """Path cost and first move for each field of the view that can be reached."""
         costs = dict.fromkeys(self._walkable, STEP)
         costs |= {
             kind: DIG
@@ -311,7 +310,7 @@ class CrafterCaptioner(Captioner):
         start = self._width // 2, self._height // 2
         found: dict[tuple[int, int], tuple[int, str]] = {start: (0, "")}
         heap = [(0, 0, start, "")]
-        number = 0  # of equal costs the older goes first
+        number = 0  # breaks ties: of equal costs the older goes first
         while heap:
             cost, _, (x, y), first = heapq.heappop(heap)
             for name, (dx, dy) in MOVES.items():
@@ -326,19 +325,21 @@ class CrafterCaptioner(Captioner):
         return found
 
     def _stations(self, view: list[list[int]]) -> str:
-        """Table and furnace where they are near enough to be used: beside the player, corners too."""
+        """Table and furnace near enough to be used: next to the player, diagonally too."""
         x, y = self._width // 2, self._height // 2
         near = {kind for column in view[x - 1 : x + 2] for kind in column[y - 1 : y + 2]}
         names = [self._kinds[kind] for kind in sorted(near) if self._kinds[kind] in ("table", "furnace")]
         return ", ".join(names) or "nothing"
 
     def _inventory(self, items: Mapping[str, int]) -> str:
-        told = []
+        listed = []
         for name, count in items.items():
             if count and name not in self._vitals:
                 most = self._enough[name]
-                told.append(f"{min(count, most)}{'+' if count >= most > 1 else ''} {name.replace('_', ' ')}")
-        return ", ".join(told) or "nothing"
+                listed.append(
+                    f"{min(count, most)}{'+' if count >= most > 1 else ''} {name.replace('_', ' ')}"
+                )
+        return ", ".join(listed) or "nothing"
 
 
 def _level(value: int) -> str:
@@ -351,7 +352,7 @@ def _where(dx: int, dy: int) -> str:
 
 
 def _enough(game: Any) -> dict[str, int]:
-    """Of each item the number that all recipes together use up; more of it makes no difference."""
+    """For each item the number that all recipes together use: more of it makes no difference."""
     total = dict.fromkeys(game.items, 0)
     for info in [*game.place.values(), *game.make.values()]:
         for item, amount in info["uses"].items():
@@ -377,7 +378,7 @@ def _listed_recipes(game: Any) -> str:
 
 
 def about_crafter(game: Any) -> str:
-    """The rules of the game for an adviser, with the recipes of `crafter.constants`."""
+    """The rules of the game, with the recipes of `crafter.constants`."""
     return f"""\
 You play Crafter, a survival game on a grid that is seen from above. Each achievement counts once an episode;
 dying ends it. Moving towards something that is not free turns to face it. `do` acts on the field in front:
@@ -402,11 +403,11 @@ DOORS = ("open", "closed", "locked")  # of a door's state 0 to 2
 SIGNS = {"unseen": "?", "empty": ".", "floor": ".", "wall": "#", "goal": "G", "lava": "~"}
 SIGNS |= {"door": "D", "key": "K", "ball": "O", "box": "B", "agent": "A"}
 CARRIED = ("key", "ball", "box")
-MAX_THINGS = 16  # that are told at most
+MAX_THINGS = 16  # in a caption
 
 
 class MiniGridCaptioner(Captioner):
-    """MiniGrid and BabyAI: the mission, all things that are seen and where, and a map of the view."""
+    """MiniGrid and BabyAI: the mission, visible things with their positions, and a map of the view."""
 
     rules = "minigrid"
     subgoals = (
@@ -434,13 +435,13 @@ Positions in captions are relative to you: 2 ahead 1 left. In the map you are ^ 
 
         super().__init__(actions, obs_space)
         rest = minigrid.layout(0).size
-        self._size = math.isqrt((obs_space[KEY].shape[0] - rest) // 3)  # of the square that is seen
+        self._size = math.isqrt((obs_space[KEY].shape[0] - rest) // 3)  # side of the view
         self._layout = minigrid.layout(self._size)
         self._kinds = [kinds[index] for index in range(len(kinds))]
         self._colors = [colors[index] for index in range(len(colors))]
         words = list(minigrid.WORDS)
         self._words = dict(enumerate([*words, "something"], start=1))
-        self._me = self._size // 2, self._size - 1  # where the player is in the view
+        self._me = self._size // 2, self._size - 1  # the player in the view
         self._ahead = self._size // 2, self._size - 2
 
     @staticmethod
@@ -491,7 +492,7 @@ Positions in captions are relative to you: 2 ahead 1 left. In the map you are ^ 
             return below[1] == "door" != below[0]
         if subgoal == "reach_goal":
             return below[1] == "goal" != below[0]
-        if subgoal == "open_door":  # it stands open ahead, and one of its colour was seen shut
+        if subgoal == "open_door":  # one is open ahead, and one of its colour was seen shut before
             door, color, state = new["view"][self._ahead].tolist()
             shut = (old["view"][..., 0] == door) & (old["view"][..., 1] == color) & (old["view"][..., 2] > 0)
             return self._kinds[door] == "door" and DOORS[state] == "open" and bool(shut.any())
@@ -514,7 +515,7 @@ Positions in captions are relative to you: 2 ahead 1 left. In the map you are ^ 
         return f"{door}{self._colors[color]} {kind}"
 
     def _map(self, view: list[list[list[int]]]) -> list[str]:
-        """A line for each row of the view, the furthest first, but for far rows of which nothing is seen."""
+        """A line for each row of the view, the farthest first, without far rows that are all unseen."""
         rows = []
         for y in range(self._size):
             signs = [SIGNS.get(self._kinds[view[x][y][0]], "?") for x in range(self._size)]

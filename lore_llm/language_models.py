@@ -3,7 +3,6 @@
 A call returns the answers or raises one AdviserFault, whose text contains no key.
 """
 
-import email.utils
 import hashlib
 import io
 import json
@@ -32,14 +31,13 @@ OPENAI_KEY = "OPENAI_API_KEY"
 MAX_BODY = 4 * 2**20  # bytes of a server's reply
 MAX_CAPTION = 4000  # characters of a caption in the prompt, and of the description of the environment
 MAX_SHOWN = 200  # characters of a server's text in a message
-MAX_WAIT = 86_400.0  # seconds of a server's retry hint
 MAX_TOKENS = 10**9  # of one call, as the server counts them
 CHARS_PER_TOKEN = 4  # about, for servers that do not count
 LONGEST_RETRY_S = 30.0  # between two tries of google-genai
 RETRIED = [408, 500, 502, 503, 504]  # by google-genai itself, which ignores the hints of 429
 AUTH_EXIT = 41  # exit code of the program gemini without a valid login
 
-PROMPT_VERSION = 1  # goes up with every change of what a model is told: cached answers are of one version
+PROMPT_VERSION = 1  # part of the cache key: increment it with every change of the prompt
 INSTRUCTION = f"""\
 You advise an agent that learns to act in an environment. The user's message is a JSON document: \
 `environment` says what it is about, `actions` and `subgoals` list all that there are, and each of \
@@ -510,19 +508,10 @@ def _http_fault(status: Any, headers: Mapping[str, str], body: str) -> AdviserFa
 
 def _wait(headers: Mapping[str, str], body: str) -> float | None:
     """Seconds that a server asks to wait, by its header Retry-After or by Gemini's RetryInfo."""
-    hint = headers.get("retry-after", "").strip()
-    seconds = None
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", hint, re.ASCII):
-        seconds = float(hint)
-    elif hint:
-        try:
-            seconds = email.utils.parsedate_to_datetime(hint).timestamp() - time.time()
-        except (ValueError, OverflowError):
-            seconds = None
-    if seconds is None:
-        found = re.search(r'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d{1,9})?)s"', body, re.ASCII)
-        seconds = float(found[1]) if found else None
-    return None if seconds is None else min(max(seconds, 0.0), MAX_WAIT)
+    number = r"(\d{1,9}(?:\.\d{1,9})?)"
+    found = re.fullmatch(number, headers.get("retry-after", "").strip(), re.ASCII)
+    found = found or re.search(rf'"retryDelay"\s*:\s*"{number}s"', body, re.ASCII)
+    return float(found[1]) if found else None
 
 
 def _png(image: np.ndarray | None) -> bytes | None:

@@ -1,8 +1,8 @@
 """The embedded adviser: scripted experts for Crafter and MiniGrid that read captions, as a model does.
 
-They know nothing but the caption and the recipes of the game, keep no memory from one question to the next,
-and answer in the same form as a model, through the same parser. `llm.rules_quality` makes them worse on
-purpose, for experiments. Say "scripted adviser" of whatever was measured with them.
+They use only the caption and the recipes of the game, have no memory, and answer in the same form as a model,
+through the same parser. `llm.rules_quality` degrades them on purpose, for experiments. Call them "scripted
+adviser" in reports of measurements.
 """
 
 import itertools
@@ -18,36 +18,36 @@ from lore_llm.advice import MAX_PLAN, AdviceSpec, Request
 from lore_llm.backends import LLMAdapter
 from lore_llm.captions import Captioner
 
-VERSION = 2  # goes up with every change of what the rules say: cached answers are of one version
+VERSION = 2  # part of the cache key: increment it with every change of the answers
 
-# Logits, from the best action down to what does harm.
+# Logits, from the best action to harmful ones.
 BEST, GOOD, NEUTRAL, USELESS, HARMFUL = 30.0, 10.0, 0.0, -5.0, -15.0
 
 
 @dataclass
 class Verdict:
-    """What an expert says of a caption."""
+    """An expert's advice about a caption."""
 
-    best: str  # the action to do now
-    scores: dict[str, float]  # of the other actions, by name; NEUTRAL where absent
-    plan: list[str]  # actions from now on, the best one first
+    best: str  # the best next action
+    scores: dict[str, float]  # of other actions, by name; NEUTRAL if absent
+    plan: list[str]  # the next actions, beginning with the best one
     subgoal: str | None
     confidence: float
 
 
 class Expert(Protocol):
-    """Knows one kind of captions."""
+    """Understands the captions of one game."""
 
-    def judge(self, caption: str) -> Verdict: ...
+    def advise(self, caption: str) -> Verdict: ...
 
     def skills(self, caption: str) -> list[dict[str, Any]]: ...
 
 
 class Rules(LLMAdapter):
-    """Answers at once, without network or key.
+    """Answers instantly, without network or key.
 
-    The captioner says which expert knows its captions. What is random depends on seed and caption only.
-    Raises UserError where no expert knows the captions.
+    The captioner names the expert. Random answers depend on seed and caption only. Raises UserError if there
+    is no expert for the captions.
     """
 
     instant = True
@@ -75,7 +75,7 @@ class Rules(LLMAdapter):
 
     def _advise_one(self, request: Request) -> dict[str, Any]:
         actions = self.spec.actions
-        verdict = self._expert.judge(request.caption)
+        verdict = self._expert.advise(request.caption)
         scores = {name: USELESS if name.startswith("tv_") else NEUTRAL for name in actions}
         scores |= verdict.scores | {verdict.best: BEST}
         logits = [scores[name] for name in actions]
@@ -120,7 +120,7 @@ def _skill(name: str, description: str, actions: list[str], confidence: float, s
 
 
 def _line(caption: str, start: str) -> str:
-    """What stands behind `start` in a caption's line; nothing if there is no such line."""
+    """The rest of the caption's line that begins with `start`; empty if there is none."""
     place = caption.find(start)
     return "" if place < 0 else caption[place + len(start) :].partition("\n")[0].strip()
 
@@ -148,13 +148,12 @@ class Thing:
 
 
 class MiniGridRules:
-    """Fetches the key, opens the door, goes to the goal; else does what the mission says of one thing.
+    """Fetches the key, opens the door, goes to the goal; other missions name a thing to fetch or to go to.
 
-    Where nothing of use is seen it goes east, then along the walls clockwise: that comes round, and needs
-    no memory.
+    If nothing useful is visible, it goes east, then along the walls clockwise, which explores without memory.
     """
 
-    def judge(self, caption: str) -> Verdict:
+    def advise(self, caption: str) -> Verdict:
         things = self._things(_line(caption, "You see:"))
         carried = _line(caption, "You carry:")
         free = self._free(caption, things)
@@ -181,7 +180,7 @@ class MiniGridRules:
         ]
 
     def _wishes(self, caption: str, things: list[Thing], carried: str):
-        """(things, action before them or None to step onto them, subgoal, confidence), by urgency."""
+        """(things, action in front of them or None to step onto them, subgoal, confidence), by urgency."""
         mission = _line(caption, "Mission:")
         key_color = carried.removesuffix(" key") if carried.endswith(" key") else None
         wanted = None if "goal" in mission else WANTED.search(mission)
@@ -224,7 +223,7 @@ class MiniGridRules:
         return Verdict("right", scores | {"left": GOOD}, ["right"], None, 0.3)
 
     def _scores(self, front: Thing | None, is_free: bool, carried: str) -> dict[str, float]:
-        """What actions are worth whatever the aim is."""
+        """Scores of actions that do not depend on the goal."""
         scores = dict.fromkeys(("pickup", "drop", "toggle", "done"), USELESS)
         if carried != "nothing":
             scores["drop"] = HARMFUL
@@ -236,10 +235,10 @@ class MiniGridRules:
             scores["toggle"] = HARMFUL  # it would close
         return scores
 
-    def _things(self, told: str) -> list[Thing]:
-        """The list of what is seen, the nearest first."""
+    def _things(self, line: str) -> list[Thing]:
+        """The visible things, the nearest first."""
         things = []
-        for words in told.split("; "):
+        for words in line.split("; "):
             found = THING.match(words)
             if found:
                 side = int(found["side"] or 0) * (-1 if found["hand"] == "left" else 1)
@@ -248,7 +247,7 @@ class MiniGridRules:
         return things
 
     def _free(self, caption: str, things: list[Thing]) -> set[Place]:
-        """Where one can stand, as far as it is seen."""
+        """The visible places that can be walked on."""
         rows = caption.partition("Map:\n")[2].split("\n")
         me = rows[-1].find("^")
         free = {
@@ -260,8 +259,8 @@ class MiniGridRules:
         return free | {thing.place for thing in things if thing.state == "open"}
 
     def _path(self, free: set[Place], target: Place, walk_in: bool) -> list[str] | None:
-        """The shortest way until `target` is ahead, or until one stands there (`walk_in`); None: no way."""
-        start = (0, 0), AHEAD  # where, and where one looks
+        """The shortest path to the place before `target`, or onto it (`walk_in`). None: no path."""
+        start = (0, 0), AHEAD  # position and direction
         came: dict[tuple[Place, Place], tuple[tuple[Place, Place], str] | None] = {start: None}
         queue = deque([start])
         while queue:
@@ -292,21 +291,21 @@ SIGHT = re.compile(
 )
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 TOOLS = ("pickaxe", "sword")
-STEPS = {"beside": 0, "near": 2, "far": 4}  # moves towards something at such a distance, about
+STEPS = {"beside": 0, "near": 2, "far": 4}  # moves towards something at this distance, about
 OPEN_STEPS = {"open": 5, "short": 1, "deep": 0, "": 0}  # moves that are free in a direction, at least
-BLOWS = 6  # that a creature stands, at most, without a sword
+BLOWS = 6  # that kill any creature, without a sword
 DRINKS = 5
 NAP = 15  # steps of sleep in a plan
 WOOD = 5  # a table, two tools, and one to spare
-# What is gathered, by value: the field, the item, and how many are enough.
+# Materials by value: the field, the item, and how many are enough.
 GATHERED = (("diamond", "diamond", 1), ("iron", "iron", 2), ("coal", "coal", 2), ("stone", "stone", 6))
 GATHERED += (("tree", "wood", WOOD),)
-USEFUL = ("water", "cow", "zombie", "skeleton", "ripe plant")  # that something is done to, beside materials
+USEFUL = ("water", "cow", "zombie", "skeleton", "ripe plant")  # targets of `do`, besides materials
 
 
 @dataclass(frozen=True)
 class Sight:
-    """The nearest of a kind: how far, in which direction, and the first step to it, if any."""
+    """The nearest thing of a kind: distance, direction, and the first step to it, if there is a path."""
 
     far: str
     where: str
@@ -315,12 +314,12 @@ class Sight:
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption of Crafter, read."""
+    """The content of a Crafter caption."""
 
     facing: str
     around: dict[str, tuple[str, str]]  # direction -> kind of the field; open, short, deep, or nothing
     seen: dict[str, Sight]
-    reach: set[str]  # of table and furnace those that can be used
+    reach: set[str]  # table and furnace, if they can be used
     have: dict[str, int]
     vitals: dict[str, str]
     dark: bool
@@ -331,17 +330,17 @@ class Scene:
     @classmethod
     def read(cls, caption: str) -> "Scene":
         around = {}
-        for told in _line(caption, "Around you:").split("; "):
-            direction, _, rest = told.partition(" ")
+        for words in _line(caption, "Around you:").split("; "):
+            direction, _, rest = words.partition(" ")
             kind, _, space = rest.partition(", ")
             around[direction] = kind, space
         seen = {}
-        for told in _line(caption, "You see:").split("; "):
-            if found := SIGHT.match(told):
+        for words in _line(caption, "You see:").split("; "):
+            if found := SIGHT.match(words):
                 seen[found["kind"]] = Sight(found["far"], found["where"], found["go"])
         have = {}
-        for told in _line(caption, "You have:").split(", "):
-            count, _, item = told.partition(" ")
+        for words in _line(caption, "You have:").split(", "):
+            count, _, item = words.partition(" ")
             if item:
                 have[item.replace(" ", "_")] = int(count.rstrip("+"))
         state = _line(caption, "It is ")
@@ -351,7 +350,7 @@ class Scene:
             seen=seen,
             reach=set(_line(caption, "Within reach to craft:").split(", ")),
             have=have,
-            vitals=dict(told.split(" ") for told in _line(caption, "You are:").split(", ")),
+            vitals=dict(words.split(" ") for words in _line(caption, "You are:").split(", ")),
             dark=state.startswith("night"),
             asleep="you are asleep" in state,
             walled_in="walled in" in state,
@@ -367,9 +366,9 @@ class Scene:
 
 
 class CrafterRules:
-    """Survives first (fight, drink, eat, sleep), then climbs the technology tree; else looks for more.
+    """Survives first (fight, drink, eat, sleep), then climbs the technology tree, else explores.
 
-    What recipes need is read from the installed Crafter.
+    Recipes are those of the installed Crafter.
     """
 
     def __init__(self):
@@ -377,7 +376,7 @@ class CrafterRules:
 
         self._game = crafter.constants
 
-    def judge(self, caption: str) -> Verdict:
+    def advise(self, caption: str) -> Verdict:
         scene = Scene.read(caption)
         scores = self._scores(scene)
         for wish in (self._survive, self._craft, self._gather, self._roam):
@@ -414,7 +413,7 @@ class CrafterRules:
             )
         return [*works, *walks]
 
-    # --- What to do: each gives (plan, subgoal, confidence), or None ----------------------------------------
+    # --- What to do: each returns (plan, subgoal, confidence) or None --------------------------------------
 
     def _survive(self, scene: Scene, caption: str):
         if scene.asleep:
@@ -438,13 +437,13 @@ class CrafterRules:
         return None
 
     def _shelter(self, scene: Scene, caption: str) -> list[str] | None:
-        """Walls around, best in a tunnel that is closed by a stone; then sleep until it is day."""
+        """Build walls around, preferably in a tunnel closed by a stone; then sleep until day."""
         if scene.walled_in:
             return ["sleep"] * NAP
         can_dig = self._can_collect(scene, "stone")
         if not scene.have.get("stone", 0):
             return self._go(scene, "stone") if can_dig else None
-        draw = derive_seed(0, "shelter", caption)  # chance breaks the loops of who has no memory
+        draw = derive_seed(0, "shelter", caption)  # chance breaks loops, as there is no memory
         ahead, back = scene.facing, OPPOSITE[scene.facing]
         front, space = scene.around[ahead]
         ways = [name for name in scene.around if scene.is_free(name)]
@@ -464,7 +463,7 @@ class CrafterRules:
         return None
 
     def _craft(self, scene: Scene, caption: str):
-        """What can be made, placed or eaten for an achievement at once, or close by."""
+        """Make or place something for an achievement, now or close by."""
         for name, recipe in self._game.make.items():
             if name not in scene.have and self._affords(scene, recipe):
                 if set(recipe["nearby"]) <= scene.reach:
@@ -489,7 +488,7 @@ class CrafterRules:
         return None
 
     def _gather(self, scene: Scene, caption: str):
-        """The next thing to collect of what is seen."""
+        """Collect the next visible thing."""
         if plan := self._go(scene, "ripe plant"):
             return plan, "eat_plant", 0.9
         for kind, item, most in GATHERED:
@@ -510,7 +509,7 @@ class CrafterRules:
         return None
 
     def _roam(self, scene: Scene, caption: str):
-        """Straight on while it is free, through stone too; else a turn that depends on what is seen."""
+        """Go straight on, also through stone; else turn, depending on the caption."""
         if scene.is_free(scene.facing):
             plan = [f"move_{scene.facing}"] * OPEN_STEPS[scene.around[scene.facing][1]]
             return plan, None, 0.3
@@ -530,14 +529,14 @@ class CrafterRules:
     # --- How to do it ---------------------------------------------------------------------------------------
 
     def _face(self, scene: Scene, kind: str, times: int = 1) -> list[str]:
-        """Act on something beside."""
+        """Act on an adjacent thing."""
         if scene.front == kind:
             return ["do"] * times
         way = next(name for name, (each, _) in scene.around.items() if each == kind)
         return [f"move_{way}"] + ["do"] * times
 
     def _go(self, scene: Scene, kind: str, times: int = 1) -> list[str] | None:
-        """Go to the nearest of a kind and act on it; None where there is no way."""
+        """Go to the nearest thing of a kind and act on it. None: no path."""
         if any(each == kind for each, _ in scene.around.values()):
             return self._face(scene, kind, times)
         sight = scene.seen.get(kind)
@@ -555,7 +554,7 @@ class CrafterRules:
         return [move] * max(1, min(steps, OPEN_STEPS[space]))
 
     def _put(self, scene: Scene, name: str) -> list[str] | None:
-        """Place something in front, where the ground there allows it."""
+        """Place something in front, if the ground allows it."""
         recipe = self._game.place[name]
         if not self._affords(scene, recipe):
             return None
@@ -570,7 +569,7 @@ class CrafterRules:
         return all(scene.have.get(item, 0) >= amount for item, amount in recipe["uses"].items())
 
     def _can_collect(self, scene: Scene, kind: str) -> bool:
-        """Whether a material can be taken away, with the tools that there are."""
+        """Whether a material can be removed with the available tools."""
         info = self._game.collect.get(kind)
         return bool(info) and info["leaves"] != kind and self._affords(scene, {"uses": info["require"]})
 
@@ -586,7 +585,7 @@ class CrafterRules:
         return any(f"{stage}_{tool}" not in scene.have for tool in TOOLS)
 
     def _waits_for_table(self, scene: Scene) -> bool:
-        """A tool could be made if only there were a table, and wood for one."""
+        """Whether a tool could be made with a table, and there is wood for one."""
         furnace = "furnace" in scene.reach or self._affords(scene, self._game.place["furnace"])
         return "table" not in scene.reach and any(
             name not in scene.have
@@ -604,7 +603,7 @@ class CrafterRules:
         )
 
     def _scores(self, scene: Scene) -> dict[str, float]:
-        """What actions are worth whatever the aim is."""
+        """Scores of actions that do not depend on the goal."""
         scores = {"noop": USELESS / 2, "sleep": USELESS if scene.vitals["energy"] == "high" else NEUTRAL}
         if {"zombie", "skeleton"} & scene.seen.keys():
             scores["sleep"] = HARMFUL

@@ -1,7 +1,5 @@
-"""Captions: what `symbolic` holds, what is made of it, and that nothing else notices it."""
+"""Captions: the content of `symbolic`, the text that is made of it, and that nothing else changes."""
 
-import subprocess
-import sys
 import types
 
 import crafter
@@ -67,10 +65,10 @@ def crafter_captioner():
 
 
 @pytest.mark.parametrize("line", [CRAFTER, DOORKEY])
-def test_symbolic_is_there_only_with_llm_and_changes_nothing_else(line):
+def test_symbolic_exists_only_with_llm_and_changes_nothing_else(line):
     with_it, without = make(line)[0], make(line, enabled=False)[0]
     assert set(with_it.obs_space) - set(without.obs_space) == {"symbolic"}
-    for (obs, _, new), (plain, _, plain_new) in zip(play(with_it, 60), play(without, 60), strict=True):
+    for (obs, _, new), (plain, _, plain_new) in zip(play(with_it, 20), play(without, 20), strict=True):
         for one, other in ((obs, plain), (new, plain_new)):
             symbolic = one.pop("symbolic")
             assert symbolic.dtype == np.int16 and symbolic.shape == with_it.obs_space["symbolic"].shape
@@ -85,7 +83,7 @@ def test_wrappers_leave_symbolic_alone(line):
     wrapped = make(f"{line} --frame_stack 3 --grayscale True --noisy_tv.enabled True --size 48 48")[0]
     actions = range(plain.act_space["action"].n)
     for (_, _, one), (_, _, other) in zip(
-        play(plain, 40, 1, actions), play(wrapped, 40, 1, actions), strict=True
+        play(plain, 10, 1, actions), play(wrapped, 10, 1, actions), strict=True
     ):
         assert one["image"].shape != other["image"].shape
         assert one["symbolic"].tobytes() == other["symbolic"].tobytes()
@@ -95,12 +93,6 @@ def test_networks_never_see_symbolic():
     env, _ = make(CRAFTER)
     keys = networks.route_keys(env.obs_space, load(CRAFTER).encoder)
     assert "symbolic" not in set().union(*keys) and "symbolic" not in networks.unrouted(env.obs_space, keys)
-
-
-def test_check_finds_no_fault_with_symbolic():
-    from envs.check import check
-
-    assert not check(load(f"{DOORKEY} --configs lore_prior")).errors
 
 
 def test_crafter_view_is_the_part_of_the_semantic_map_that_is_drawn():
@@ -129,7 +121,7 @@ def test_crafter_view_is_the_part_of_the_semantic_map_that_is_drawn():
 # --- Crafter -----------------------------------------------------------------------------------------------
 
 
-def test_crafter_caption_tells_what_the_image_shows(crafter_captioner):
+def test_crafter_caption_describes_what_the_image_shows(crafter_captioner):
     view = {(0, 1): "tree", (3, 0): "water", (-4, -3): "zombie", (-1, -1): "table", (1, 0): "stone"}
     text = crafter_captioner.caption(
         crafter_obs(view=view, items={"food": 3, "drink": 5, "wood": 2}, achievements={"collect_wood": 4})
@@ -147,7 +139,7 @@ def test_crafter_caption_tells_what_the_image_shows(crafter_captioner):
     ]
 
 
-def test_crafter_ways_lead_round_what_is_in_the_way_and_through_what_can_be_dug(crafter_captioner):
+def test_crafter_paths_avoid_obstacles_and_dig_where_possible(crafter_captioner):
     wall = {(1, y): "stone" for y in range(-3, 4)} | {(3, 0): "coal"}
     assert "coal near right, no way" in crafter_captioner.caption(crafter_obs(view=wall))
     dug = crafter_captioner.caption(crafter_obs(view=wall, items={"wood_pickaxe": 1}))
@@ -228,7 +220,7 @@ def test_crafter_subgoals_are_achievements_whose_count_rises(crafter_captioner):
 
 
 def test_minigrid_caption_and_subgoals_of_a_solved_episode():
-    """DoorKey-5x5 by hand: the caption tells what is seen, and each subgoal is reached in its step."""
+    """DoorKey-5x5 by hand: the caption is right, and each subgoal is reached in its step."""
     env, captioner = make("--task minigrid_DoorKey-5x5")
     names = captioner.actions
     assert names == ("left", "right", "forward", "pickup", "drop", "toggle", "done")
@@ -273,7 +265,7 @@ def test_minigrid_caption_and_subgoals_of_a_solved_episode():
     assert terminated
 
 
-def test_walking_up_to_an_open_door_opens_none():
+def test_approaching_an_open_door_is_not_opening_it():
     from minigrid.core.constants import COLOR_TO_IDX, OBJECT_TO_IDX, STATE_TO_IDX
 
     from envs.minigrid import layout
@@ -291,7 +283,7 @@ def test_walking_up_to_an_open_door_opens_none():
     assert not captioner.reached("open_door", sees_door(2, "closed"), sees_door(1, "closed"))
 
 
-def test_minigrid_blocked_is_what_changes_nothing():
+def test_minigrid_blocked_actions_are_those_that_change_nothing():
     env, captioner = make("--task minigrid_DoorKey-6x6")
     inner = env.env.env.env._env.unwrapped
     seen = {True: 0, False: 0}
@@ -318,7 +310,7 @@ def test_action_names_follow_the_action_space():
 # --- Other environments ------------------------------------------------------------------------------------
 
 
-def test_without_symbolic_vectors_are_summed_up():
+def test_without_symbolic_vectors_are_summarised():
     env, captioner = make("--task gym_CartPole-v1")
     assert (
         captioner.rules is None and captioner.subgoals == () and captioner.actions == ("action_0", "action_1")
@@ -329,7 +321,7 @@ def test_without_symbolic_vectors_are_summed_up():
     assert not captioner.blocked(obs, obs, 0) and not captioner.reached("anything", obs, obs)
 
 
-def test_summaries_are_short_and_images_are_only_named():
+def test_summaries_are_short_and_images_are_only_mentioned():
     space = {
         "image": spaces.Box(0, 255, (64, 64, 3), np.uint8),
         "sound": spaces.Box(-1, 1, (500,), np.float32),
@@ -375,7 +367,7 @@ class Wrong(Captioner):
         super().__init__(["just_one"], obs_space)
 
 
-def test_a_captioner_of_ones_own():
+def test_a_user_captioner():
     config = load(f"--task gym_CartPole-v1 --llm.captioner {__name__}:Shouting")
     space = {"action": spaces.Discrete(2)}
     captioner = make_captioner(config, {}, space)
@@ -388,19 +380,12 @@ def test_a_captioner_of_ones_own():
         ("words", "write auto, or package.module:Class"),
         ("no_such_module:Words", "Cannot import no_such_module"),
         (f"{__name__}:Shoutin", "Did you mean Shouting?"),
-        ("lore_llm.captions:_summary", "no subclass"),
+        ("lore_llm.captions:_summary", "not a subclass"),
         (f"{__name__}:Wrong", "names 1 actions; gym_CartPole-v1 has 2"),
     ],
 )
-def test_mistakes_in_the_captioner_are_told(path, told):
+def test_mistakes_in_the_captioner_option_are_explained(path, told):
     config = load(f"--task gym_CartPole-v1 --llm.captioner {path}")
     with pytest.raises(UserError) as error:
         make_captioner(config, {}, {"action": spaces.Discrete(2)})
     assert told in str(error.value)
-
-
-def test_captions_need_no_torch():
-    code = (
-        "import lore_llm.captions, envs.crafter, sys; assert not {'torch', 'google.genai'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

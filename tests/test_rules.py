@@ -1,4 +1,4 @@
-"""The scripted adviser: what it reaches alone, what it knows, and how the quality dial spoils it."""
+"""The scripted adviser: what it achieves alone, what it says, and how `rules_quality` degrades it."""
 
 import crafter
 import numpy as np
@@ -86,7 +86,7 @@ def test_the_benchmark_runs(capsys):
 # --- What it says ------------------------------------------------------------------------------------------
 
 
-def test_whatever_is_seen_the_reply_is_whole(captioners, captions):
+def test_every_caption_has_complete_advice(captioners, captions):
     for name, texts in captions.items():
         rules = adviser(captioners[name])
         assert rules.instant and len(texts) > 20
@@ -100,13 +100,13 @@ def test_whatever_is_seen_the_reply_is_whole(captioners, captions):
             )
 
 
-def test_only_what_was_asked_for_is_said(captioners, captions):
+def test_advice_contains_only_what_was_requested(captioners, captions):
     advice = advise(adviser(captioners["minigrid"]), captions["minigrid"][0], frozenset({"prior"}))
     assert advice.action_prior and not advice.plan and not advice.skills and advice.subgoal is None
 
 
-def test_doorkey_plans_lead_to_the_next_thing(captioners):
-    """A plan is carried out whole in the env, and ends where its subgoal is reached."""
+def test_doorkey_plans_reach_their_subgoals(captioners):
+    """A plan is executed completely in the env, and ends where its subgoal is reached."""
     env, captioner = make(DOORKEY)
     rules = adviser(captioner)
     reached = []
@@ -129,8 +129,8 @@ def test_doorkey_plans_lead_to_the_next_thing(captioners):
     assert {"pick_up_key", "open_door", "reach_goal"} <= set(reached)
 
 
-def test_where_nothing_is_seen_the_way_goes_east_and_along_the_walls(captioners):
-    """Else it would turn on the spot for ever, having no memory."""
+def test_without_visible_things_it_goes_east_and_along_the_walls(captioners):
+    """Otherwise it would turn on the spot forever, having no memory."""
 
     def best(looks, row):
         seen = "You see: nothing but walls and floor"
@@ -175,7 +175,7 @@ def test_crafter_expert(captioners, parts, best):
     assert advice.plan[0] == best
 
 
-def test_crafter_expert_keeps_off_lava(captioners):
+def test_crafter_expert_avoids_lava(captioners):
     captioner = captioners["crafter"]
     view = dict.fromkeys(((1, 0), (-1, 0), (0, 1)), "lava") | {(3, 0): "water"}
     logits = advise(
@@ -200,7 +200,7 @@ def test_tasks_without_rules_are_refused():
         adviser(Captioner(["a", "b"], {}))
 
 
-# --- The quality dial --------------------------------------------------------------------------------------
+# --- rules_quality ------------------------------------------------------------------------------------------
 
 
 def told(captioners, captions, quality, seed=0, wrong=0.3, name="crafter"):
@@ -223,14 +223,14 @@ def test_p_wrong_is_wrong_in_that_share_of_situations(captioners, captions, wron
 
 
 @pytest.mark.parametrize("quality", ["p-wrong", "random"])
-def test_what_is_random_depends_on_seed_and_caption_only(captioners, captions, quality):
+def test_random_advice_depends_on_seed_and_caption_only(captioners, captions, quality):
     one, again = (told(captioners, captions, quality, seed=3) for _ in range(2))
     assert one == again
     assert one != told(captioners, captions, quality, seed=4)
 
 
 @pytest.mark.parametrize("name", ["crafter", "minigrid"])
-def test_adversarial_advice_is_the_experts_turned_round(captioners, captions, name):
+def test_adversarial_advice_is_the_opposite_of_the_experts(captioners, captions, name):
     right = told(captioners, captions, "oracle", name=name)
     wrong = told(captioners, captions, "adversarial", name=name)
     for one, other in zip(right, wrong, strict=True):
@@ -241,7 +241,7 @@ def test_adversarial_advice_is_the_experts_turned_round(captioners, captions, na
         assert other.confidence == one.confidence
 
 
-def test_the_cache_tells_advisers_apart(captioners):
+def test_different_advisers_have_different_identities(captioners):
     options = ["", "--llm.rules_quality random", "--llm.rules_quality adversarial"]
     options += [f"--llm.rules_quality p-wrong --llm.rules_wrong {share}" for share in (0.1, 0.2)]
     names = [adviser(captioners["crafter"], each).identity for each in options]
