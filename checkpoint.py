@@ -1,8 +1,8 @@
-"""Checkpoints: atomic files, the newest whole one, one run a logdir, and weights as one .safetensors file.
+"""Checkpoints: written atomically, found and checked; one run a logdir; weights to share as .safetensors.
 
-A weights file holds what acting needs and the config, and nothing that could be executed: no optimiser, no
-replay, no paths of the machine that wrote it. `evaluate.py --export` writes it, and `--from_checkpoint` takes
-it like a checkpoint.
+A .safetensors file holds the weights that acting needs and the config, but no optimiser, no replay and no
+paths of the machine that wrote it. `evaluate.py --export` writes it, and `--from_checkpoint` accepts it in
+place of a checkpoint.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import os
 import shutil
 import socket
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,23 +38,16 @@ from config import Config
 
 CHECKPOINTS = "checkpoints"  # folder in the logdir
 LATEST = "latest.pt"
-CHECKPOINT_FORMAT = 2  # goes up when the program can no longer read what it wrote before
-CHECKPOINT_KEYS = {
-    "config": str,
-    "step": int,
-    "agent": dict,
-    "capacity": int,
-}  # what is looked at before a run is built
+CHECKPOINT_FORMAT = 3  # increased when older checkpoints can no longer be read
 
 LOCK = ".lock"  # file in the logdir, locked while a run uses it
 HOLDER = "run.lock"  # file in the logdir that names the process of that run
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
-SUFFIX = ".safetensors"
-FORMAT = "1"  # goes up when the program can no longer read what it wrote before
+WEIGHTS = ".safetensors"  # suffix of a file of weights
+WEIGHTS_FORMAT = "1"  # increased when older files of weights can no longer be read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MAX_HEADER = 2**20  # bytes of names, shapes and the config; those of the largest agents are 40,000
-# What a part is called in an agent: its module, and how the names of its weights begin there.
+# Parts of an agent that can be transferred: the module, and the prefixes of its weights' names.
 PARTS = {
     "encoder": ("world_model", ("encoder.",)),
     "rssm": ("world_model", ("rssm.",)),
@@ -66,64 +58,88 @@ PARTS = {
     "critic": ("behavior", ("critic.", "slow_critic.", "retnorm.")),
 }
 MODULES = ("world_model", "behavior", "explorer", "policy")
-# Options that say where something is on the machine that trained, or in its network.
+# Options that name a place on the machine that trained, or in its network.
 PLACES = ("logdir", "from_checkpoint", "traindir", "llm.base_url", "llm.cache", "envs.ray_address")
 
 
-def _check_plain(value, where: str) -> None:
-    """Raise TypeError for what `torch.load(weights_only=True)` would refuse, before it is too late."""
-    if isinstance(value, torch.Tensor) or value is None or type(value) in (bool, int, float, str, bytes):
-        return
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
-    else:
-        raise TypeError(f"{where} is a {type(value).__name__}; make it a tensor or a plain Python type.")
+# --- Files ---------------------------------------------------------------------------------------------
+
+
+class BrokenCheckpoint(Exception):
+    """A checkpoint file that was cut off or changed."""
 
 
 def save_tensors(path: str | os.PathLike, payload: dict) -> None:
-    """Write tensors and plain Python types, whole or not at all. Raises UserError if the disk refuses."""
+    """Write tensors and plain Python types atomically.
+
+    Raises UserError if the disk refuses, TypeError for types that `torch.load(weights_only=True)` refuses.
+    """
 
     def write(file: BinaryIO) -> None:
         try:
             torch.save(payload, file)
+            file.flush()
         except RuntimeError as error:
-            # When a write fails, torch's own complaint about the file's position hides the reason.
+            # If a write fails, torch raises an error about the file's position, which hides the reason.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(file.name):
+            raise TypeError(
+                f"A checkpoint cannot hold {', '.join(unsafe)}: use tensors or plain Python types"
+            )
 
     atomic_write(path, write)
 
 
+def load_tensors(path: Path) -> dict:
+    """Read what `save_tensors` wrote, on the CPU. Raises BrokenCheckpoint."""
+    # torch.load does not verify the checksums, so a flipped bit would reach the weights unnoticed.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+            # torch does not compress; a file that grows when unpacked could take any amount of memory.
+            damaged = archive.testzip() if unpacked <= path.stat().st_size else "its list of contents"
+    except Exception as error:  # zipfile raises nearly anything for broken bytes
+        raise BrokenCheckpoint(f"{type(error).__name__}: {first_line(error)}") from error
+    if damaged:
+        raise BrokenCheckpoint(f"the checksum of {damaged} is wrong")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # and so does torch
+        raise BrokenCheckpoint(first_line(error)) from error
+
+
 def checkpoint_path(logdir: str | os.PathLike, step: int) -> Path:
-    """Where the checkpoint of an env step is."""
+    """The file of the checkpoint of an env step."""
     return Path(logdir) / CHECKPOINTS / f"step-{step:012d}.pt"
 
 
-def save_checkpoint(logdir: str | os.PathLike, payload: dict, step: int, keep: int) -> Path:
-    """Write the `checkpoint_path`, make `{logdir}/latest.pt` the same file, delete old ones.
+def find_checkpoints(logdir: str | os.PathLike) -> list[Path]:
+    """The checkpoints of a run: latest.pt, then the others, the last step first. Empty for a new run."""
+    latest = Path(logdir) / LATEST
+    others = sorted((Path(logdir) / CHECKPOINTS).glob("step-*.pt"), reverse=True)
+    return [latest, *others] if os.path.exists(latest) else others
 
-    `payload` holds tensors and plain Python types only (TypeError otherwise). The last `keep` >= 1
-    checkpoints stay, latest.pt's included. If the disk refuses, a UserError is raised and latest.pt is
-    still the one before. Returns the path of the step's file.
+
+def save_checkpoint(logdir: str | os.PathLike, payload: dict, step: int, keep: int) -> Path:
+    """Write the `checkpoint_path`, make `{logdir}/latest.pt` the same file, delete old checkpoints.
+
+    The last `keep` >= 1 checkpoints stay, this one included. Those of later steps, which a run leaves behind
+    when it resumes from an earlier one, are deleted. If the disk refuses, a UserError is raised and
+    latest.pt stays as it was. Returns the path.
     """
-    _check_plain(payload, "payload")
     logdir = Path(logdir)
     path = checkpoint_path(logdir, step)
     for leftover in [*path.parent.glob(".step-*.tmp"), *logdir.glob(".latest.pt.*.tmp")]:
-        leftover.unlink()  # a kill in the middle of an earlier save
-    older = [other for other in find_checkpoints(logdir) if other.name not in (LATEST, path.name)]
+        leftover.unlink()  # from a kill during an earlier save
+    others = [other for other in find_checkpoints(logdir) if other.name not in (LATEST, path.name)]
     save_tensors(path, {**payload, "format": CHECKPOINT_FORMAT})
-    if older and path.stat().st_mtime_ns <= (last := older[0].stat().st_mtime_ns):
-        os.utime(path, ns=(last + 1, last + 1))  # the clock was set back; the order is by time
     _link_or_copy(path, logdir / LATEST)
-    for other in older[keep - 1 :]:
-        other.unlink()
+    kept = [other for other in others if other.name < path.name][: keep - 1]
+    for other in others:
+        if other not in kept:
+            other.unlink()
     return path
 
 
@@ -134,114 +150,65 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.replace(temp, target)
         sync_folder(target.parent)
     except OSError:
-        # No hard links here (FAT, some network disks), so it takes the space twice.
+        # No hard links here (FAT, some network disks): the copy takes the space twice.
         with open(source, "rb") as file:
             atomic_write(target, lambda copy: shutil.copyfileobj(file, copy))
     finally:
         temp.unlink(missing_ok=True)
 
 
-def find_checkpoints(logdir: str | os.PathLike) -> list[Path]:
-    """The run's checkpoints: latest.pt, then the others, the last written first. Empty for a new run.
-
-    Raises UserError if the folder cannot be looked into.
-    """
-    logdir = Path(logdir)
-    try:
-        others = []
-        for path in (logdir / CHECKPOINTS).glob("step-*.pt"):
-            with contextlib.suppress(FileNotFoundError):  # deleted meanwhile by the run
-                others.append((path.stat().st_mtime_ns, path.name, path))
-        # By time, because a run that went back to an earlier step writes smaller numbers later.
-        others = [path for *_, path in sorted(others, reverse=True)]
-        latest = logdir / LATEST
-        return [latest, *others] if latest.exists() else others
-    except OSError as error:
-        raise UserError(f"Cannot read {logdir}: {error.strerror}.") from error
-
-
 def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
     """Read a checkpoint, with all tensors on the CPU.
 
-    `path` is a run's folder or one file, which may be one of weights alone. For a folder or
-    a latest.pt, broken checkpoints are passed over for the next older one. Returns the payload, the file it
-    came from, and a line for each broken one.
-    Raises UserError if none can be read, or if it is no checkpoint of this program.
+    `path` is the folder of a run or one file, which may be a file of weights. In a folder, or for a
+    latest.pt, damaged checkpoints are skipped for the next older one. Returns the payload, the file that was
+    read, and a line for each that was skipped.
+    Raises UserError if none can be read, or if it is not a checkpoint of this version.
     """
     path = Path(path)
-    # os.path says no where Path raises: of a name that is too long, for example.
-    folder = path if os.path.isdir(path) else path.parent
-    candidates = find_checkpoints(folder) if folder == path or path.name == LATEST else [path]
+    candidates = [path]
+    if os.path.isdir(path) or path.name == LATEST:
+        candidates = find_checkpoints(path if os.path.isdir(path) else path.parent)
     if not any(map(os.path.exists, candidates)):
-        raise UserError(f"No checkpoint at {path}. Give a run's folder or one of its .pt files.")
-    if holds_weights_alone(path):
+        raise UserError(f"No checkpoint at {path}. Give the folder of a run or one of its .pt files.")
+    if is_weights(path):
         return read_weights(path), path, []
     notes: list[str] = []
-    broken: list[Path] = []
     for candidate in candidates:
-        if any(candidate.samefile(other) for other in broken):
-            continue  # latest.pt under its other name
         try:
-            return _read_checkpoint(candidate), candidate, notes
+            payload = load_tensors(candidate)
         except BrokenCheckpoint as error:
-            notes.append(f"Checkpoint {candidate} cannot be read and is passed over: {error}")
-            broken.append(candidate)
+            notes.append(f"Checkpoint {candidate} is damaged and skipped: {error}")
+            continue
+        if not isinstance(payload, dict) or payload.pop("format", None) != CHECKPOINT_FORMAT:
+            raise UserError(
+                f"{candidate} is not a checkpoint of this version of LoRe. Use the version that wrote it."
+            )
+        return payload, candidate, notes
     raise UserError(f"No readable checkpoint at {path}. {' '.join(notes)}")
 
 
-def holds_weights_alone(path: Path) -> bool:
-    """Whether a checkpoint is a file of weights: no run can be gone on with from it."""
-    return path.suffix == SUFFIX and not os.path.isdir(path)
-
-
-class BrokenCheckpoint(Exception):
-    """A checkpoint file that was cut off or changed."""
-
-
-def load_tensors(path: Path) -> dict:
-    """Read what `save_tensors` wrote, on the CPU. Raises BrokenCheckpoint, or OSError if it is not there."""
-    # torch.load does not look at the checksums, so a flipped bit would go into the weights unnoticed.
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(info.file_size for info in archive.infolist())
-            # torch stores as it is; what would grow could take any amount of memory.
-            damaged = archive.testzip() if unpacked <= path.stat().st_size else "its list of contents"
-    except Exception as error:  # broken bytes make zipfile raise nearly anything
-        raise BrokenCheckpoint(f"{type(error).__name__}: {first_line(error)}") from error
-    if damaged:
-        raise BrokenCheckpoint(f"the checksum of {damaged} is wrong")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # and so do they torch
-        raise BrokenCheckpoint(first_line(error)) from error
-
-
-def _read_checkpoint(path: Path) -> dict:
-    payload = load_tensors(path)
-    if not isinstance(payload, dict) or payload.pop("format", None) != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is not a checkpoint of this version of LoRe. Use the version that wrote it.")
-    for key, kind in CHECKPOINT_KEYS.items():
-        if not isinstance(payload.get(key), kind):
-            raise UserError(f"{path} is not a whole checkpoint of LoRe: it has no {key}.")
-    return payload
+def is_weights(path: str | os.PathLike) -> bool:
+    """Whether a checkpoint is a file of weights, from which no run can resume."""
+    return Path(path).suffix == WEIGHTS and not os.path.isdir(path)
 
 
 @contextlib.contextmanager
-def content_of(path: str | os.PathLike | None) -> Iterator[None]:
-    """Within, what a checkpoint does not hold as it should is a UserError that names its file."""
+def reading(path: str | os.PathLike | None) -> Iterator[None]:
+    """Within, errors about the content of the checkpoint `path` become a UserError that names it."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(
-            f"{path} does not hold what a checkpoint of this version of LoRe does "
-            f"({type(error).__name__}: {first_line(error)}). Name an older one by --from_checkpoint, or "
-            "start anew in another --logdir."
+            f"The content of {path} does not fit this version of LoRe ({type(error).__name__}: "
+            f"{first_line(error)}). Name an older checkpoint with --from_checkpoint, or start a new run in "
+            "another --logdir."
         ) from error
 
 
-# --- One run a logdir --------------------------------------------------------------------------------------
+# --- One run a logdir ----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -295,7 +262,7 @@ def _holder(folder: Path) -> str:
         return ""
 
 
-# --- Weights alone -----------------------------------------------------------------------------------------
+# --- Weights to share ----------------------------------------------------------------------------------
 
 
 def write_weights(
@@ -306,21 +273,21 @@ def write_weights(
     dtype: str = "float32",
     decoder: bool = True,
 ) -> int:
-    """Write an agent to a file, whole or not at all; how many numbers it holds.
+    """Write the weights of an agent to a .safetensors file, atomically; returns how many numbers it holds.
 
     Args:
-        path: ends in .safetensors.
-        config: that it was trained with; the `PLACES` in it are left out.
-        step: env steps that it was trained for.
-        agent: a checkpoint's, as `Dreamer.state_dict` gives it. Optimiser, slow critics (they start as the
-            critics) and an explorer's past are left out.
+        path: must end in .safetensors.
+        config: of the training run; its `PLACES` are left out.
+        step: env steps of training.
+        agent: `Dreamer.state_dict()`. The optimiser, slow critics (they start as copies of the critics) and
+            an explorer's FIFO are left out.
         dtype: of matrices and kernels. Vectors and scalars are few, and stay float32.
-        decoder: without it the file is smaller, and who trains on from it learns to reconstruct anew.
+        decoder: False leaves the decoder out; training from the file then learns a new one.
 
     Raises UserError for a number that `dtype` cannot hold, and if the disk refuses.
     """
-    if Path(path).suffix != SUFFIX:
-        raise UserError(f"--export {path} must end in {SUFFIX}")
+    if Path(path).suffix != WEIGHTS:
+        raise UserError(f"--export {path} must end in {WEIGHTS}")
     tensors = {
         f"{module}.{name}": _convert(f"{module}.{name}", value, DTYPES[dtype])
         for module in MODULES
@@ -328,7 +295,7 @@ def write_weights(
         if not {"slow_critic", "fifo"} & set(name.split(".")) and (decoder or not name.startswith("decoder."))
     }
     about = {
-        "lore_format": FORMAT,
+        "lore_format": WEIGHTS_FORMAT,
         "task": config.task,
         "step": str(step),
         "config": config.replace({**dict.fromkeys(PLACES), "transfer": []}).to_yaml(),
@@ -344,17 +311,16 @@ def write_weights(
 def _convert(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of a weight for the file."""
     rounded = value.to(dtype) if value.is_floating_point() and value.dim() > 1 else value
-    if rounded.dtype != value.dtype and not rounded.isfinite().all() and value.isfinite().all():
-        largest = value.abs().max()
+    if not rounded.isfinite().all() and value.isfinite().all():
         raise UserError(
-            f"--dtype {str(dtype).removeprefix('torch.')} cannot hold {name}, which has {largest:.3g} in it: "
-            "take bfloat16 or float32"
+            f"--dtype {str(dtype).removeprefix('torch.')} cannot hold {name}, which contains "
+            f"{value.abs().max():.3g}: use bfloat16 or float32"
         )
     return rounded.clone(memory_format=torch.contiguous_format)
 
 
 def _digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over everything that the file says."""
+    """SHA-256 of the whole content."""
     digest = hashlib.sha256(json.dumps(sorted(about.items())).encode())
     for name, value in sorted(tensors.items()):
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
@@ -363,64 +329,40 @@ def _digest(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, Any]:
-    """What `write_weights` wrote, as a checkpoint payload: `config`, `step`, `agent` (no optimiser).
+    """Read a file of weights as the payload of a checkpoint: `config`, `step`, and `agent` without optimiser.
 
-    Raises UserError for what is no such file, or is damaged.
+    Raises UserError if the file is damaged or not one of LoRe's.
     """
     try:
-        with open(path, "rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        if header > MAX_HEADER:
-            raise UserError(
-                f"{path} is not a file of LoRe's weights: its header says that it has {header:,} bytes."
-            )
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} cannot be read, it is damaged or no safetensors file: {error}") from error
-    if about.get("lore_format") != FORMAT:
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}") from error
+    if about.get("lore_format") != WEIGHTS_FORMAT:
         raise UserError(
-            f"{path} holds no weights of this version of LoRe. Use the version that wrote it, and see "
+            f"{path} does not hold weights of this version of LoRe. Use the version that wrote it, and see "
             "evaluate.py --export."
         )
     if about.pop("sha256", None) != _digest(about, tensors):
         raise UserError(f"{path} is damaged: its checksum is wrong. Copy it once more.")
-    try:
-        if not about["step"].isdecimal():
-            raise ValueError("step must be a number")
-        payload = {"config": about["config"], "step": int(about["step"])}
-        agent = {module: {} for module in MODULES} | {"skills": _skills(about["skills"])}
+    with reading(path):
+        agent = {module: {} for module in MODULES} | {"skills": json.loads(about["skills"])}
         for name, value in tensors.items():
             module, _, rest = name.partition(".")
             agent[module][rest] = value
             if "critic" in rest.split("."):
                 agent[module][rest.replace("critic.", "slow_critic.", 1)] = value.clone()
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} holds no weights of LoRe: {type(error).__name__}: {error}") from error
-    return {**payload, "agent": agent}
-
-
-def _skills(text: str) -> list[list[str | None]]:
-    """Name and subgoal of each skill, as `write_weights` wrote them. Raises ValueError."""
-    skills = json.loads(text)
-    if not isinstance(skills, list) or not all(
-        isinstance(skill, list)
-        and len(skill) == 2
-        and all(part is None or isinstance(part, str) for part in skill)
-        for skill in skills
-    ):
-        raise ValueError("skills must be pairs of a name and a subgoal")
-    return skills
+        return {"config": about["config"], "step": int(about["step"]), "agent": agent}
 
 
 def transfer(modules: Mapping[str, nn.Module], agent: Mapping[str, Any], parts: Sequence[str]) -> list[str]:
-    """Copy the `PARTS` that are named from a checkpoint's agent to `modules`, each weight whose shape fits.
+    """Copy the named `PARTS` of a checkpoint's agent to `modules`, each weight whose shape fits.
 
-    Returns lines that say what was taken, what was not and why. Raises UserError if nothing fits, ValueError
-    for weights that are not finite.
+    Returns lines for the log: how many weights were copied, and which were not. Raises UserError if no
+    weight fits, ValueError for weights that are not finite.
     """
     lines, some = [], False
     for part in parts:
@@ -437,10 +379,10 @@ def transfer(modules: Mapping[str, nn.Module], agent: Mapping[str, Any], parts: 
         lines.append(f"Transferred {part}: {len(taken)} of {len(here)} tensors")
         for name in sorted((here.keys() | there.keys()) - taken.keys()):
             shapes = (tuple(each[name].shape) if name in each else "nothing" for each in (there, here))
-            fate = "begins anew" if name in here else "is left behind"
+            fate = "starts untrained" if name in here else "is not used"
             lines.append("  {} {}: {} in the checkpoint, {} here".format(name, fate, *shapes))
     if not some:
         reason = next((line.strip() for line in lines if line.startswith("  ")), "they have no weights")
         raise UserError(f"Nothing of {', '.join(parts)} can be transferred, as no shape fits: {reason}")
     others = [part for part in PARTS if part not in parts]
-    return [*lines, f"Begins anew: {', '.join([*others, 'the optimiser'])}"]
+    return [*lines, f"Not transferred: {', '.join([*others, 'the optimiser'])}"]

@@ -146,7 +146,7 @@ class Run:
         config, saved = self.config, checkpoint if resume else None
         wandb_id = logged = capacity = None
         if saved:
-            with checkpoints.content_of(self.source):
+            with checkpoints.reading(self.source):
                 wandb_id, logged = saved["logger"]["wandb"], int(saved["every"]["log"]["last"])
                 capacity = int(saved["capacity"])
         self.envs = self._make_envs("train")
@@ -155,7 +155,7 @@ class Run:
         obs_space = self.envs.obs_space
         self.agent = Dreamer(obs_space, act_space, config, self.device)
         if checkpoint:
-            with checkpoints.content_of(self.source):
+            with checkpoints.reading(self.source):
                 agent = checkpoint["agent"]
                 if config.transfer and not resume:
                     notes = [*notes, *self.agent.transfer(agent, config.transfer)]
@@ -201,7 +201,7 @@ class Run:
         if self.device.type == "cpu" and tools.keep_freed_memory():
             self.print("Freed memory is kept for the next update")
         if saved:
-            with checkpoints.content_of(self.source):
+            with checkpoints.reading(self.source):
                 self._resume(saved)
         else:
             self._start()
@@ -718,7 +718,7 @@ def read_command(argv: list[str]) -> Command:
     and optimiser. A file of weights alone belongs to no run, and `--transfer` always begins a new one.
     """
     logdir, source, parts = configs.run_paths(argv)
-    home = run_folder(Path(source)) if source and not checkpoints.holds_weights_alone(Path(source)) else None
+    home = run_folder(Path(source)) if source and not checkpoints.is_weights(Path(source)) else None
     own = home and logdir and Path(logdir).resolve() == home.resolve()
     if parts and own:
         raise UserError(

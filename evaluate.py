@@ -116,7 +116,7 @@ def evaluate(
             agent = RandomAgent(vec.act_space, seed)
         else:
             agent = Dreamer(vec.obs_space, vec.act_space, config, chosen)
-            with checkpoints.content_of(path):
+            with checkpoints.reading(path):
                 agent.load_state_dict(payload["agent"], resume=False)
         player, watch = agent, {"curiosity": agent.curiosity}
         if advised:

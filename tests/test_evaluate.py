@@ -249,7 +249,7 @@ def test_a_broken_latest_is_passed_over_and_told(logdir, tmp_path, capsys):
     assert evaluate.main(["--logdir", str(copy), "--episodes", "1", "--json"]) == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["checkpoint"] == str(copy / "checkpoints" / f"step-{STEPS:012d}.pt")
-    assert "latest.pt cannot be read and is passed over" in captured.err
+    assert "latest.pt is damaged and skipped" in captured.err
 
 
 def test_options_that_cannot_be_are_told_in_one_line(logdir, capsys):

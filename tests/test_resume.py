@@ -200,7 +200,7 @@ def test_broken_checkpoint_is_noticed_and_the_one_before_is_used(killed, damage)
     with signal_at(61):
         assert train(killed, *OPTIONS) == 143
     text = log(killed)
-    assert "latest.pt cannot be read and is passed over" in text and "Resumed at step 60" in text
+    assert "latest.pt is damaged and skipped" in text and "Resumed at step 60" in text
     assert "anew" not in text and "lost" not in text  # what the replay kept for step 60 is still there
     assert [line["step"] for line in metrics(killed)][-1] == 60
 
