@@ -27,6 +27,7 @@ from lore_llm.policy import ActingPolicy, AdvisedPolicy
 
 OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
 OPEN_LOOP_ROWS = 6  # sequences shown in it
+FEATURES_DROPOUT = 0.5  # share of the steps at which training hides the features of the adviser
 EXPLAIN_ROLLOUTS = 8  # imagined for a predicted return
 
 Arrays = dict[str, np.ndarray]
@@ -272,7 +273,7 @@ class Dreamer:
     def _drop_features(self, data: Mapping[str, Tensor]) -> Tensor:
         """The adviser's features as training sees them: only where there are any, and not always."""
         draws = torch.rand(data["is_first"].shape, device=self.device, generator=self.rngs["features"])
-        seen = data["llm_mask"] & (draws >= self.config.llm.features_dropout)
+        seen = data["llm_mask"] & (draws >= FEATURES_DROPOUT)
         return data["llm_features"] * seen[..., None]
 
     @torch.no_grad()

@@ -52,14 +52,14 @@ class Random:
 
 
 class ErrorPredictor(nn.Module):
-    """g of LPM: an MLP with ELU, x [..., inputs] -> the expected error [...].
+    """g of LPM: an MLP of four linear layers with ELU, x [..., inputs] -> the expected error [...].
 
     Always in float32: progress is a small difference of its outputs.
     """
 
-    def __init__(self, inputs: int, layers: int, units: int):
+    def __init__(self, inputs: int, units: int):
         super().__init__()
-        sizes = [inputs, *[units] * (layers - 1), 1]
+        sizes = [inputs, units, units, units, 1]
         linears = [networks.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
         self.layers = nn.ModuleList(linears)
 
@@ -110,17 +110,15 @@ class ErrorFifo(nn.Module):
         return {name: getattr(self, name)[places] for name in self.names}
 
 
-def learning_progress(
-    predicted: Tensor, error: Tensor, *, eta: float, floor: float, space: str = "log"
-) -> Tensor:
+def learning_progress(predicted: Tensor, error: Tensor, *, floor: float, space: str = "log") -> Tensor:
     """The intrinsic reward of LPM (arXiv 2509.25438): the decrease of the error, [...].
 
     `predicted` is a prediction of log(error + floor), learned from earlier errors. In `log` space progress is
     a log ratio of errors, in `linear` space (the authors' code) their difference.
     """
     if space == "log":
-        return eta * (predicted - (error + floor).log())
-    return eta * (predicted.exp() - floor) - error  # 0 if the error is as predicted
+        return predicted - (error + floor).log()
+    return predicted.exp() - floor - error  # 0 if the error is as predicted
 
 
 class Ensemble(nn.Module):
@@ -163,7 +161,7 @@ class RewardNorm(nn.Module):
 
     averages = ("moments",)  # buffers that are means over all learners
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float = 0.01):
         super().__init__()
         self.rate = rate
         # Running means of 1, x and x^2: the first corrects the bias of the initial zeros.
@@ -286,7 +284,7 @@ class Curious(Greedy):
         rssm = world_model.rssm
         self.inputs = rssm.feat_size + world_model.actions.size
         self.normalized = self.normalize if config.expl_normalize == "auto" else config.expl_normalize
-        self.norm = RewardNorm(config.expl_norm_rate)
+        self.norm = RewardNorm()
         self.shared = config.expl_task_actor == "shared"
         if not self.shared:
             self.behavior = ImagBehavior(rssm.feat_size, world_model.actions, config)
@@ -406,7 +404,7 @@ class Plan2Explore(Curious):
         return self._reward(self.ensemble.spread(x))
 
     def _reward(self, disagreement: Tensor) -> Tensor:
-        return disagreement.log() if self.config.disag_log else disagreement
+        return disagreement
 
     def disagreement(self, feat: Tensor, action: Tensor) -> Tensor:
         """The spread [...] of the ensemble's predictions for states [..., F] and actions [..., A]."""
@@ -481,7 +479,7 @@ class LPM(Surprise):
                 f"--lpm.fifo {c.fifo} is smaller than the {self.rows} transitions that each batch adds: "
                 f"give at least {self.rows}, or auto for {FIFO_BATCHES} batches"
             )
-        self.predictor = ErrorPredictor(self.inputs, c.layers, c.units)
+        self.predictor = ErrorPredictor(self.inputs, c.units)
         latents = torch.uint8 if rssm.classes else torch.float16
         shapes = {"deter": ((rssm.deter,), torch.float16), "stoch": ((rssm.stoch,), latents)}
         shapes |= {"action": ((world_model.actions.size,), torch.float32)}
@@ -508,9 +506,7 @@ class LPM(Surprise):
         c = self.config.lpm
         with torch.no_grad():
             predicted = self._predict(rssm, state, action)
-            progress = learning_progress(
-                predicted, error, eta=c.eta, floor=c.error_floor, space=c.space
-            )  # [N]
+            progress = learning_progress(predicted, error, floor=c.error_floor, space=c.space)  # [N]
             reward = torch.where(self.fifo.full, progress, 0.0)
         past = self.fifo.sample(self.rows, generator)
         expected = self._predict(rssm, rssm.unpack(past["deter"], past["stoch"]), past["action"])

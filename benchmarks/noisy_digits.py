@@ -135,7 +135,7 @@ class Progress:
     """LPM's error predictor, its FIFO and its optimiser, for states [n, inputs] without actions."""
 
     def __init__(self, inputs: int, generator: torch.Generator, capacity: int = FIFO_BATCHES * BATCH):
-        self.predictor = ErrorPredictor(inputs, LPM.layers, LPM.units)
+        self.predictor = ErrorPredictor(inputs, LPM.units)
         self.fifo = ErrorFifo(capacity, {"state": ((inputs,), torch.float32), "error": ((), torch.float32)})
         self._generator = generator
         self._optimizer = torch.optim.Adam(self.predictor.parameters(), LPM.error_lr)
@@ -159,7 +159,7 @@ class Progress:
             "log_error": torch.log(error + LPM.error_floor),
         }
         for space in ("log", "linear"):
-            reward = learning_progress(predicted, error, eta=LPM.eta, floor=LPM.error_floor, space=space)
+            reward = learning_progress(predicted, error, floor=LPM.error_floor, space=space)
             values[f"lpm_{space}"] = torch.where(self.fifo.full, reward, 0.0)
         return {name: value.mean().item() for name, value in values.items()}
 
@@ -288,7 +288,7 @@ def study(seeds: Sequence[int], updates: int, out: Path) -> dict:
         "updates": updates,
         "seeds": list(seeds),
         "variance": interval([Digits(numpy_rng(seed, "digits")).variance() for seed in seeds]),
-        "lpm": {name: LPM[name] for name in ("layers", "units", "eta", "error_lr", "error_floor")},
+        "lpm": {name: LPM[name] for name in ("units", "error_lr", "error_floor")},
         "bands": BANDS,
         "summary": summary(results),
     }

@@ -202,7 +202,7 @@ def test_whole_number_is_a_float_where_the_default_is():
 def test_defaults_in_exponent_notation_have_their_type():
     defaults = load()
     assert type(defaults.steps) is int and defaults.steps == 1000000
-    assert type(defaults.opt.lr) is float and type(defaults.opt.eps) is float
+    assert type(defaults.opt.lr) is type(defaults.lpm.error_floor) is float
 
 
 @pytest.mark.parametrize("text", ["True", "true", "1"])

@@ -48,14 +48,14 @@ def explore(agent: Dreamer, batch: dict) -> tuple:
 
 def test_learning_progress_by_hand():
     predicted, error = torch.tensor([math.log(0.5), math.log(0.5)]), torch.tensor([0.24, 0.99])
-    log = learning_progress(predicted, error, eta=2.0, floor=0.01)
-    assert log.tolist() == pytest.approx([2 * math.log(2), -2 * math.log(2)])
-    linear = learning_progress(predicted, error, eta=2.0, floor=0.01, space="linear")
-    assert linear.tolist() == pytest.approx([2 * 0.49 - 0.24, 2 * 0.49 - 0.99])
+    log = learning_progress(predicted, error, floor=0.01)
+    assert log.tolist() == pytest.approx([math.log(2), -math.log(2)])
+    linear = learning_progress(predicted, error, floor=0.01, space="linear")
+    assert linear.tolist() == pytest.approx([0.49 - 0.24, 0.49 - 0.99])
 
 
 def test_error_predictor_is_linear_layers_with_elu_in_float32():
-    predictor = ErrorPredictor(3, 4, 5)
+    predictor = ErrorPredictor(3, 5)
     assert [tuple(layer.weight.shape) for layer in predictor.layers] == [(5, 3), (5, 5), (5, 5), (1, 5)]
     x = torch.randn(2, 7, 3)
     expected = x
@@ -223,15 +223,13 @@ def test_error_of_the_next_step_belongs_to_the_state_and_the_action_taken_in_it(
     assert found["expl/reward_std"] == pytest.approx(live_error.std(correction=0).item(), rel=1e-2)
 
 
-def test_disagreement_is_the_reward_or_its_logarithm():
+def test_disagreement_is_the_reward():
     agent = explorer_agent("plan2explore")
     feat, action = torch.randn(2, 3, agent.rssm.feat_size), 2 * torch.rand(2, 3, 5)
     spread_of = agent.explorer.disagreement(feat, action)
     x = torch.cat([feat, action.clamp(max=1)], -1)
     torch.testing.assert_close(spread_of, spread(agent.explorer.ensemble(x.flatten(0, 1))).view(2, 3))
     torch.testing.assert_close(agent.explorer.intrinsic(feat, action), spread_of)
-    logged = explorer_agent("plan2explore", "--disag_log", "True")
-    torch.testing.assert_close(logged.explorer.intrinsic(feat, action), spread_of.log())
 
 
 def test_running_deviation_follows_the_rewards_of_real_transitions():
@@ -496,15 +494,15 @@ def test_lpm_rewards_noise_with_nothing_and_a_model_that_forgets_with_less():
 
 
 @pytest.mark.parametrize("space", ["log", "linear"])
-def test_lpm_takes_eta_and_space_from_the_config(space):
-    source = Source("--lpm.eta", "3", "--lpm.space", space, "--lpm.fifo", "64", "--lpm.error_floor", "0.01")
+def test_lpm_takes_space_and_floor_from_the_config(space):
+    source = Source("--lpm.space", space, "--lpm.fifo", "64", "--lpm.error_floor", "0.01")
     source.reward(torch.full((64,), 0.2))
     expected = source.lpm._predict(source.agent.rssm, source.state, source.action)
     error = torch.full((64,), 0.1)
     _, _, reward = source.lpm.real_reward(
         source.agent.rssm, source.state, source.action, error, source.live, source.rng
     )
-    by_hand = {"log": 3 * (expected - math.log(0.11)), "linear": 3 * (expected.exp() - 0.01) - 0.1}
+    by_hand = {"log": expected - math.log(0.11), "linear": expected.exp() - 0.01 - 0.1}
     torch.testing.assert_close(reward, by_hand[space].detach(), rtol=1e-3, atol=1e-3)
 
 
@@ -539,7 +537,7 @@ def test_lpm_may_measure_a_share_of_the_batch():
     ("options", "message"),
     [
         (("--lpm.fifo", "7"), "--lpm.fifo 7 is smaller than the 8 transitions that each batch adds"),
-        (("--lpm.eta", "-1"), "--lpm.eta -1: must be in [0, inf]; the nearest is 0"),
+        (("--lpm.error_lr", "-1"), "--lpm.error_lr -1: must be in [0, inf]; the nearest is 0"),
         (("--expl_behavior", "lmp"), "the nearest is lpm"),
         (
             ("--decoder.cnn_keys", "none", "--decoder.mlp_keys", "none", "--decoder.audio_keys", "none"),
@@ -583,7 +581,7 @@ def test_with_greedy_no_option_of_exploration_changes_a_bit(tmp_path):
     train(tmp_path / "plain", "--steps", "60")
     train(
         tmp_path / "options", "--steps", "60", "--expl_intr_scale", "9", "--expl_extr_scale", "0",
-        "--expl_until", "50", "--lpm.eta", "3", "--disag_models", "2", "--expl_task_actor", "separate",
+        "--expl_until", "50", "--lpm.error_floor", "3", "--disag_models", "2", "--expl_task_actor", "separate",
     )  # fmt: skip
     assert metrics(tmp_path / "plain") == metrics(tmp_path / "options")
 
