@@ -581,7 +581,7 @@ def test_with_greedy_no_option_of_exploration_changes_a_bit(tmp_path):
     train(tmp_path / "plain", "--steps", "60")
     train(
         tmp_path / "options", "--steps", "60", "--expl_intr_scale", "9", "--expl_extr_scale", "0",
-        "--expl_until", "50", "--lpm.error_floor", "3", "--disag_models", "2", "--expl_task_actor", "separate",
+        "--expl_until", "50", "--lpm.units", "3", "--disag_models", "2", "--expl_task_actor", "separate",
     )  # fmt: skip
     assert metrics(tmp_path / "plain") == metrics(tmp_path / "options")
 
