@@ -44,167 +44,28 @@ class Good:
         return np.full((*self.size, 3), self.steps % 256, np.uint8)
 
 
-class OtherShape(Good):
-    fault = ("error", r"'state': expected float32 \(3,\), got float32 \(2,\)", "declare the shape")
+def faulty(name: str, level: str, what: str, cure: str, *, space=(), obs=(), **methods) -> type[Good]:
+    """A `Good` environment with other spaces, observations or methods, and the fault to be found."""
 
-    def obs(self, **flags):
-        return {**super().obs(**flags), "state": np.zeros(2, np.float32)}
+    class Faulty(Good):
+        fault = (level, what, cure)
 
+        def __init__(self, task, size):
+            super().__init__(task, size)
+            self.obs_space |= dict(space)
 
-class OtherType(Good):
-    fault = ("error", r"'state': expected float32 \(3,\), got complex64", "np.asarray")
+        def obs(self, **flags):
+            return {**super().obs(**flags), **dict(obs)}
 
-    def obs(self, **flags):
-        return {**super().obs(**flags), "state": np.zeros(3, np.complex64)}
-
-
-class OtherPrecision(Good):
-    fault = ("note", r"'state': expected float32 \(3,\), got float64", "np.asarray")
-
-    def obs(self, **flags):
-        return {**super().obs(**flags), "state": np.zeros(3)}
+    return type(name, (Faulty,), methods)
 
 
-class TimeLimit(Good):
-    fault = ("warning", "terminated after exactly 20 steps", "truncated")
-
-    def reset(self, seed=None):
-        result = super().reset(seed)
-        self.length = 20
-        return result
+def box(low, high, shape, dtype=np.float32):
+    return spaces.Box(low, high, shape, dtype)
 
 
-class FloatImage(Good):
-    fault = ("error", "'image' looks like an image of float32", r"np.uint8\(255 \* image\)")
-
-    def __init__(self, task, size):
-        super().__init__(task, size)
-        self.obs_space["image"] = spaces.Box(0, 1, (*size, 3), np.float32)
-
-    def render(self):
-        return np.zeros((*self.size, 3), np.float32)
-
-
-class ChannelsFirst(Good):
-    fault = ("error", r"'image' looks like an image \[C, H, W\]: \(3, 64, 64\)", "transpose")
-
-    def __init__(self, task, size):
-        super().__init__(task, size)
-        self.obs_space["image"] = spaces.Box(0, 255, (3, *size), np.uint8)
-
-    def render(self):
-        return np.zeros((3, *self.size), np.uint8)
-
-
-class ChannelsFirstUndeclared(Good):
-    fault = ("error", r"'image': expected uint8 \(64, 64, 3\), got uint8 \(3, 64, 64\)", "transpose")
-
-    def render(self):
-        return np.zeros((3, *self.size), np.uint8)
-
-
-class NoChannels(Good):
-    fault = ("error", r"'image' has shape \(64, 64\)", r"image\[..., None\]")
-
-    def __init__(self, task, size):
-        super().__init__(task, size)
-        self.obs_space["image"] = spaces.Box(0, 255, tuple(size), np.uint8)
-
-    def render(self):
-        return np.zeros(self.size, np.uint8)
-
-
-class NotANumber(Good):
-    fault = ("error", "'state': expected finite values, got NaN", "division by zero")
-
-    def obs(self, **flags):
-        return {**super().obs(**flags), "state": np.full(3, np.nan, np.float32)}
-
-
-class NothingInside(Good):
-    fault = ("error", r"'state' has shape \(0,\)", "leave it out")
-
-    def __init__(self, task, size):
-        super().__init__(task, size)
-        self.obs_space["state"] = spaces.Box(-1, 1, (0,), np.float32)
-
-    def obs(self, **flags):
-        return {**super().obs(**flags), "state": np.zeros(0, np.float32)}
-
-
-class RenderRaises(Good):
-    fault = ("note", r"render\(\) raised RuntimeError: no screen", "fix it")  # a note, since it has an image
-
-    def obs(self, **flags):
-        self.render = lambda: np.zeros((*self.size, 3), np.uint8)
-        obs = super().obs(**flags)
-        del self.render
-        return obs
-
-    def render(self):
-        raise RuntimeError("no screen")
-
-
-class RewardNotANumber(Good):
-    fault = ("error", "'reward': expected a finite number, got nan", "cause")
-
-    def step(self, action):
-        obs, _, *rest = super().step(action)
-        return obs, np.nan, *rest
-
-
-class UnboundedAction(Good):
-    fault = ("warning", "the action is unbounded", "finite bounds")
-
-    def __init__(self, task, size):
-        super().__init__(task, size)
-        self.act_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-
-
-class OutOfBounds(Good):
-    fault = ("warning", "'state' is outside the bounds of its space, -1.0 to 1.0", "wider bounds")
-
-    def obs(self, **flags):
-        return {**super().obs(**flags), "state": np.full(3, 2, np.float32)}
-
-
-class MissingKey(Good):
-    fault = ("error", "'state': expected the key, got no such key", "every key of obs_space")
-
-    def obs(self, **flags):
-        return {"image": self.render()}
-
-
-class UndeclaredKey(Good):
-    fault = ("error", "'extra': expected no such key, got the key", "declare it")
-
-    def obs(self, **flags):
-        return {**super().obs(**flags), "extra": np.zeros(2)}
-
-
-class Random(Good):
-    fault = ("warning", "the same seed and actions gave a different state at step 0", "default_rng")
-
-    def reset(self, seed=None):
-        return super().reset()
-
-
-class RandomLater(Good):
-    fault = ("warning", "the same seed and actions gave a different image at step 1", "default_rng")
-
-    def render(self):
-        noise = np.random.default_rng().integers(0, 99, (*self.size, 3), np.uint8)
-        return noise if self.steps else super().render()
-
-
-class NoSeed(Good):
-    fault = ("warning", "takes no seed", "seed=None")
-
-    resets = 0
-
-    def reset(self):
-        self.resets += 1
-        return super().reset(self.resets)
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
 
 
 class BadRender(Good):
@@ -215,39 +76,106 @@ class BadRender(Good):
         del self.obs_space["image"]
 
     def obs(self, **flags):
-        obs = super().obs(**flags)
-        del obs["image"]
-        return obs
+        return {key: value for key, value in super().obs(**flags).items() if key != "image"}
 
     def render(self):
         return np.zeros((*self.size, 3))
 
 
-class FourValues(Good):
-    fault = ("note", "four values", "terminated, truncated")
+class RenderRaises(Good):
+    fault = ("note", r"render\(\) raised RuntimeError: no screen", "fix it")  # a note, since it has an image
 
-    def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(action)
-        return obs, reward, terminated, info
+    def obs(self, **flags):
+        state = self.random.uniform(-1, 1, 3).astype(np.float32)
+        return {"image": zeros(*self.size, 3, dtype=np.uint8), "state": state}
+
+    def render(self):
+        raise RuntimeError("no screen")
 
 
-class NeverEnds(Good):
-    fault = ("note", "no episode ended within", "--time_limit N")
+class Unbounded(Good):
+    fault = ("warning", "the action is unbounded", "finite bounds")
 
+    def __init__(self, task, size):
+        super().__init__(task, size)
+        self.act_space = box(-np.inf, np.inf, (2,))
+
+
+def reset_with_length(length):
     def reset(self, seed=None):
-        result = super().reset(seed)
-        self.length = 10**9
+        result = Good.reset(self, seed)
+        self.length = length
         return result
 
-
-class Crashes(Good):
-    fault = ("error", r"ValueError: .* in test_check.py line \d+", "'s code")
-
-    def step(self, action):
-        return np.zeros(3).reshape(2, 2)
+    return reset
 
 
-FAULTY = Good.__subclasses__()
+def render_noise(self):
+    noise = np.random.default_rng().integers(0, 99, (*self.size, 3), np.uint8)
+    return noise if self.steps else Good.render(self)
+
+
+def reset_without_seed(self):
+    self.resets = getattr(self, "resets", 0) + 1
+    return Good.reset(self, self.resets)
+
+
+def step_with_nan(self, action):
+    obs, _, *rest = Good.step(self, action)
+    return obs, np.nan, *rest
+
+
+def step_with_four_values(self, action):
+    obs, reward, terminated, _, info = Good.step(self, action)
+    return obs, reward, terminated, info
+
+
+# Faults that need steps or calls that a run does not make.
+ONLY_CHECKED = [
+    BadRender,
+    RenderRaises,
+    faulty("NeverEnds", "note", "no episode ended within", "--time_limit N", reset=reset_with_length(10**9)),
+    faulty(
+        "Crashes", "error", r"ValueError: .* in test_check.py line \d+", "'s code",
+        step=lambda self, action: np.zeros(3).reshape(2, 2),
+    ),
+]  # fmt: skip
+FOUND_IN_RUNS = [
+    Unbounded,
+    faulty("Shape", "error", r"'state': expected float32 \(3,\), got float32 \(2,\)", "declare the shape",
+           obs={"state": zeros(2)}),
+    faulty("Type", "error", r"'state': expected float32 \(3,\), got complex64", "np.asarray",
+           obs={"state": zeros(3, dtype=np.complex64)}),
+    faulty("Precision", "note", r"'state': expected float32 \(3,\), got float64", "np.asarray",
+           obs={"state": zeros(3, dtype=np.float64)}),
+    faulty("NotANumber", "error", "'state': expected finite values, got NaN", "division by zero",
+           obs={"state": np.full(3, np.nan, np.float32)}),
+    faulty("Empty", "error", r"'state' has shape \(0,\)", "leave it out",
+           space={"state": box(-1, 1, (0,))}, obs={"state": zeros(0)}),
+    faulty("OutOfBounds", "warning", "'state' is outside the bounds of its space, -1.0 to 1.0", "wider",
+           obs={"state": np.full(3, 2, np.float32)}),
+    faulty("UndeclaredKey", "error", "'extra': expected no such key, got the key", "declare it",
+           obs={"extra": zeros(2)}),
+    faulty("MissingKey", "error", "'more': expected the key, got no such key", "every key of obs_space",
+           space={"more": box(-1, 1, (3,))}),
+    faulty("FloatImage", "error", "'image' looks like an image of float32", r"np.uint8\(255 \* image\)",
+           space={"image": box(0, 1, (64, 64, 3))}, obs={"image": zeros(64, 64, 3)}),
+    faulty("ChannelsFirst", "error", r"'image' looks like an image \[C, H, W\]: \(3, 64, 64\)", "transpose",
+           space={"image": box(0, 255, (3, 64, 64), np.uint8)}, obs={"image": zeros(3, 64, 64, dtype="u1")}),
+    faulty("Undeclared", "error", r"'image': expected uint8 .*, got uint8 \(3, 64, 64\)", "transpose",
+           obs={"image": zeros(3, 64, 64, dtype="u1")}),
+    faulty("NoChannels", "error", r"'image' has shape \(64, 64\)", r"image\[..., None\]",
+           space={"image": box(0, 255, (64, 64), np.uint8)}, obs={"image": zeros(64, 64, dtype="u1")}),
+    faulty("Random", "warning", "same seed and actions gave a different state at step 0", "default_rng",
+           reset=lambda self, seed=None: Good.reset(self)),
+    faulty("RandomLater", "warning", "same seed and actions gave a different image at step 1", "default_rng",
+           render=render_noise),
+    faulty("NoSeed", "warning", "takes no seed", "seed=None", reset=reset_without_seed),
+    faulty("RewardNaN", "error", "'reward': expected a finite number, got nan", "", step=step_with_nan),
+    faulty("FourValues", "note", "four values", "terminated, truncated", step=step_with_four_values),
+    faulty("TimeLimit", "warning", "terminated after exactly 20 steps", "truncated",
+           reset=reset_with_length(20)),
+]  # fmt: skip
 
 
 def add(monkeypatch, env) -> configs.Config:
@@ -263,7 +191,7 @@ def test_correct_env_is_fine_and_its_speed_is_reported(monkeypatch, capsys):
     assert "error" not in out and "warning" not in out and "note" not in out
 
 
-@pytest.mark.parametrize("env", FAULTY, ids=lambda env: env.__name__)
+@pytest.mark.parametrize("env", FOUND_IN_RUNS + ONLY_CHECKED, ids=lambda env: env.__name__)
 def test_each_fault_is_found_with_its_cure(monkeypatch, capsys, env):
     config = add(monkeypatch, env)
     level, what, cure = env.fault
@@ -272,17 +200,13 @@ def test_each_fault_is_found_with_its_cure(monkeypatch, capsys, env):
     assert len(found) == 1, str(report)
     assert found[0].level == level and re.search(cure, found[0].cure)
     others = [fault for fault in report.faults if fault not in found and fault.level != "note"]
-    if env is not NoSeed:  # it is not deterministic either
+    if env.__name__ != "NoSeed":  # it is not deterministic either
         assert all(level == "error" for _ in others), others  # an error may cause others
     assert checks.main(["planted_env"]) == (1 if level == "error" else 0)
     assert found[0].cure in capsys.readouterr().out
 
 
-# Faults that need steps or calls that a run does not make.
-ONLY_CHECKED = (BadRender, NeverEnds, Crashes, RenderRaises)
-
-
-@pytest.mark.parametrize("env", [e for e in FAULTY if e not in ONLY_CHECKED], ids=lambda env: env.__name__)
+@pytest.mark.parametrize("env", FOUND_IN_RUNS, ids=lambda env: env.__name__)
 def test_first_steps_of_a_run_find_the_same_faults(monkeypatch, env):
     config = add(monkeypatch, env)
     level, what, cure = env.fault

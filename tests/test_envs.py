@@ -239,12 +239,6 @@ def test_dummy_memory_is_solved_by_remembering_the_first_image():
     assert (returns(env, policy, 5) == env.best_return).all()
 
 
-def test_dummy_vector_needs_no_image():
-    env = make("dummy_vector")
-    assert "image" not in env.obs_space
-    assert (returns(env, lambda obs: obs["vector"].argmax(), 5) == env.best_return).all()
-
-
 def test_dummy_continuous_rewards_the_point_of_the_cue():
     env = make("dummy_continuous")
     angles = 2 * np.pi * np.arange(len(dummy.COLORS)) / len(dummy.COLORS)

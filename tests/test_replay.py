@@ -6,7 +6,6 @@ import os
 import gymnasium
 import numpy as np
 import pytest
-import torch
 
 import episodes
 import replay as replay_module
@@ -128,18 +127,6 @@ def test_streams_of_unequal_length_share_draws_by_their_windows(tmp_path):
     replay.close()
 
 
-def test_no_window_crosses_the_write_head():
-    replay = make(n_envs=2, capacity=40, context=1)
-    source = Source(n_envs=2)
-    for _ in range(77):
-        source.fill(replay, 1)
-        if replay.can_sample(1):
-            batch = replay.sample(8)
-            assert (np.diff(counts(batch), axis=1) == 1).all()
-            assert (counts(batch)[:, 0] >= source.count - 20).all()
-            assert (batch["vector"][..., 0] == batch["where"][:, :1]).all()
-
-
 def test_windows_cross_resets_and_start_with_is_first():
     replay = make(batch_length=9)
     Source(length=7).fill(replay, 40)
@@ -147,14 +134,6 @@ def test_windows_cross_resets_and_start_with_is_first():
     assert batch["is_first"][:, 0].all()
     np.testing.assert_array_equal(batch["is_first"][:, 1:], counts(batch)[:, 1:] % 7 == 0)
     assert batch["is_first"][:, 1:].any(1).all()
-
-
-def test_abandoned_episode_ends_with_is_last():
-    replay = make(batch_length=9)
-    Source(length=7, abandon=True).fill(replay, 40)
-    batch = replay.sample(64)
-    np.testing.assert_array_equal(batch["is_last"], counts(batch) % 7 == 6)
-    assert not batch["is_terminal"].any()
 
 
 def test_each_fresh_window_is_served_once_before_uniform_draws():
@@ -218,15 +197,6 @@ def test_updated_latents_are_in_later_draws():
     np.testing.assert_array_equal(after["deter"][0, 0], before["deter"][0, 0])  # the context is unchanged
 
 
-def test_latents_of_evicted_steps_are_dropped():
-    replay = make(capacity=20)
-    source = Source().fill(replay, 20)
-    where = np.array([[0, 0]])
-    source.fill(replay, 3)  # steps 0 to 2 are gone, and their slots hold 20 to 22
-    replay.update_latents(where, np.full((1, 4, 6), 9, np.float16), np.full((1, 4, 2), 3, np.uint8))
-    np.testing.assert_array_equal(replay.ring["deter"][:6, 0], [20 / 8, 21 / 8, 22 / 8, 9, 9, 5 / 8])
-
-
 # Curious Replay
 
 
@@ -282,18 +252,6 @@ def test_curious_priority_follows_the_papers_formula():
     assert sampler.visits.tolist() == [0, 0, 0, 1, 2, 0, 0, 0, 0, 0]
     sampler.add(np.array([4]))  # a new step in the slot of an old one
     assert sampler.visits[4] == 0 and sampler.priority[4] == sampler.largest
-
-
-def test_curious_never_draws_across_the_head():
-    replay = make(n_envs=2, capacity=24, sampler="curious", context=0)
-    source = Source(n_envs=2)
-    for amount in (3, 1, 1, 5, 1, 13, 1, 2, 40, 1):
-        source.fill(replay, amount)
-        if replay.can_sample(1):
-            batch = replay.sample(16)
-            assert (np.diff(counts(batch), axis=1) == 1).all()
-            assert (counts(batch)[:, 0] >= source.count - 12).all()
-            replay.update_priorities(batch["where"], np.ones((16, 4), np.float32))
 
 
 # Memory and backends
@@ -519,98 +477,12 @@ def test_broken_file_is_moved_and_reported(tmp_path, how):
     replay.close()
 
 
-# Stop and resume
-
-
-def through_checkpoint(state, tmp_path):
-    torch.save(state, tmp_path / "latest.pt")
-    return torch.load(tmp_path / "latest.pt", weights_only=True)
-
-
-def train(replay, source, steps, batches):
-    """A minimal loop: adds steps, draws batches, and writes back values that depend on the batch."""
-    for _ in range(steps):
-        source.fill(replay, 1)
-        if replay.can_sample(4):
-            batch = replay.sample(4)
-            deter = (batch["deter"][:, 1:] * 0.5 + batch["reward"][:, 1:, None]).astype(np.float16)
-            stoch = (batch["action"][:, 1:, None] % 4 + np.zeros((4, 4, 2))).astype(np.uint8)
-            replay.update_latents(batch["where"], deter, stoch)
-            replay.update_priorities(batch["where"], batch["reward"][:, 1:])
-            batches.append(batch)
+# Save and load. tests/faults/test_replay_machine.py tests them in full.
 
 
 def build(tmp_path, n_envs=2, capacity=60, **options):
     writer = EpisodeWriter(tmp_path / "train_eps", SPACES, n_envs)
     return make(n_envs, capacity, writer=writer, **{"online": True, **options})
-
-
-@pytest.mark.parametrize("sampler", ["uniform", "curious"])
-@pytest.mark.parametrize("steps, length", [(6, 7), (23, 7), (100, 7), (100, 90)])
-def test_stopped_and_resumed_replay_equals_the_uninterrupted_one(tmp_path, sampler, steps, length):
-    whole = build(tmp_path / "whole", sampler=sampler)
-    source, expected = Source(2, length), []
-    train(whole, source, steps, expected)
-    whole.save(tmp_path / "whole" / "state", latents=False)  # a save does not change the replay
-    expected.clear()
-    train(whole, source, 50, expected)
-    whole.close()
-
-    stopped = build(tmp_path, sampler=sampler)
-    source, got = Source(2, length), []
-    train(stopped, source, steps, got)
-    state = through_checkpoint(stopped.save(tmp_path / "state", latents=True), tmp_path)
-    stopped.close()
-    got.clear()
-    resumed = build(tmp_path, sampler=sampler, seed=5)
-    loaded = resumed.load(state, tmp_path / "state")
-    assert loaded.exact and not loaded.lines and loaded.steps == min(2 * steps, 60)
-    train(resumed, source, 50, got)
-    resumed.close()
-    assert len(got) == len(expected)
-    for left, right in zip(got, expected, strict=True):
-        equal(left, right)
-    kept = [
-        [file.length for file in list_episodes(path / "train_eps")] for path in (tmp_path, tmp_path / "whole")
-    ]
-    assert kept[0] == kept[1]  # open episodes continued and became whole files
-
-
-def test_after_a_kill_newer_episodes_are_set_aside_and_known_ones_restored(tmp_path):
-    replay = build(tmp_path)
-    source = Source(2).fill(replay, 40)
-    state = through_checkpoint(replay.save(tmp_path / "state", latents=False), tmp_path)
-    known = {key: value.copy() for key, value in replay.ring.items()}
-    source.fill(replay, 33)
-    replay.close()  # its files are on disk, but in no checkpoint
-
-    resumed = build(tmp_path)
-    loaded = resumed.load(state, tmp_path / "state")
-    newer = list_episodes(tmp_path / "train_eps" / "newer")
-    steps = sum(file.length for file in newer)
-    assert loaded.exact and len(loaded.lines) == 1
-    assert f"{len(newer)} episode files" in loaded.lines[0] and f"({steps} steps)" in loaded.lines[0]
-    assert steps == 5 * 7 + 4 * 8  # finished after the checkpoint, including those open at it
-    assert resumed.size == 60
-    for key, value in known.items():
-        if key not in ("deter", "stoch"):
-            np.testing.assert_array_equal(resumed.ring[key], value)
-    assert (resumed.ring["stoch"] == NO_CLASS).all()
-    resumed.close()
-
-
-def test_open_episode_is_closed_as_abandoned_by_a_new_one(tmp_path):
-    replay = build(tmp_path, n_envs=1)
-    Source().fill(replay, 10)  # 7 and an open one of 3
-    state = replay.save(tmp_path / "state", latents=False)
-    replay.close()
-    resumed = build(tmp_path, n_envs=1)
-    resumed.load(state, tmp_path / "state")
-    Source().fill(resumed, 7)
-    batch = resumed.gather(np.array([[0, 7]]))
-    assert batch["is_last"][0].tolist() == [False, False, True, False, False]
-    resumed.close()
-    assert [file.length for file in list_episodes(tmp_path / "train_eps")] == [7, 3, 7]
 
 
 def test_missing_episode_file_is_reported_and_the_rest_is_loaded(tmp_path):
@@ -626,19 +498,6 @@ def test_missing_episode_file_is_reported_and_the_rest_is_loaded(tmp_path):
     Source(2).fill(resumed, 10)  # both environments start new episodes
     inside = resumed.sample(64)["vector"][..., 2]
     assert ((np.diff(inside, axis=1) == 1) | (inside[:, 1:] == 0)).all()
-    resumed.close()
-
-
-def test_other_number_of_environments_loads_all_known_episodes(tmp_path):
-    replay = build(tmp_path, n_envs=2, capacity=200)
-    Source(2).fill(replay, 25)
-    state = replay.save(tmp_path / "state", latents=True)
-    replay.close()
-    resumed = build(tmp_path, n_envs=3, capacity=300)
-    loaded = resumed.load(state, tmp_path / "state")
-    assert not loaded.exact and "2 streams of 100" in loaded.lines[0]
-    assert loaded.steps == resumed.size == 50
-    assert loaded.transitions == 50 - 4 - 4
     resumed.close()
 
 
