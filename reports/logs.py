@@ -269,7 +269,8 @@ def _options(run: RunLog) -> dict[str, Any]:
 
 
 def _labels(runs: Sequence[RunLog], options: Sequence[dict[str, Any]]) -> list[str]:
-    """A name for each group: the presets that are not shared, and as few options as tell the groups apart."""
+    """A name for each group: the presets that are not shared, then the options that differ between equals."""
+    names = sorted(set().union(*options) - {"configs"})
     shared = set.intersection(*(set(each.get("configs", [])) for each in options))
     heads = []
     for run in runs:
@@ -280,22 +281,17 @@ def _labels(runs: Sequence[RunLog], options: Sequence[dict[str, Any]]) -> list[s
             heads.append(" ".join(own or run.config.presets) or run.config.task)
     if len(runs) > 1 and len(set(heads)) == 1:
         heads = [""] * len(runs)
-    shown: list[list[str]] = [[] for _ in runs]
-    names = sorted(set().union(*options) - {"configs"})
-    while True:
-        labels = [", ".join(filter(None, [head, *parts])) for head, parts in zip(heads, shown, strict=True)]
-        twins = max(([i for i, x in enumerate(labels) if x == label] for label in labels), key=len)
-        if len(twins) == 1:
-            return [printable(label) for label in labels]
-        # The option that tells most of these apart.
-        views = {
-            name: [f"{_leaf(name)}={show_option(runs[i].config, name)}" for i in twins] for name in names
-        }
-        parts = max(views.values(), key=lambda view: len(set(view)), default=[""])
-        if len(set(parts)) == 1:  # none does
-            parts = [f"no. {number}" for number, _ in enumerate(twins, 1)]
-        for index, part in zip(twins, parts, strict=True):
-            shown[index].append(part)
+    labels = []
+    for run, head in zip(runs, heads, strict=True):
+        alike = [other for other, name in zip(runs, heads, strict=True) if name == head]
+        differ = [n for n in names if len({show_option(other.config, n) for other in alike}) > 1]
+        shown = [f"{_leaf(name)}={show_option(run.config, name)}" for name in differ]
+        labels.append(", ".join(filter(None, [head, *shown])))
+    numbers = [labels[: index + 1].count(label) for index, label in enumerate(labels)]
+    return [
+        printable(f"{label}, no. {number}" if labels.count(label) > 1 else label)
+        for label, number in zip(labels, numbers, strict=True)
+    ]
 
 
 def _leaf(name: str) -> str:

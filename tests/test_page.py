@@ -97,11 +97,11 @@ def test_names_from_files_are_escaped(text):
     seen = Parsed(text)
     assert not {"script", "iframe", "object"} & {tag for tag, _ in seen.found}
     assert not [name for _, attrs in seen.found for name in attrs if name.startswith("on")]
-    told = logs.printable(f"run {FOLDER}")
+    name = logs.printable(f"run {FOLDER}")
     assert (
-        told in seen.text
+        name in seen.text
         and logs.printable(EVIL) in seen.text
-        and "{{ 7 * 7 }}" in told
+        and "{{ 7 * 7 }}" in name
         and "49 " not in seen.text
     )
     (policy,) = [attrs for _, attrs in seen.found if attrs.get("http-equiv") == "Content-Security-Policy"]
@@ -114,10 +114,10 @@ def test_page_loads_nothing(text):
     assert links == sources
     for tag, attrs in Parsed(text).found:
         if tag != "a":
-            told = [
+            sources = [
                 attrs.get(name) or "" for name in ("src", "href", "xlink:href", "srcset", "poster", "data")
             ]
-            assert all(value.startswith(("data:", "#")) for value in told if value), tag
+            assert all(value.startswith(("data:", "#")) for value in sources if value), tag
     assert not re.search(r"@import|url\((?!#)", text)
 
 

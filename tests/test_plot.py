@@ -49,12 +49,7 @@ def test_curve_has_the_steps_at_which_the_metric_is_finite():
     assert logs.curve(lines, "c") == ([], [])
 
 
-BROKEN = [
-    b'{"step": 900, "a": 1', b"\xff\xfe", b"\0\0", b"[1, 2]", b"5", b"[" * 100_000,
-    b'{"a": 1.0}', b'{"step": "3"}', b'{"step": true}', b'{"step": NaN}', b'{"step": 1e999}',
-    b'{"step": 1e300}', b'{"step": -1}',
-    b'{"step": 900, "a": 1' + b"0" * 400 + b"}",
-]  # fmt: skip
+BROKEN = [b'{"step": 900, "a": 1', b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b'{"a": 1.0}', b'{"step": 1e999}']
 
 
 @pytest.mark.parametrize("broken", BROKEN)
@@ -64,8 +59,8 @@ def test_broken_lines_are_left_out(broken, tmp_path):
 
 
 def test_lines_of_a_resumed_run_replace_later_ones(tmp_path):
-    told = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 20.0), (250, 25.0), (250, 26.0)]
-    logdir = write_run(tmp_path / "run", [{"step": step, "a": value} for step, value in told])
+    written = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 20.0), (250, 25.0), (250, 26.0)]
+    logdir = write_run(tmp_path / "run", [{"step": step, "a": value} for step, value in written])
     assert logs.curve(logs.read_metrics(logdir), "a") == ([100, 200, 250], [1.0, 20.0, 26.0])
 
 

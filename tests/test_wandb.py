@@ -72,10 +72,10 @@ def test_scalars_and_videos_are_logged_also_after_a_resume(offline, tmp_path):
     for _, _, path in videos:
         (gif,) = (tmp_path / "wandb").glob(f"offline-run-*/files/{path}")
         assert gif.read_bytes()[:3] == b"GIF"
-    told = [record for path in folders for record in records(next(path.glob("*.wandb")))]
-    axes = {r.metric.glob_name: r.metric.step_metric for r in told if r.HasField("metric")}
+    logged = [record for path in folders for record in records(next(path.glob("*.wandb")))]
+    axes = {r.metric.glob_name: r.metric.step_metric for r in logged if r.HasField("metric")}
     assert axes["*"] == "step"
-    runs = [record.run for record in told if record.HasField("run")]
+    runs = [record.run for record in logged if record.HasField("run")]
     assert {run.project for run in runs} == {"tests"} and {run.display_name for run in runs} == {
         tmp_path.name
     }
@@ -114,14 +114,14 @@ def test_missing_login_is_a_user_error(tmp_path):
 
 
 def test_lost_connection_is_a_user_error(offline, tmp_path, monkeypatch):
-    told = WandbRun(tmp_path, "tests", {})
-    logger = Logger(tmp_path, total_steps=10, fps=5, resume_step=None, console=False, wandb=told)
+    run = WandbRun(tmp_path, "tests", {})
+    logger = Logger(tmp_path, total_steps=10, fps=5, resume_step=None, console=False, wandb=run)
     logger.write(1)
 
     def gone(*_):
         raise ConnectionResetError("Connection lost")  # as when its process was killed
 
-    monkeypatch.setattr(told._run, "log", gone)
+    monkeypatch.setattr(run._run, "log", gone)
     with pytest.raises(UserError, match="Weights & Biases: Connection lost. WANDB_MODE=offline"):
         logger.write(2)
     logger.close()
