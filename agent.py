@@ -1,8 +1,7 @@
-"""The agent: acts from observations, learns from replayed sequences, saves and loads itself."""
+"""The agent: acts from observations, learns from replayed sequences, and explains itself."""
 
 import contextlib
 import functools
-import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -25,20 +24,19 @@ from lore_llm.captions import make_captioner
 from lore_llm.hooks import advice_spaces
 from lore_llm.policy import ActingPolicy, AdvisedPolicy
 
-OPEN_LOOP_CONTEXT = 5  # frames that the world model sees in a `train_openl` video before it is on its own
-OPEN_LOOP_ROWS = 6  # sequences shown in it
+OPEN_LOOP_CONTEXT = 5  # frames of a `train_openl` video that the world model sees before it predicts alone
+OPEN_LOOP_ROWS = 6  # sequences in it
 FEATURES_DROPOUT = 0.5  # share of the steps at which training hides the features of the adviser
-EXPLAIN_ROLLOUTS = 8  # imagined for a predicted return
+EXPLAIN_ROLLOUTS = 8  # imagined trajectories for a predicted return
 
 Arrays = dict[str, np.ndarray]
 NO_ITEMS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Dreamer:
-    """The agent: acts from observations, learns from replayed sequences, saves and loads itself.
+    """The agent: world model, actor and critic, explorer, and the policy that takes advice.
 
-    Its random draws come from generators of its own: acting, training and reports do not disturb each
-    other.
+    Acting, training and reports draw from separate generators and do not affect each other.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class Dreamer:
             self.behavior = models.ImagBehavior(self.rssm.feat_size, self.actions, config).to(device)
             torch.manual_seed(derive_seed(config.seed, "explorer"))
             self.explorer = EXPLORERS[config.expl_behavior](self.world_model, config).to(device)
-        self.greedy = Greedy(self.world_model, config)  # who explores when nobody does any more
+        self.greedy = Greedy(self.world_model, config)  # acts when the explorer does not
         names = ("act", "train", "explore", "report", "synthetic", "options", "features")
         own = distributed.seed_names()
         self.rngs = {name: tools.torch_rng(config.seed, name, *own, device=device) for name in names}
@@ -72,53 +70,50 @@ class Dreamer:
         self.unseen = networks.unrouted(obs_space, self.world_model.encoder.keys)
         if not any(self.world_model.encoder.keys):
             raise UserError(
-                f"The agent would see nothing: no pattern of --encoder.*_keys fits {', '.join(self.unseen)}."
+                f"The agent has no inputs: no pattern of --encoder.*_keys matches {', '.join(self.unseen)}."
             )
         self.opt = tools.LaProp(self._param_groups(), **config.opt)
         self._join(self.world_model, self.behavior, self.explorer, self.policy)
         seen = {key for key in obs_space if not key.startswith("log_")}
         self.obs_keys = sorted(seen - {"reward", "is_last", "is_terminal", "symbolic", "llm_features"})
         self.autocast = functools.partial(
-            torch.autocast, device.type, torch.bfloat16, enabled=precision(config, device) == "bfloat16"
+            torch.autocast, device.type, torch.bfloat16, enabled=tools.precision(config, device) == "bfloat16"
         )
         self.updates = 0
         self.update = self._update
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32, which convolutions have by default
             self.copies = torch.cuda.Stream(device)
-        if compiles(config, device):
+        if tools.compiles(config, device):
             self._compile()
             self._record()
 
     def _join(self, *parts: torch.nn.Module) -> None:
-        """Let all ranks begin with the same weights, and see what they have to share in an update."""
+        """Give all ranks the same weights, and collect the tensors that they share in an update."""
         modules = [module for part in parts for module in part.modules()]
         distributed.broadcast([value for part in parts for value in part.state_dict().values()])
         self.trained = [p for group in self.opt.param_groups for p in group["params"]]
         self.averages = [getattr(m, name) for m in modules for name in getattr(m, "averages", ())]
 
     def _record(self) -> None:
-        """On CUDA, record the update anew as a graph; not what several learners do together."""
-        if (
-            compiles(self.config, self.device)
-            and self.device.type == "cuda"
-            and distributed.world_size() == 1
-        ):
+        """On CUDA, record the update as a graph from now on; not with several learners."""
+        compiled = tools.compiles(self.config, self.device)
+        if compiled and self.device.type == "cuda" and distributed.world_size() == 1:
             drawn = [rng for name, rng in self.rngs.items() if name not in ("act", "report")]
             self.update = cuda_graph.GraphedUpdate(self._update, *drawn)
 
     def explore(self, exploring: bool) -> None:
-        """Let the explorer act and learn, or not any more (`expl_until`)."""
+        """Whether the explorer acts and learns (until `expl_until`)."""
         if exploring != self.exploring:
             self.exploring = exploring
-            self._record()  # a recorded update goes on as it was
+            self._record()  # a recorded update would not change
 
     @property
     def rssm(self) -> networks.RSSM:
         return self.world_model.rssm
 
     def _param_groups(self) -> list[dict]:
-        """One optimiser over all, with learning rates of their own where the config gives them."""
+        """The parameters of all parts, with their own learning rates where the config gives them."""
         c = self.config
         return [
             param_group(self.world_model, c.model_lr),
@@ -132,7 +127,7 @@ class Dreamer:
         return self.policy.param_groups(self.config.actor_lr, self.config.model_lr)
 
     def _compile(self) -> None:
-        """Compile the functions that training calls, in place: so checkpoints keep their names."""
+        """Compile the functions that training calls, in place, so that checkpoints keep their names."""
         parts = (self.behavior, *self.explorer.children())
         behaviors = [part for part in parts if isinstance(part, models.ImagBehavior)]
         compiled = (
@@ -146,8 +141,8 @@ class Dreamer:
             setattr(module, name, torch.compile(getattr(module, name)))
 
     def parameters(self) -> int:
-        """How many parameters are trained."""
-        return sum(p.numel() for group in self.opt.param_groups for p in group["params"])
+        """The number of trained parameters."""
+        return sum(p.numel() for p in self.trained)
 
     def initial_state(self, envs: int) -> dict[str, Tensor]:
         """The state before the first observation: deter, stoch, previous action, each [envs, ...]."""
@@ -155,10 +150,11 @@ class Dreamer:
         return {**self.rssm.initial(envs), "action": action, **self.policy.initial(self.obs_space, envs)}
 
     def acting_state(self, saved: Mapping[str, Tensor], envs: int) -> dict[str, Tensor]:
-        """The state in which `act` left off, from a checkpoint. Raises ValueError for another agent's."""
-        if _shapes(saved) != _shapes(self.initial_state(envs)):
-            raise ValueError("the state in which it acted is of another agent")
-        return {k: saved[k].to(v.device) for k, v in self.initial_state(envs).items()}
+        """A saved state that `act` returned, on the device. Raises ValueError for another agent's."""
+        initial = self.initial_state(envs)
+        if _shapes(saved) != _shapes(initial):
+            raise ValueError("the acting state is of another agent")
+        return {k: saved[k].to(v.device) for k, v in initial.items()}
 
     @torch.no_grad()
     def act(
@@ -170,7 +166,7 @@ class Dreamer:
         advised: bool = False,
         plans: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ) -> tuple[Arrays, dict[str, Tensor], Arrays]:
-        """Actions for observations [n, ...]: (action, next state, latents to store with the step).
+        """Actions for observations [n, ...]; returns (action, next state, latents to store with the step).
 
         The task's actor acts; with `explore` the explorer does, as long as it explores, and the task's actor
         with the prior afterwards, or if `advised`. `plans` (env: actions) start to be executed.
@@ -196,7 +192,7 @@ class Dreamer:
         return self.actions.decode(action), {**post, "action": action, **running}, latents
 
     def _features(self, obs: Arrays, amount: int) -> dict[str, Tensor]:
-        """What the adviser says of the situation, as an observation; zeros where it says nothing."""
+        """The adviser's features as an observation; zeros where it gave none."""
         if "llm_features" not in self.obs_space:
             return {}
         blank = np.zeros((amount, *self.obs_space["llm_features"].shape), np.float32)
@@ -204,9 +200,9 @@ class Dreamer:
 
     @torch.no_grad()
     def curiosity(self, state: dict[str, Tensor]) -> np.ndarray | None:
-        """The intrinsic reward [n] that is expected of a state and the action taken in it.
+        """The expected intrinsic reward [n] of a state that `act` returned, and the action taken in it.
 
-        `state` is one that `act` returned. None where nobody is curious, or not any more.
+        None without an explorer that is curious, and after `expl_until`.
         """
         if not (self.explorer.curious and self.exploring):
             return None
@@ -234,7 +230,7 @@ class Dreamer:
     def _update(
         self, data: Mapping[str, Tensor], items: Mapping[str, Tensor] = NO_ITEMS
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """An update without waiting for the GPU: its metrics, and what the replay keeps."""
+        """An update that does not wait for the GPU; returns metrics, and what the replay keeps."""
         scales, generator = self.config.loss_scales, self.rngs["train"]
         data = {**data, "reward": data["reward"] * self.config.reward_scale}
         if "llm_features" in data:
@@ -252,14 +248,14 @@ class Dreamer:
             )
             policy_losses, policy_metrics = self.policy.learn(self.world_model, self.behavior, post, data)
         losses |= more
-        # Those of explorer and guide come weighted.
+        # The losses of explorer and policy are weighted already.
         total = sum(scales.get(name, 1.0) * loss.mean() for name, loss in losses.items())
         total = total + sum(expl_losses.values()) + sum(policy_losses.values())
         losses |= expl_losses | policy_losses
         self.opt.zero_grad()
         total.backward()
         for param in self.trained if distributed.world_size() > 1 else ():
-            if param.grad is None:  # perhaps it has one on another rank
+            if param.grad is None:  # it may have one on another rank
                 param.grad = torch.zeros_like(param)
         distributed.all_reduce([param.grad for param in self.trained])
         outcome = self.opt.step()
@@ -271,7 +267,7 @@ class Dreamer:
         return metrics, {"deter": deter, "stoch": stoch, "loss": model_loss}
 
     def _drop_features(self, data: Mapping[str, Tensor]) -> Tensor:
-        """The adviser's features as training sees them: only where there are any, and not always."""
+        """The adviser's features with dropout, where there are any."""
         draws = torch.rand(data["is_first"].shape, device=self.device, generator=self.rngs["features"])
         seen = data["llm_mask"] & (draws >= FEATURES_DROPOUT)
         return data["llm_features"] * seen[..., None]
@@ -297,10 +293,10 @@ class Dreamer:
 
     @torch.no_grad()
     def explain(self, state: dict[str, Tensor], advised: bool = True) -> list[dict]:
-        """Of each env, in a state that `act` returned, why the agent does what it does: see docs/llm.md.
+        """Explain the decision of each env in a state that `act` returned: see docs/llm.md.
 
-        `ActingPolicy.explain`, the index of the `action`, the `value`, and the `predicted_return` of
-        imagined steps from there.
+        To `ActingPolicy.explain` it adds the index of the `action`, the `value`, and the `predicted_return`
+        of imagined steps.
         """
         feat, amount = self.rssm.feat(state), len(state["deter"])
         with self.autocast():
@@ -332,17 +328,17 @@ class Dreamer:
         return {key: video.cpu().numpy() for key, video in videos.items()}
 
     def upload(self, batch: Mapping[str, np.ndarray | Tensor]) -> dict[str, Tensor]:
-        """A batch on the device. Another thread may call it, so that the next batch is there in time."""
+        """Copy a batch to the device. Another thread may call it, so that the next batch is ready in time."""
         if self.device.type == "cpu":
             return {k: torch.as_tensor(v) for k, v in batch.items()}
         if all(isinstance(v, Tensor) for v in batch.values()):
             return dict(batch)
-        with torch.cuda.stream(self.copies):  # beside the update that is running
+        with torch.cuda.stream(self.copies):  # in parallel to the running update
             pinned = {k: torch.from_numpy(v).pin_memory() for k, v in batch.items()}
             data = {k: v.to(self.device, non_blocking=True) for k, v in pinned.items()}
         self.copies.synchronize()
         for value in data.values():
-            value.record_stream(torch.cuda.default_stream(self.device))  # which is where it is used
+            value.record_stream(torch.cuda.default_stream(self.device))  # which uses it
         return data
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
@@ -370,36 +366,36 @@ class Dreamer:
 
     def _set_rngs(self, states: Mapping[str, Tensor]) -> None:
         for name, rng in self.rngs.items():
-            # A run may go on with another kind of device, whose generators have other states.
+            # The run may resume on another kind of device, whose generators have other states.
             if name in states and states[name].shape == rng.get_state().shape:
                 rng.set_state(states[name])
 
     def load_state_dict(self, state: dict, *, resume: bool = True) -> list[str]:
-        """Take weights, optimiser and random states from a checkpoint; lines for the log about what was not.
+        """Load weights, optimiser and random states from a checkpoint; returns lines for the log.
 
-        Without `resume` random states stay as they are, and so does an explorer that is not the
-        checkpoint's, and the optimiser or the decoder if the file has none. Raises UserError where a shape
-        differs.
+        Without `resume` the random states are kept, and so are the parts that the checkpoint does not have: a
+        different explorer, a policy with different advice, the decoder, the optimiser. Raises UserError if a
+        shape differs.
         """
-        notes, groups = [], None
+        notes, groups, last = [], None, len(self.opt.param_groups)
         weights = {name: state.get(name, {}) for name in self.weights()}
         weights["explorer"] = self.explorer.adopt(state["explorer"], resume)
-        if not resume and _shapes(self.policy.state_dict()) != _shapes(weights["policy"]):
-            if self.config.llm.enabled:
-                notes.append("The checkpoint's agent was advised otherwise; what advice teaches starts anew")
-            del weights["policy"]
-            groups = len(self.opt.param_groups) - len(self._policy_groups())
-        if not resume and _shapes(self.explorer.state_dict()) != _shapes(weights["explorer"]):
-            notes.append(
-                f"The checkpoint has another explorer than {self.config.expl_behavior}, which starts anew"
-            )
-            del weights["explorer"]
-            groups = len(self.opt.param_groups) - len(self._policy_groups())
-            groups -= len(self.explorer.param_groups())
-        decoder = {k: v for k, v in self.world_model.state_dict().items() if k.startswith("decoder.")}
-        if not resume and not decoder.keys() & weights["world_model"].keys():
-            notes.append("The checkpoint has no decoder, which starts anew")
-            weights["world_model"] = weights["world_model"] | decoder
+        if not resume:
+            # The optimiser's groups are in the order of the parts: those before a new part are loaded.
+            last -= len(self._policy_groups())
+            if _shapes(self.policy.state_dict()) != _shapes(weights["policy"]):
+                if self.config.llm.enabled:
+                    notes.append("The checkpoint's agent had other advice: what advice teaches is new")
+                groups = last
+                del weights["policy"]
+            if _shapes(self.explorer.state_dict()) != _shapes(weights["explorer"]):
+                notes.append(f"The checkpoint has another explorer: {self.config.expl_behavior} is new")
+                groups = last - len(self.explorer.param_groups())
+                del weights["explorer"]
+            decoder = {k: v for k, v in self.world_model.state_dict().items() if k.startswith("decoder.")}
+            if not decoder.keys() & weights["world_model"].keys():
+                notes.append("The checkpoint has no decoder: it is new")
+                weights["world_model"] = weights["world_model"] | decoder
         if "policy" in weights:
             self.policy.set_option_names(state.get("skills", []))
         for name, value in weights.items():
@@ -408,16 +404,16 @@ class Dreamer:
             self.opt.load_state_dict(state["optimizer"], groups)
             self.updates = state["updates"]
         else:
-            notes.append("The checkpoint has weights alone, so the optimiser starts anew")
-        self._record()  # a recorded update writes the moments that were replaced
-        if resume and distributed.is_main():  # the others have their own
+            notes.append("The checkpoint has only weights: the optimiser is new")
+        self._record()  # a recorded update would write to the replaced moments
+        if resume and distributed.is_main():  # the other ranks have their own
             self._set_rngs(state["rngs"])
         return notes
 
     def transfer(self, state: Mapping, parts: Sequence[str]) -> list[str]:
-        """Take the named parts of a checkpoint, of another task or size, where shapes fit; lines for the log.
+        """Load the named parts of a checkpoint of another task or size where shapes fit; lines for the log.
 
-        Everything else is as in a new agent, the optimiser too: its moments are of other losses.
+        Everything else is as in a new agent, including the optimiser: its moments are of other losses.
         """
         return checkpoints.transfer({name: getattr(self, name) for name in self.weights()}, state, parts)
 
@@ -440,7 +436,7 @@ def make_policy(
     spaces: tuple[Mapping[str, gymnasium.Space], Mapping[str, gymnasium.Space]],
     rngs: Mapping[str, torch.Generator],
 ) -> ActingPolicy:
-    """Who stands between the actor and the envs: nobody, or the one that heeds the advice."""
+    """The actor's policy, with or without advice."""
     if not config.llm.enabled:
         return ActingPolicy()
     ensemble = getattr(explorer, "disagreement", None)
@@ -465,60 +461,3 @@ def _load_weights(module: torch.nn.Module, weights: Mapping[str, Tensor], name: 
         if not weights[key].isfinite().all():
             raise ValueError(f"{name}.{key} holds numbers that are not finite")
     module.load_state_dict(weights)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where it works, else the CPU. Raises UserError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if cuda_works() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # new streams and CUDA graphs are of the current device
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"--device {name} does not work here: {reason} --device auto finds one that does."
-        ) from error
-    return device
-
-
-def count_gpus() -> int:
-    """How many CUDA GPUs are here that work."""
-    return torch.cuda.device_count() if cuda_works() else 0
-
-
-def cuda_works() -> bool:
-    """Whether a CUDA GPU is here and computes: a driver too old for this torch is found out now."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        torch.zeros(1, device="cuda") + 1
-    except torch.OutOfMemoryError:  # it computes, for somebody else
-        return True
-    except RuntimeError:
-        return False
-    return True
-
-
-def precision(config: Config, device: torch.device) -> str:
-    """What `precision: auto` means: bfloat16 where the hardware multiplies in it, else float32."""
-    if config.precision != "auto":
-        return config.precision
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # torch before 2.12 does not tell.
-        abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = abilities.get("avx512_bf16", False) or abilities.get("amx_bf16", False)
-    return "bfloat16" if fast else "float32"
-
-
-def compiles(config: Config, device: torch.device) -> bool:
-    """What `compile: auto` means: on CUDA under Linux, where Triton is."""
-    if config.compile != "auto":
-        return config.compile
-    return device.type == "cuda" and sys.platform == "linux"

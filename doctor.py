@@ -134,8 +134,8 @@ def check_torch() -> Iterator[Line]:
 def check_device(config: Any) -> Iterator[Line]:
     """The device of the run, its precision, and the C compiler for torch.compile."""
     import distributed
-    from agent import choose_device, compiles, count_gpus, precision
     from dreamer import device_name
+    from tools import choose_device, compiles, count_gpus, precision
 
     device = choose_device(distributed.local_device(config.device, config.parallel, count_gpus()))
     yield Line("ok", "device", f"{device_name(device)} in {precision(config, device)}")

@@ -27,13 +27,7 @@ import config as configs
 import distributed
 import replay as replays
 import tools
-from agent import (
-    Dreamer,
-    choose_device,
-    count_gpus,
-    cuda_works,
-    precision,
-)
+from agent import Dreamer
 from basics import UserError, derive_seed, first_line, numpy_rng, stop_signals
 from config import Config
 from distributed import LostRank
@@ -124,7 +118,9 @@ class Run:
         elif distributed.world_size() > 1:  # which share the cores of their machine
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // distributed.local_world_size()))
         tools.seed_everything(config.seed, *distributed.seed_names())
-        self.device = choose_device(distributed.local_device(config.device, config.parallel, count_gpus()))
+        self.device = tools.choose_device(
+            distributed.local_device(config.device, config.parallel, tools.count_gpus())
+        )
         self.batch_size = config.batch_size // distributed.world_size()
         self.step = self.transitions = self.episodes = 0
         self.streak = self.timed_updates = 0
@@ -224,7 +220,7 @@ class Run:
         config, learners = self.config, distributed.world_size()
         shared = f", shared by {learners} learners" if learners > 1 else ""
         return (
-            f"{config.task} on {device_name(self.device)} in {precision(config, self.device)}: "
+            f"{config.task} on {device_name(self.device)} in {tools.precision(config, self.device)}: "
             f"{self.agent.parameters():,} parameters{shared}; presets {', '.join(config.presets) or 'none'}"
         )
 
@@ -731,7 +727,7 @@ def read_command(argv: list[str]) -> Command:
         origin = logdir if resume else source
     checkpoint, path, notes = checkpoints.load_checkpoint(origin) if origin else (None, None, [])
     saved = checkpoint and Config.from_yaml(checkpoint["config"], f"the config in {path}")
-    config, raised = distributed.divisible(configs.load(argv, has_cuda=cuda_works(), saved=saved))
+    config, raised = distributed.divisible(configs.load(argv, has_cuda=tools.cuda_works(), saved=saved))
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *raised, *(f"Changed since the run was saved: {line}" for line in changes)]
     folder = Path(logdir or Path("logdir") / config.task.replace(":", "_") / time.strftime("%Y%m%dT%H%M%S"))
@@ -767,7 +763,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         command = read_command(argv)
         if command.config.parallel > 1 and not distributed.launched():
-            distributed.local_device(command.config.device, command.config.parallel, count_gpus())
+            distributed.local_device(command.config.device, command.config.parallel, tools.count_gpus())
             return distributed.launch(command.config.parallel, [*argv, "--logdir", str(command.logdir)])
         with stop_signals() as stop, memory_explained(), join(command.config):
             command.logdir = Path(distributed.broadcast_object(str(command.logdir)))
@@ -787,7 +783,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def join(config: Config) -> contextlib.AbstractContextManager:
     """Within, this process is one of the learners."""
-    device = choose_device(distributed.local_device(config.device, config.parallel, count_gpus()))
+    device = tools.choose_device(distributed.local_device(config.device, config.parallel, tools.count_gpus()))
     return distributed.joined(device)
 
 

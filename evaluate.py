@@ -24,7 +24,7 @@ import torch
 import audio
 import checkpoint as checkpoints
 import tools
-from agent import Dreamer, choose_device
+from agent import Dreamer
 from basics import UserError, numpy_rng
 from config import Config
 from dreamer import memory_explained, run_folder
@@ -97,7 +97,7 @@ def evaluate(
         raise UserError(
             "--advised plays through the prior of a run with prior.enabled True; this one has none"
         )
-    chosen = choose_device(device)
+    chosen = tools.choose_device(device)
     if config.threads:
         torch.set_num_threads(config.threads)
     parallel = "process" if envs > 1 else "none"

@@ -1,15 +1,17 @@
-"""Small tools with torch: generators, clocks, the optimizer. Those without torch are in basics.py."""
+"""Small tools with torch: generators, clocks, the optimizer, devices. basics.py has those without torch."""
 
 import ctypes
 import os
 import platform
 import random
+import sys
+from collections.abc import Mapping
 from fractions import Fraction
 
 import numpy as np
 import torch
 
-from basics import derive_seed
+from basics import UserError, derive_seed, first_line
 
 
 def torch_rng(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:
@@ -238,3 +240,60 @@ class LaProp(torch.optim.Optimizer):
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         self.updates[: len(counts)] = counts
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA if it works, else the CPU. Raises UserError for a device that does not work."""
+    if name == "auto":
+        return torch.device("cuda" if cuda_works() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # new streams and CUDA graphs are of the current device
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error)
+        raise UserError(
+            f"--device {name} does not work here: {reason} --device auto finds one that does."
+        ) from error
+    return device
+
+
+def count_gpus() -> int:
+    """The number of CUDA GPUs that work."""
+    return torch.cuda.device_count() if cuda_works() else 0
+
+
+def cuda_works() -> bool:
+    """Whether a CUDA GPU computes; with a driver too old for this torch it does not."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.zeros(1, device="cuda") + 1
+    except torch.OutOfMemoryError:  # it works, but another process has its memory
+        return True
+    except RuntimeError:
+        return False
+    return True
+
+
+def precision(config: Mapping, device: torch.device) -> str:
+    """`precision: auto` is bfloat16 if the hardware multiplies in it, else float32."""
+    if config.precision != "auto":
+        return config.precision
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        # torch before 2.12 has no such function.
+        abilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = abilities.get("avx512_bf16", False) or abilities.get("amx_bf16", False)
+    return "bfloat16" if fast else "float32"
+
+
+def compiles(config: Mapping, device: torch.device) -> bool:
+    """`compile: auto` compiles on CUDA under Linux, where Triton is available."""
+    if config.compile != "auto":
+        return config.compile
+    return device.type == "cuda" and sys.platform == "linux"

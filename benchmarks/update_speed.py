@@ -34,8 +34,9 @@ import config as configs
 import cuda_graph
 import dreamer
 import tools
-from agent import Dreamer, choose_device, compiles, keeps_memory, precision
+from agent import Dreamer
 from replay import Replay
+from tools import choose_device, compiles, keeps_memory, precision
 
 ACTIONS = 17
 REPLAY_STEPS = 2000

@@ -12,8 +12,9 @@ from test_models import DISCRETE, OBS, make_agent, make_batch
 from torch.overrides import TorchFunctionMode
 
 import cuda_graph
-from agent import Dreamer, cuda_works
+from agent import Dreamer
 from lore_llm import synthetic
+from tools import cuda_works
 
 
 class FakeStream:

@@ -206,7 +206,7 @@ def test_keys_that_are_not_encoded_are_named_and_no_encoded_key_is_an_error(tmp_
     assert {"depth", "speed"} <= set(line.split(", ")) and "front" not in line
     nothing = ["--encoder.cnn_keys", "x", "--encoder.mlp_keys", "x"]
     assert train(tmp_path / "b", *task(lambda size: Dummy(size)), *nothing) == 2
-    assert "The agent would see nothing" in capfd.readouterr().err and not (tmp_path / "b").exists()
+    assert "The agent has no inputs" in capfd.readouterr().err and not (tmp_path / "b").exists()
 
 
 WRAPPED = "--grayscale True --frame_stack 2 --audio_dim 3 --audio_noise_std 1 --clip_reward True".split()

@@ -641,7 +641,7 @@ def test_a_run_starts_from_a_checkpoint_with_another_explorer(tmp_path):
         folder = tmp_path / name
         options = ("--from_checkpoint", source, "--expl_behavior", name, "--lpm.fifo", "6")
         assert train(folder, *options, "--steps", "30") == 0  # still in the prefill: nothing is learned
-        assert f"another explorer than {name}, which starts anew" in (folder / "train.log").read_text()
+        assert f"another explorer: {name} is new" in (folder / "train.log").read_text()
         one, other = (
             checkpoints.load_checkpoint(place)[0]["agent"] for place in (tmp_path / "first", folder)
         )

@@ -14,7 +14,7 @@ import config as configs
 import fast
 import networks
 import replay
-from agent import precision
+from tools import precision
 
 ROWS = {"vectors": (3, 7, 24), "one row": (1, 24), "more than a chunk": (50, 24)}
 

@@ -8,8 +8,9 @@ from run_helpers import log, metrics, signal_at, train
 import checkpoint as checkpoints
 import dreamer
 import models
-from agent import Dreamer, cuda_works
+from agent import Dreamer
 from basics import UserError
+from tools import cuda_works
 
 GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.79 GiB of which ..."
 FULL = {
