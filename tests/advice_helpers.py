@@ -1,4 +1,4 @@
-"""What the tests of advice share: a tiny advised agent, a batch as the replay gives it, skills."""
+"""Shared by the tests of advice: a tiny advised agent, a batch as from the replay, options, advisers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -113,7 +113,7 @@ def some_feat(agent: Dreamer, *batch: int, seed: int = 0) -> torch.Tensor:
 
 
 class SilentService:
-    """Behind the interface of an AdviceService, for tests that put answers into its mouth."""
+    """A service without answers, for tests that replace `ask`."""
 
     def ask(self, *args, **kwargs):
         return []
@@ -128,10 +128,10 @@ class SilentService:
         return {}
 
     def load_state_dict(self, state):
-        """There is nothing to remember."""
+        """Stateless."""
 
     def close(self):
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 class CueOracle(LLMAdapter):
@@ -140,7 +140,7 @@ class CueOracle(LLMAdapter):
     instant = True
 
     def infer(self, obs_np, num_actions):
-        """The simple form of an adviser, as a user writes it."""
+        """The simple form of an adviser."""
         if "vector" in obs_np:
             cue = int(obs_np["vector"].argmax())
         else:
@@ -160,13 +160,12 @@ class CueLiar(CueOracle):
 
 
 class Remote(Rules):
-    """The embedded rules as an adviser whose answers take a call, and are kept in the cache."""
+    """The embedded rules as an adviser that is called in the background and cached."""
 
     instant = False
     reachable = True
 
     def advise(self, requests):
-        """Answers, as long as there is a network."""
         if not Remote.reachable:
-            raise AssertionError("nobody may be asked")
+            raise AssertionError("no call is allowed")
         return super().advise(requests)

@@ -1,21 +1,18 @@
-"""What docs/llm.md promises is so: its commands run, its classes advise, its tables and numbers are right."""
+"""docs/llm.md is true: its commands run, its classes advise, and the names in its tables exist."""
 
-import dataclasses
 import json
-import os
 import re
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from llm_servers import FakeLLM, Say
 from run_helpers import log, main, metrics, train
 from test_docs import metrics_of
 
 import config as configs
-import dreamer
-import evaluate
 from envs import make_env
 from lore_llm import advice, language_models
 from lore_llm.advice import PROBLEMS, AdviceSpec, Request
@@ -84,17 +81,6 @@ def last(logdir: Path, name: str) -> float:
 # The text
 
 
-def test_both_guides_hold_the_same_blocks_and_as_many_rows():
-    own, other = (re.findall(r"^```.*?^```$", text_of(guide), re.M | re.S) for guide in GUIDES)
-    assert own == other
-    own, other = (
-        [[sorted(names(cell)) for row in table for cell in row] for table in tables(guide)]
-        for guide in GUIDES
-    )
-    assert own == other
-    assert [len(text_of(guide).split("\n## ")) for guide in GUIDES] == [12, 12]
-
-
 @pytest.mark.parametrize("guide", GUIDES)
 def test_options_that_are_named_exist(guide):
     schema = configs.read()
@@ -127,7 +113,7 @@ def test_metrics_of_the_troubleshooting_table_are_those_of_logs_md():
 
 
 @pytest.mark.parametrize("guide", GUIDES)
-def test_reasons_are_all_that_there_are(guide):
+def test_the_table_of_reasons_is_complete(guide):
     rows = tables(guide)[4]
     assert sorted(name for row in rows for name in names(row[0])) == sorted(PROBLEMS)
     told = set(names(re.search(r"^.*`http_4xx`.*$", text_of(guide), re.MULTILINE)[0]))
@@ -135,7 +121,7 @@ def test_reasons_are_all_that_there_are(guide):
     assert kinds < told
 
 
-def test_the_backends_are_all_that_there_are():
+def test_the_table_of_back_ends_is_complete():
     from lore_llm.backends import BACKENDS
 
     rows = [names(row[0])[0] for row in tables(GUIDES[0])[1]]
@@ -143,65 +129,7 @@ def test_the_backends_are_all_that_there_are():
     assert language_models.GEMINI_MODEL in text_of(GUIDES[0])
 
 
-def test_the_caption_of_the_guide_is_crafters():
-    config = configs.load(["--configs", "crafter", "lore_full"])
-    env = make_env(config, "train", 0)
-    captioner = make_captioner(config, env.obs_space, env.act_space)
-    obs, _ = env.reset()
-    (shown,) = blocks("text")
-    starts = [line.partition(":")[0] for line in captioner.caption(obs).splitlines()]
-    assert len(starts) == len(shown.splitlines())
-    for start, line in zip(starts, shown.splitlines(), strict=True):
-        assert line.startswith(start[:6])
-
-
-# Costs
-
-
-@pytest.mark.parametrize(("task", "column"), [("crafter_reward", 1), ("minigrid_DoorKey-5x5", 2)])
-def test_sizes_of_the_prompt_are_those_of_the_guide(task, column):
-    config = configs.load(["--configs", "lore_full", "--task", task])
-    env = make_env(config, "train", 0)
-    captioner = make_captioner(config, env.obs_space, env.act_space)
-    caption = captioner.caption(env.reset()[0])
-    llm = config.llm
-    told = tuple(captioner.actions), tuple(captioner.subgoals)
-    spec = AdviceSpec(*told, llm.features, llm.max_reply_chars, config.options.max_options)
-    model = language_models.LanguageModel(spec, llm, about=captioner.about)
-    one, two = ([Request(caption, frozenset({"prior", "plan"}))] * count for count in (1, 2))
-    sizes = [len(language_models.INSTRUCTION) + len(model.prompt(one))]
-    sizes += [len(model.prompt(two)) - len(model.prompt(one)), len(json.dumps(model.schema(one)))]
-    for guide in GUIDES:
-        rows = [row[column] for row in tables(guide)[2][-3:]]
-        written = [int(cell.strip(" |").replace(",", "")) for cell in rows]
-        assert written == pytest.approx(sizes, rel=0.15)
-
-
-def test_the_example_of_costs_is_right():
-    text = text_of(GUIDES[0])
-    assert "500,000 · 0.1 · (1 - 0.27) = 36,500" in text and round(500_000 * 0.1 * 0.73) == 36_500
-    assert round(10_000 / (0.1 * 0.73), -4) == 140_000 and "about step 140,000" in text
-    price = 10_000 * (1_700 * 0.10 + 250 * 0.40) / 1e6
-    assert f"(1,700 · 0.10 + 250 · 0.40) / 1,000,000 = {price:.2f}" in text
-    defaults = configs.load([]).llm
-    assert (defaults.budget_calls, defaults.budget_tokens) == (10_000, 20_000_000)
-
-
 # Commands
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_is_understood(command):
-    program, *args = shlex.split(command)
-    if command in TRAIN:
-        config = configs.load(args[1:])
-        assert config.llm.enabled
-    elif program == "python3":
-        assert args[0] == "evaluate.py"
-        evaluate.parse(args[1:])
-    else:
-        others = ("export GEMINI_API_KEY=", "npm install ", "vllm serve ", "ollama pull ")
-        assert command.startswith(others)
 
 
 def run(*options: str, logdir: str, task: str = "crafter_reward") -> Path:
@@ -213,81 +141,46 @@ def run(*options: str, logdir: str, task: str = "crafter_reward") -> Path:
     return Path(logdir)
 
 
-def test_rules_and_nobody_advise_as_the_guide_says():
-    logdir = run(*command_with("lore_full", "rules"), logdir="a", task="minigrid_DoorKey-5x5")
-    assert last(logdir, "llm_adapter/answers") > 5 and last(logdir, "options/count") > 0
-    logdir = run(*command_with("lore_full", "none"), logdir="b", task="dummy_cue")
-    assert last(logdir, "llm_adapter/questions") > 0 == last(logdir, "llm_adapter/answers")
-
-
-def test_gemini_is_asked_recorded_and_replayed_as_the_guide_says(workdir, monkeypatch):
+def test_gemini_is_recorded_and_replayed_as_the_guide_says(workdir, monkeypatch):
     recording, replaying = (
         command_with("./answers.sqlite", f"./logdir/{name}") for name in ("recorded", "replayed")
     )
     with FakeLLM() as server:
         monkeypatch.setenv("GEMINI_API_KEY", KEY)
         there = ("--llm.base_url", server.url)
-        first = run(*command_with("./logdir/gemini"), *there, "--deterministic", "True", logdir="first")
-        assert last(first, "llm_adapter/calls") > 0 and (first / "llm_cache.sqlite").is_file()
-        assert "Adviser: gemini, model gemini-3.5-flash-lite" in log(first)
         recorded = run(*recording, *there, logdir="recorded")
         assert (workdir / "answers.sqlite").is_file() and last(recorded, "llm_adapter/calls") > 0
+        assert "Adviser: gemini, model gemini-3.5-flash-lite" in log(recorded)
     monkeypatch.delenv("GEMINI_API_KEY")
-    for name in ("replayed", "again"):  # nobody is there, and no key
-        logdir = run(*replaying, *there, logdir=name)
-        assert last(logdir, "llm_adapter/calls") == 0 < last(logdir, "llm_adapter/answers")
-        assert last(logdir, "llm_adapter/dropped") == 0
-    decisions = [(Path(name) / "decisions.jsonl").read_text() for name in ("recorded", "replayed", "again")]
-    assert decisions[0] == decisions[1] == decisions[2]
+    replayed = run(*replaying, *there, logdir="replayed")  # without server and key
+    assert last(replayed, "llm_adapter/calls") == 0 < last(replayed, "llm_adapter/answers")
+    assert last(replayed, "llm_adapter/dropped") == 0
+    decisions = [(logdir / "decisions.jsonl").read_text() for logdir in (recorded, replayed)]
+    assert decisions[0] == decisions[1]
 
 
-@pytest.mark.parametrize("server_of", ["./logdir/vllm", "./logdir/ollama"])
-def test_openai_compatible_servers_are_asked_as_the_guide_says(server_of):
-    options = command_with(server_of)
+def test_an_openai_compatible_server_advises_as_the_guide_says():
     with FakeLLM(Say()) as server:
         there = ("--llm.base_url", server.openai_url, "--deterministic", "True")
-        logdir = run(*options, *there, logdir="own", task="dummy_cue")
+        logdir = run(*command_with("./logdir/vllm"), *there, logdir="own", task="dummy_cue")
         asked = [request for request in server.asked if request.path.endswith("/chat/completions")]
-        model = "gemma3:4b" if "ollama" in server_of else "fake-model"
-        assert asked and asked[0].body["model"] == model
+        assert asked and asked[0].body["model"] == "fake-model"
     assert last(logdir, "llm_adapter/answers") > 0 and (logdir / "llm_cache.sqlite").is_file()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a shell script stands for the program")
-def test_gemini_cli_is_asked_as_the_guide_says(workdir, monkeypatch):
-    program = workdir / "bin" / "gemini"
-    program.parent.mkdir()
-    reply = {"answers": [{"number": 1, "confidence": 0.5, "plan": ["action_0"]}]}
-    said = json.dumps({"response": json.dumps(reply)})
-    program.write_text(f"#!/bin/sh\ncat <<'END'\n{said}\nEND\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    waits = ("--max_batch", "1", "--deterministic", "True")
-    logdir = run(*command_with("gemini_cli"), *waits, logdir="cli", task="dummy_cue")
-    assert last(logdir, "llm_adapter/answers") > 0 and "Adviser: gemini_cli" in log(logdir)
+# User classes and files
 
 
-# Classes and files of one's own
-
-
-def test_own_adviser_is_asked_with_the_image():
-    options = command_with("mypackage.my_adviser:MyAdviser")
-    logdir = run(*options, logdir="own")
-    assert last(logdir, "llm_adapter/answers") > 5
-    assert not any("llm_adapter/errors" in name for name in metrics_of(logdir))
-    checkpoint = dreamer.checkpoints.load_checkpoint(logdir)[0]
-    assert any("features" in key or "mlp" in key for key in checkpoint["agent"]["world_model"])
+def test_the_simple_adviser_of_the_guide_advises():
     from mypackage.my_adviser import MyAdviser
 
-    config = configs.load(options)
-    spec = AdviceSpec(("noop", "other"), (), 1, 1000, 0)
-    image = make_env(config, "train", 0).reset()[0]["image"]
-    adviser = MyAdviser(spec, config.llm)
+    adviser = MyAdviser(AdviceSpec(("noop", "other"), (), 1, 1000, 0), {})
+    image = np.full((64, 64, 3), 100, np.uint8)
     (answer,) = adviser.answer([Request("", frozenset({"prior", "features"}), {"image": image})]).answers
     assert not answer.problems and answer.advice.features and answer.advice.action_prior.logits[0] > 0
 
 
-def test_own_adviser_of_the_richer_form_proposes_a_skill_and_plans():
+def test_the_full_adviser_of_the_guide_proposes_a_skill_and_plans():
     logdir = run(*command_with("mypackage.lumberjack:Lumberjack"), logdir="own")
     assert last(logdir, "llm_adapter/answers") > 5
     assert not any("llm_adapter/errors" in name for name in metrics_of(logdir))
@@ -295,21 +188,20 @@ def test_own_adviser_of_the_richer_form_proposes_a_skill_and_plans():
     from mypackage.lumberjack import Lumberjack
 
     adviser = Lumberjack(AdviceSpec(("noop", "move_left", "do"), ("collect_wood",), 0, 1000, 8), {})
-    (beside, far) = adviser.advise([Request(c, frozenset()) for c in ("left tree; right grass", "tree far")])
-    assert beside.plan == ("do",) * 3 and far.plan == ("move_left",) * 3 and not far.skills
+    (tree, far) = adviser.advise([Request(c, frozenset()) for c in ("left tree; right grass", "tree far")])
+    assert tree.plan == ("do",) * 3 and far.plan == ("move_left",) * 3 and not far.skills
     assert adviser.identity == "lumberjack 1"
 
 
-def test_own_captioner_makes_shorter_captions(monkeypatch):
-    monkeypatch.setenv("GEMINI_API_KEY", KEY)
-    with FakeLLM() as server:
-        logdir = run(*command_with("mypackage.short:Short"), "--llm.base_url", server.url, logdir="own")
-        captions = [s["caption"] for asked in server.asked for s in asked.prompt["situations"]]
-    assert captions and not any("Achieved" in caption for caption in captions)
-    assert last(logdir, "llm_adapter/answers") > 0
+def test_the_captioner_of_the_guide_makes_shorter_captions():
+    config = configs.load(command_with("mypackage.short:Short"))
+    env = make_env(config, "train", 0)
+    captioner = make_captioner(config, env.obs_space, env.act_space)
+    caption = captioner.caption(env.reset()[0])
+    assert caption.startswith("Facing") and "Achieved" not in caption
 
 
-def test_skills_of_the_guide_are_a_library_without_mistakes(tmp_path):
+def test_the_skills_of_the_guide_are_valid(tmp_path):
     config = configs.load(["--configs", "crafter", "lore_full"])
     env = make_env(config, "train", 0)
     (block,) = blocks("yaml")
@@ -348,10 +240,8 @@ def test_what_may_change_on_resume_and_what_not(tmp_path, capfd):
 def test_what_the_limits_refuse_is_refused(tmp_path, capfd):
     for more in (
         ("lore_options", "--expl_behavior", "plan2explore"),
-        ("lore_full", "--imag_gradient", "dynamics"),
         ("lore_prior", "--expl_behavior", "lpm", "--expl_task_actor", "separate"),
         ("lore_prior", "--task", "dummy_continuous"),
     ):
         assert train(tmp_path / "run", "--configs", *more) == 2, more
         assert capfd.readouterr().err.startswith("error: ")
-    assert dataclasses.is_dataclass(Request)

@@ -1,4 +1,4 @@
-"""Whole runs that a language model advises: recorded, repeated, resumed, and with a server that dies."""
+"""Runs with a language model as adviser: recorded, repeated, resumed, and with a server that dies."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def without_calls(logdir: Path) -> list[dict]:
 
 
 class Stumbling(Captioner):
-    """A user's captioner with a mistake."""
+    """A user's captioner with a bug."""
 
     def caption(self, obs):
         raise KeyError("image of the player")
@@ -89,7 +89,7 @@ def test_a_recorded_run_is_repeated_and_resumed_without_its_server(tmp_path):
         assert_same_run(whole, parts)
 
 
-def test_a_server_that_dies_costs_no_step_and_no_file_holds_the_key(tmp_path, monkeypatch):
+def test_a_dying_server_does_not_stop_the_run_and_no_file_contains_the_key(tmp_path, monkeypatch):
     whole = dreamer.Run.interact
 
     with FakeLLM(Say(delay=0.01)) as server:
