@@ -158,7 +158,7 @@ class AdviceHooks(NoAdvice):
         self.synthetic = SyntheticItems(
             config, numpy_rng(config.seed, "synthetic", *distributed.seed_names())
         )
-        self.reliability = Reliability(config.prior.reliability_rate)  # of executed plans
+        self.reliability = Reliability()  # of executed plans
         self.proposals: deque[Proposal] = deque(maxlen=max(MAX_PROPOSALS, self.n_envs))
         self.offered: dict[int, int] = {}  # env -> place where this step offered a plan for execution
         self.predicted: dict[int, float] = {}  # env -> predicted return of the plan that runs there

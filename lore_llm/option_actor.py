@@ -22,6 +22,7 @@ from networks import Policy, State
 
 NOTHING = 0  # what runs in an env: the uid of an option, NOTHING or a PLAN
 PLAN = -1
+END_LAYERS = 2  # of the network that predicts the ends of options
 
 
 class Outcome(NamedTuple):
@@ -142,9 +143,9 @@ class OptionActor(nn.Module):
         super().__init__()
         c = config.options
         self.slots, self.unimix = c.max_options, config.actor.unimix
-        units = c.units or config.actor.units
-        self.out = networks.Linear(config.actor.units, self.slots, networks.ACTOR_SCALE)
-        self.end_mlp = networks.mlp(feat + self.slots, c.layers, units)
+        units = config.actor.units
+        self.out = networks.Linear(units, self.slots, networks.ACTOR_SCALE)
+        self.end_mlp = networks.mlp(feat + self.slots, END_LAYERS, units)
         self.end_out = networks.Linear(units, 1)
         self.register_buffer("uids", torch.zeros(self.slots, dtype=torch.int64))  # 0: the slot is empty
         self.register_buffer("timeouts", torch.zeros(self.slots, dtype=torch.int64))

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 import networks
 
+LAYERS = 2  # of the net
+RELIABILITY_RATE = 0.01  # of the running means of what following the advice brings
+CAUTION = 1.0  # standard errors by which the reliability is lowered the longer there is advice
+DUAL_RATE = 0.05  # share by which an update lowers the weight where the divergence is twice its target
 SMALLEST_TARGET = 1e-6  # nats
 # In units of the scale of returns:
 GAIN_FLOOR = 0.02  # gains that are too small to tell anything
@@ -28,7 +32,7 @@ class Reliability(nn.Module):
 
     averages = ("moments",)  # buffers that are means over all learners
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float = RELIABILITY_RATE):
         super().__init__()
         self.rate = rate
         self.register_buffer("moments", torch.zeros(3))  # running means of 1, g and g^2
@@ -63,10 +67,9 @@ class Prior(nn.Module):
         super().__init__()
         c = config.prior
         self.config = c
-        units = c.units or config.actor.units
-        self.mlp = networks.mlp(feat, c.layers, units)
-        self.out = networks.Linear(units, actions, 0.0)  # without advice, all actions alike
-        self.reliability = Reliability(c.reliability_rate)
+        self.mlp = networks.mlp(feat, LAYERS, config.actor.units)
+        self.out = networks.Linear(config.actor.units, actions, 0.0)  # without advice, all actions alike
+        self.reliability = Reliability()
         self.register_buffer("heard", torch.zeros(()))  # running mean of whether there was advice: towards 1
         self.register_buffer("dual", torch.zeros(()))
         self.register_buffer("share", torch.ones(()))  # of beta_max that llm.until leaves
@@ -91,7 +94,7 @@ class Prior(nn.Module):
         Where rewards are rare, nothing tells for long whether an adviser harms: whoever cannot show that the
         advice helps loses the trust that it was given at first.
         """
-        return self.reliability.lowered(self.config.caution * self.heard)
+        return self.reliability.lowered(CAUTION * self.heard)
 
     def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error to the advice `logits` [B, T, A], and how often its best action is the same.
@@ -130,7 +133,7 @@ class Prior(nn.Module):
         telling = mask & rewarded & (advantage.abs() > SMALL_ADVANTAGE)
         gain = torch.where(telling, followed * advantage, 0.0).sum() / telling.sum().clamp(min=1)
         self.reliability.update(gain, telling.any())
-        self.heard.lerp_(torch.where(mask.any(), 1.0, self.heard), self.config.reliability_rate)
+        self.heard.lerp_(torch.where(mask.any(), 1.0, self.heard), self.reliability.rate)
 
     @torch.no_grad()
     def limit(self, kl: Tensor) -> None:
@@ -138,9 +141,8 @@ class Prior(nn.Module):
 
         By a share of itself, so that it takes as long whatever the target and the strength of the advice.
         """
-        c = self.config
-        excess = (kl / max(c.delta_target, SMALLEST_TARGET) - 1).clamp(max=1)
-        dual = ((1 + self.dual) * (c.dual_lr * excess).exp() - 1).clamp(min=0)
+        excess = (kl / max(self.config.delta_target, SMALLEST_TARGET) - 1).clamp(max=1)
+        dual = ((1 + self.dual) * (DUAL_RATE * excess).exp() - 1).clamp(min=0)
         self.dual.copy_(torch.where(dual.isfinite(), dual, self.dual))
 
 

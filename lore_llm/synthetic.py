@@ -22,6 +22,9 @@ from models import ImagBehavior, WorldModel, lambda_return
 from networks import State
 from replay import Replay
 
+MAX_ITEMS = 1000  # the oldest go first
+WEIGHT_DECAY = 0.999  # of the weight of an item with every update
+
 
 def rows(config: Mapping) -> int:
     """How many starts are added to the real ones of a batch: at most `synthetic_ratio_max` of all."""
@@ -142,9 +145,9 @@ class SyntheticItems:
     """The accepted items, the newest last; samples batches of them."""
 
     def __init__(self, config: Mapping, rng: np.random.Generator):
-        self.config, self.rng = config.synthetic, rng
+        self.rng = rng
         self.amount = amount(config)
-        self.items: deque[Item] = deque(maxlen=self.config.synthetic_items)
+        self.items: deque[Item] = deque(maxlen=MAX_ITEMS)
 
     def add(self, item: Item) -> None:
         self.items.append(item)
@@ -168,7 +171,7 @@ class SyntheticItems:
             plan[row, : len(item.plan)] = item.plan
             length[row], where[row] = len(item.plan), (item.env, item.place)
             age = max(0, updates - item.born)
-            weight[row] = item.confidence * reliability * self.config.synthetic_weight_decay**age
+            weight[row] = item.confidence * reliability * WEIGHT_DECAY**age
 
         def gather(replay: Replay) -> dict[str, np.ndarray]:
             latents = replay.latents(where[:, 0], where[:, 1])

@@ -59,7 +59,7 @@ def plain(tmp_path_factory):
 
 
 def test_options_of_disabled_paths_change_no_bit_of_a_run(tmp_path, plain):
-    others = """--llm.backend none --llm.until 7 --llm.features 3 --prior.beta_max 1 --prior.layers 3
+    others = """--llm.backend none --llm.until 7 --llm.features 3 --prior.beta_max 1
         --synthetic.synthetic_ratio_max 0.9 --synthetic.synthetic_warmup 0 --options.max_options 2"""
     assert train(tmp_path, "--opt.warmup", "0", *others.split()) == 0
     assert_same_run(tmp_path, plain)

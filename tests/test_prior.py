@@ -192,7 +192,6 @@ def test_training_without_any_advice_changes_no_bit():
 def test_options_of_disabled_paths_change_no_bit():
     words = "--prior.beta_max 1 --prior.lambda_kl 9 --prior.lambda_distill 9 --synthetic.lambda_bc 9"
     words += " --options.max_options 2 --llm.features 7 --llm.until 5 --synthetic.synthetic_ratio_max 0.9"
-    words += " --options.layers 3"
     plain, other = make_agent(()), make_agent((), *words.split())
     for agent in (plain, other):
         for update in range(2):
@@ -389,7 +388,8 @@ def follow(prior: Prior, quality: float, updates: int = 150, bias: float = 0.0, 
 
 
 def test_advice_that_does_not_show_that_it_helps_loses_its_weight():
-    prior = make_prior(caution=1.0, reliability_rate=0.1)
+    prior = make_prior()
+    prior.reliability.rate = 0.1
     assert float(prior.trust) == 0.5
     follow(prior, 0.0, updates=1)
     prior.reliability.moments.zero_()  # nothing told anything
@@ -436,7 +436,8 @@ def test_reliability_is_not_moved_by_a_critic_that_expects_too_much_or_too_littl
 
 
 def test_reliability_gain_by_hand():
-    prior = make_prior(reliability_rate=1.0)
+    prior = make_prior()
+    prior.reliability.rate = 1.0
     logits = torch.log(torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.5, 0.25, 0.25]]]))
     probs = torch.tensor([[[0.6, 0.2, 0.2], [0.0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]]])
     action = F.one_hot(torch.tensor([[0, 1, 2]]), 3).float()
@@ -471,7 +472,8 @@ def test_reliability_stays_where_nothing_was_advised_or_is_not_finite():
 
 
 def test_steps_with_small_advantages_tell_nothing():
-    prior = make_prior(reliability_rate=1.0)
+    prior = make_prior()
+    prior.reliability.rate = 1.0
     logits = 4.0 * F.one_hot(torch.zeros(1, 8, dtype=torch.int64), ACTIONS)
     probs = torch.full((1, 8, ACTIONS), 1 / ACTIONS)
     action = F.one_hot(torch.tensor([[0, 1] * 4]), ACTIONS).float()
@@ -486,7 +488,8 @@ def test_steps_with_small_advantages_tell_nothing():
 
 
 def test_steps_without_a_reward_behind_them_tell_nothing():
-    prior = make_prior(reliability_rate=1.0)
+    prior = make_prior()
+    prior.reliability.rate = 1.0
     logits = 4.0 * F.one_hot(torch.zeros(1, 8, dtype=torch.int64), ACTIONS)
     probs = torch.full((1, 8, ACTIONS), 1 / ACTIONS)
     action = F.one_hot(torch.tensor([[0, 1] * 4]), ACTIONS).float()

@@ -246,11 +246,11 @@ def some_items(**options):
 
 
 def test_items_weigh_confidence_times_reliability_and_decay():
-    items, replay = some_items(synthetic_weight_decay=0.5), some_replay()
+    items, replay = some_items(), some_replay()
     fill(replay)
     items.add(Item(1, 3, [4, 0, 2], 0.8, born=7))
     drawn = items.choose(replay, updates=9, reliability=0.5)(replay)
-    assert drawn["weight"].tolist() == pytest.approx([0.8 * 0.5 * 0.5**2])
+    assert drawn["weight"].tolist() == pytest.approx([0.8 * 0.5 * synthetic.WEIGHT_DECAY**2])
     assert drawn["plan"][0].tolist() == [4, 0, 2] + [0] * 12 and drawn["length"].tolist() == [3]
     assert drawn["deter"][0, :2].tolist() == [2, 3]  # env 1, place 3
 
@@ -276,8 +276,9 @@ def test_items_without_latents_have_no_weight_until_they_were_trained_on():
     assert items.choose(replay, 0, 1.0)(replay)["weight"].tolist() == [1]
 
 
-def test_items_are_drawn_from_all_and_the_oldest_go_first():
-    items, replay = some_items(synthetic_items=3), some_replay()
+def test_items_are_drawn_from_all_and_the_oldest_go_first(monkeypatch):
+    monkeypatch.setattr(synthetic, "MAX_ITEMS", 3)
+    items, replay = some_items(), some_replay()
     fill(replay)
     for place in range(5):
         items.add(Item(0, place, [place], 1.0, 0))
