@@ -7,6 +7,7 @@ from ale_py import roms
 from gymnasium.wrappers import AtariPreprocessing
 
 import envs
+from envs.gymnasium_env import Gymnasium
 
 MAX_NOOPS = 30  # at the start of an episode, as is usual (Machado et al. 2018)
 MAX_FRAMES = 108_000  # per episode: half an hour of play (Machado et al. 2018)
@@ -18,48 +19,30 @@ def make(name: str, config: Any) -> "Atari":
     games = roms.get_all_rom_ids()
     if name not in games:
         raise envs.unknown_task("atari", name, sorted(games))
-    ale_py.ALEInterface.setLoggerMode(
-        ale_py.LoggerMode.Error
-    )  # otherwise each environment prints its version
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # no version message
     env = ale_py.AtariEnv(
         name,
+        render_mode="rgb_array",
         frameskip=1,
         repeat_action_probability=STICKY if config.atari.sticky else 0.0,
         full_action_space=config.atari.actions == "all",
         max_num_frames_per_episode=MAX_FRAMES,
     )
     height, width = config.size
-    return Atari(
-        AtariPreprocessing(
-            env,
-            noop_max=MAX_NOOPS,
-            frame_skip=config.action_repeat,
-            screen_size=(width, height),
-            grayscale_obs=False,
-        )
+    env = AtariPreprocessing(
+        env,
+        noop_max=MAX_NOOPS,
+        frame_skip=config.action_repeat,
+        screen_size=(width, height),
+        grayscale_obs=False,
     )
+    return Atari(env, config.size)
 
 
-class Atari:
+class Atari(Gymnasium):
     """A game with gymnasium's AtariPreprocessing: images are the maximum of the last two frames, resized.
 
     Losing a life does not end an episode. The end of the game is terminal, the time limit a truncation.
     """
 
     repeats_actions = True
-
-    def __init__(self, env: AtariPreprocessing):
-        self._env = env
-        self.obs_space = {"image": env.observation_space}
-        self.act_space = env.action_space
-
-    def reset(self, seed: int | None = None) -> tuple[dict, dict]:
-        image, info = self._env.reset(seed=seed)
-        return {"image": image}, info
-
-    def step(self, action: int) -> tuple[dict, float, bool, bool, dict]:
-        image, reward, terminated, truncated, info = self._env.step(action)
-        return {"image": image}, reward, terminated, truncated, info
-
-    def close(self) -> None:
-        self._env.close()

@@ -7,7 +7,6 @@ import importlib
 import os
 from typing import Any
 
-import cv2
 import gymnasium
 import numpy as np
 from gymnasium import spaces
@@ -17,6 +16,7 @@ from gymnasium.wrappers import AddRenderObservation
 import envs
 from basics import UserError
 from envs import rendering, symbolic
+from envs.wrappers import resize
 
 Vector = spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary | spaces.Tuple | spaces.Dict
 
@@ -118,9 +118,8 @@ class Gymnasium:
             return value
         if not _is_image(space):
             return spaces.flatten(space, value).astype(np.float32)
-        height, width = self._size
-        image = cv2.resize(np.asarray(value), (width, height), interpolation=cv2.INTER_AREA)
-        return image.reshape(self.obs_space[key].shape)  # cv2 drops a single channel
+        value = np.asarray(value)
+        return resize(value.reshape(*value.shape[:2], -1), self._size)
 
 
 def _is_image(space: spaces.Space) -> bool:

@@ -8,12 +8,12 @@ import re
 import subprocess
 from typing import Any
 
-import cv2
 import numpy as np
 from gymnasium import spaces
 
 import envs
 from basics import UserError
+from envs.wrappers import resize
 
 # MineRL's id and its time limit in steps.
 TASKS = {
@@ -120,8 +120,7 @@ class Minecraft:
         return action
 
     def _obs(self, obs: dict[str, Any]) -> dict[str, np.ndarray]:
-        height, width = self._size
-        out = {"image": cv2.resize(obs["pov"], (width, height), interpolation=cv2.INTER_AREA)}
+        out = {"image": resize(obs["pov"], self._size)}
         out |= {key: _numbers(space, obs[key]) for key, space in self._vectors.items()}
         if "inventory" in out:
             self._inventory_max = np.maximum(self._inventory_max, out["inventory"])
