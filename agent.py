@@ -355,15 +355,6 @@ class Dreamer:
             "skills": self.policy.option_names(),
         }
 
-    def own_state_dict(self) -> dict:
-        """What another rank than 0 has of its own: random states, and what its explorer remembers."""
-        return {key: self.state_dict()[key] for key in ("rngs", "explorer")}
-
-    def load_own_state_dict(self, state: dict) -> None:
-        """Go on with the `own_state_dict` of this rank."""
-        self._set_rngs(state["rngs"])
-        _load_weights(self.explorer, state["explorer"], "explorer")
-
     def _set_rngs(self, states: Mapping[str, Tensor]) -> None:
         for name, rng in self.rngs.items():
             # The run may resume on another kind of device, whose generators have other states.
@@ -406,7 +397,7 @@ class Dreamer:
         else:
             notes.append("The checkpoint has only weights: the optimiser is new")
         self._record()  # a recorded update would write to the replaced moments
-        if resume and distributed.is_main():  # the other ranks have their own
+        if resume and distributed.is_main():
             self._set_rngs(state["rngs"])
         return notes
 

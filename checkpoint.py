@@ -10,6 +10,7 @@ import datetime
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -24,6 +25,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+import distributed
+import replay as replays
+import tools
 from basics import (
     CONTROL,
     MAX_REASON,
@@ -38,7 +42,8 @@ from config import Config
 
 CHECKPOINTS = "checkpoints"  # folder in the logdir
 LATEST = "latest.pt"
-CHECKPOINT_FORMAT = 3  # increased when older checkpoints can no longer be read
+REPLAY_STATE = "replay_state"  # folder in the logdir, with one folder for each checkpoint
+CHECKPOINT_FORMAT = 4  # increased when older checkpoints can no longer be read
 
 LOCK = ".lock"  # file in the logdir, locked while a run uses it
 HOLDER = "run.lock"  # file in the logdir that names the process of that run
@@ -57,6 +62,8 @@ PARTS = {
     "actor": ("behavior", ("actor.",)),
     "critic": ("behavior", ("critic.", "slow_critic.", "retnorm.")),
 }
+log = logging.getLogger("lore")
+
 MODULES = ("world_model", "behavior", "explorer", "policy")
 # Options that name a place on the machine that trained, or in its network.
 PLACES = ("logdir", "from_checkpoint", "traindir", "llm.base_url", "llm.cache", "envs.ray_address")
@@ -191,6 +198,64 @@ def load_checkpoint(path: str | os.PathLike) -> tuple[dict, Path, list[str]]:
 def is_weights(path: str | os.PathLike) -> bool:
     """Whether a checkpoint is a file of weights, from which no run can resume."""
     return Path(path).suffix == WEIGHTS and not os.path.isdir(path)
+
+
+def run_folder(path: Path) -> Path:
+    """The logdir of the run to which a checkpoint file, or a folder, belongs."""
+    if os.path.isdir(path):
+        return path
+    return path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
+
+
+class Checkpoint:
+    """Saves and resumes a run: the agent, the replay, and a dict of named parts with their state dicts.
+
+    Only rank 0 saves. On resume the other ranks refill their replay from the episode files, so resume is
+    exact for one learner.
+    """
+
+    def __init__(self, config: Config, logdir: Path, agent: Any, replay: Any, parts: Mapping[str, Any]):
+        self.config, self.logdir, self.agent, self.replay, self.parts = config, logdir, agent, replay, parts
+
+    def save(self, step: int, *, clean: bool = False) -> None:
+        """Write a checkpoint between two steps; if `clean`, with the latents, for an exact resume."""
+        if not distributed.is_main():
+            return
+        place = self._replay_folder(step)
+        replay, ranks = self.replay, distributed.world_size()
+        capacity = replay.n_envs * replay.rows * ranks
+        payload = {"config": self.config.to_yaml(), "step": step, "capacity": capacity}
+        payload |= {"agent": self.agent.state_dict(), "replay": replay.save(place, latents=clean)}
+        payload |= {name: part.state_dict() for name, part in self.parts.items()}
+        payload["rng"] = tools.rng_state()
+        save_checkpoint(self.logdir, payload, step, self.config.keep_checkpoints)
+        for folder in place.parent.iterdir():
+            if not (self.logdir / CHECKPOINTS / f"{folder.name}.pt").exists():
+                shutil.rmtree(folder)
+            elif folder != place:
+                for latents in folder.rglob("latents.npz"):
+                    latents.unlink()  # large, and only the last stop needs them
+        replays.keep_moment(place, payload["replay"]["moment"])
+        log.info("Saved %s at step %s", self.logdir / LATEST, f"{step:,}")
+
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Load replay and parts. The agent is loaded earlier, before anything is written."""
+        if distributed.is_main():
+            loaded = self.replay.load(saved["replay"], self._replay_folder(saved["step"]))
+        distributed.barrier()  # rank 0 has moved away the episodes that the checkpoint does not know
+        if not distributed.is_main():
+            loaded = self.replay.load_episodes(distributed.rank(), distributed.world_size())
+        for line in loaded.lines:
+            log.info("%s", line)
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        if distributed.is_main():
+            tools.set_rng_state(saved["rng"])  # last: nothing may draw after it
+        steps = distributed.total(loaded.steps)[0]
+        log.info("Resumed at step %s with %s steps in the replay", f"{saved['step']:,}", f"{steps:,}")
+
+    def _replay_folder(self, step: int) -> Path:
+        return self.logdir / REPLAY_STATE / checkpoint_path(self.logdir, step).stem
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ import tools
 from agent import Dreamer
 from basics import UserError, numpy_rng
 from config import Config
-from dreamer import memory_explained, run_folder
 from envs import make_env
 from evaluation import AdvisedAgent, Arrays, EvalEpisode, newest, play_episodes, write_video
 from exploration import Random
@@ -329,7 +328,7 @@ def run(args: argparse.Namespace) -> str:
     checkpoint = args.from_checkpoint or args.logdir
     if args.export:
         return export(checkpoint, args.export, args.dtype, not args.without_decoder)
-    folder = Path(args.logdir) if args.logdir else run_folder(Path(checkpoint))
+    folder = Path(args.logdir) if args.logdir else checkpoints.run_folder(Path(checkpoint))
     result = evaluate(
         checkpoint,
         args.episodes,
@@ -348,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate as the command line says. Returns the exit code: 0, 2 for the user's mistakes, 130."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        with memory_explained(LOWER_ON_GPU, LOWER_IN_RAM):
+        with tools.memory_explained(LOWER_ON_GPU, LOWER_IN_RAM):
             text = run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import audio
+import distributed
 import tools
 from agent import Dreamer
 from config import Config
@@ -160,27 +161,36 @@ class Evaluation:
         make_envs: Callable[[], VecEnv],
         logger: Logger,
         timer: Timer,
+        signals: Sequence[int] = (),
     ):
-        """`make_envs` makes the evaluation envs, at the first evaluation."""
+        """`make_envs` makes the evaluation envs, at the first evaluation. `signals` are those received."""
         self.config, self.logdir, self.agent = config, logdir, agent
         self.logger, self.timer = logger, timer
-        self.make_envs = make_envs
+        self.make_envs, self.signals = make_envs, signals
         self.envs: VecEnv | None = None
         self.count = 0  # finished evaluations
 
-    def __call__(self, step: int, batch: Arrays | None, stop: Sequence[int] = ()) -> list[Arrays] | None:
-        """Evaluate at env step `step`; returns the episodes, or None if `stop` got an entry meanwhile.
+    def __call__(self, step: int, batch: Arrays | None) -> list[Arrays] | None:
+        """Evaluate at env step `step`; returns the episodes, or None if a signal came meanwhile.
 
-        A stopped evaluation leaves no trace and is repeated by the resumed run. `batch` is the last training
-        batch, for the open-loop videos.
+        An interrupted evaluation leaves no trace and is repeated by the resumed run. `batch` is the last
+        training batch, for the open-loop videos. Of several learners only rank 0 evaluates.
         """
+        episodes = self._evaluate(step, batch) if distributed.is_main() else []
+        if distributed.any_rank(episodes is None):
+            return None
+        self.count += 1
+        return episodes
+
+    def _evaluate(self, step: int, batch: Arrays | None) -> list[Arrays] | None:
         if self.envs is None:
             self.envs = self.make_envs()
+            self.logger.note(*self.envs.notes())
         with self.timer("eval"):
-            played = self._play("eval", self.agent, stop, self.agent.curiosity)
+            played = self._play("eval", self.agent, self.agent.curiosity)
             advised = []
             if played is not None and self.agent.policy.has_weight:  # the same worlds, with the prior
-                advised = self._play("eval_advised", AdvisedAgent(self.agent), stop)
+                advised = self._play("eval_advised", AdvisedAgent(self.agent))
             if played is None or advised is None:
                 return None
             self._write_episodes(played)
@@ -190,18 +200,17 @@ class Evaluation:
         self._log("eval_advised", advised)
         for episode in played:
             self.logger.add({f"eval/{key[4:]}": share for key, share in episode.shares.items()})
-        self.count += 1
         return [episode.steps for episode in played]
 
-    def _play(self, name: str, agent: Dreamer | AdvisedAgent, stop: Sequence[int], *curiosity):
-        """The finished episodes, or None if `stop` got an entry. `name` seeds the actions."""
+    def _play(self, name: str, agent: Dreamer | AdvisedAgent, *curiosity):
+        """The finished episodes, or None if a signal came. `name` seeds the actions."""
         config = self.config
         share = config.eval_episodes // config.envs.eval_amount
         rng = tools.torch_rng(config.seed, name, self.count, device=self.agent.device)
         first = self.count * share  # each evaluation has other episode numbers, and so other seeds
         episodes = []
         for episode in play_episodes(agent, self.envs, share, rng, first, *curiosity):
-            if stop:
+            if self.signals:
                 return None
             episodes.append(episode)
         return episodes
@@ -237,15 +246,6 @@ class Evaluation:
     def load_state_dict(self, state: dict) -> None:
         self.count = int(state["count"])
 
-
-class NoEvaluation:
-    """Evaluation on every rank but the first: none."""
-
-    def __call__(self, step: int, batch: Arrays | None, stop: Sequence[int] = ()) -> list[Arrays]:
-        return []
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        pass
+    def close(self) -> None:
+        if self.envs is not None:
+            self.envs.close()

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import wave
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,84 +46,7 @@ CONSOLE_METRICS = {  # metrics on the console, and their labels
 }
 
 
-class Collector:
-    """Collects metrics and notes, and writes nothing: the logger of all learners but the first."""
-
-    def __init__(self):
-        self._reset()
-        self._notes: list[str] = []
-        self._handlers: list[logging.Handler] = [_Keeper(self._notes)]
-        log.addHandler(self._handlers[0])
-
-    def _reset(self) -> None:
-        self._sums: dict[str, float | torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._values: dict[str, float] = {}
-
-    def add(self, metrics: dict[str, float | np.ndarray | torch.Tensor]) -> None:
-        """Add scalars to the means of the next `write`. A NaN makes its mean NaN.
-
-        Tensors are summed on their device without synchronisation.
-        """
-        for name, value in metrics.items():
-            if np.ndim(value):
-                raise ValueError(f"Metric {name} has shape {tuple(value.shape)}, expected a scalar.")
-            value = value.detach().double() if isinstance(value, torch.Tensor) else float(value)
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def set(self, name: str, value: float | np.ndarray | torch.Tensor) -> None:
-        """Set a value of the next `write`; the last one wins."""
-        self._values[name] = float(value)
-
-    def write(self, step: int) -> None:
-        """Forget the collected metrics, which the first learner has written."""
-        self._reset()
-
-    def print(self, text: str) -> None:
-        """Ignore a line that all learners print."""
-
-    def note(self, text: str) -> None:
-        """Keep a line of this learner for the log of the first one."""
-        self._notes.append(text)
-
-    def take_notes(self) -> list[str]:
-        """The notes since the last call, for the log of the first learner."""
-        notes = self._notes[:]
-        self._notes.clear()
-        return notes
-
-    def state_dict(self) -> dict[str, dict[str, float] | str | None]:
-        """The metrics added since the last write, as plain numbers."""
-        return {
-            "wandb": None,
-            "sums": {name: float(total) for name, total in self._sums.items()},
-            "counts": dict(self._counts),
-            "values": dict(self._values),
-        }
-
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
-        """Restore the metrics of `state`."""
-        self._sums, self._counts, self._values = (dict(state[key]) for key in ("sums", "counts", "values"))
-
-    def close(self) -> None:
-        """Keep no more notes."""
-        log.removeHandler(self._handlers[0])
-
-
-class _Keeper(logging.Handler):
-    """Prints the warnings of other modules at once, and keeps them as notes."""
-
-    def __init__(self, notes: list[str]):
-        super().__init__(logging.WARNING)
-        self._notes = notes
-
-    def emit(self, record: logging.LogRecord) -> None:
-        logging.lastResort.handle(record)
-        self._notes.append(record.getMessage())
-
-
-class Logger(Collector):
+class Logger:
     """Collects metrics between writes and writes them to files and console under the same names.
 
     Args:
@@ -151,6 +74,7 @@ class Logger(Collector):
         self._total_steps = total_steps
         self._fps = fps
         self._shown: dict[str, float] = {}  # the last value of each of CONSOLE_METRICS
+        self._noted: set[str] = set()
         self._step = resume_step or 0
         self._time = time.perf_counter()
 
@@ -169,6 +93,27 @@ class Logger(Collector):
         logging.captureWarnings(True)
         if dropped:
             self.print(dropped)
+
+    def _reset(self) -> None:
+        self._sums: dict[str, float | torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._values: dict[str, float] = {}
+
+    def add(self, metrics: dict[str, float | np.ndarray | torch.Tensor]) -> None:
+        """Add scalars to the means of the next `write`. A NaN makes its mean NaN.
+
+        Tensors are summed on their device without synchronisation.
+        """
+        for name, value in metrics.items():
+            if np.ndim(value):
+                raise ValueError(f"Metric {name} has shape {tuple(value.shape)}, expected a scalar.")
+            value = value.detach().double() if isinstance(value, torch.Tensor) else float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def set(self, name: str, value: float | np.ndarray | torch.Tensor) -> None:
+        """Set a value of the next `write`; the last one wins."""
+        self._values[name] = float(value)
 
     def write(self, step: int) -> None:
         """Write and forget the metrics since the last write, and the speed as `env/fps`."""
@@ -200,12 +145,12 @@ class Logger(Collector):
         """Print a line to train.log and the console."""
         log.info("%s", text)
 
-    def note(self, text: str) -> None:
-        """Print a line that only this learner reports."""
-        self.print(text)
-
-    def take_notes(self) -> list[str]:
-        return []
+    def note(self, *lines: str) -> None:
+        """Print those of the lines that were not noted before."""
+        for line in lines:
+            if line not in self._noted:
+                self._noted.add(line)
+                self.print(line)
 
     def video(self, name: str, frames: np.ndarray, step: int) -> None:
         """Show frames, uint8 [T, H, W, C], in TensorBoard and Weights & Biases as an animated GIF."""
@@ -219,7 +164,16 @@ class Logger(Collector):
 
     def state_dict(self) -> dict[str, dict[str, float] | str | None]:
         """The metrics added since the last write, as plain numbers, and the id of the W&B run."""
-        return super().state_dict() | {"wandb": self._wandb and self._wandb.id}
+        return {
+            "wandb": self._wandb and self._wandb.id,
+            "sums": {name: float(total) for name, total in self._sums.items()},
+            "counts": dict(self._counts),
+            "values": dict(self._values),
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+        """Restore the metrics of `state`."""
+        self._sums, self._counts, self._values = (dict(state[key]) for key in ("sums", "counts", "values"))
 
     def close(self) -> None:
         """Close the files."""
@@ -234,15 +188,6 @@ class Logger(Collector):
             self._events.close()
             if self._wandb:
                 self._wandb.close()
-
-
-def merged_logs(states: Sequence[dict]) -> dict:
-    """The `state_dict` of the metrics of several learners: sums and counts are added."""
-    merged = dict(states[0])
-    for key in ("sums", "counts"):
-        names = {name: 0 for state in states for name in state[key]}
-        merged[key] = {name: sum(state[key].get(name, 0) for state in states) for name in names}
-    return merged
 
 
 class EventFile:

@@ -337,6 +337,7 @@ class Replay:
             self.make_sampler = lambda: Curious(n_envs, self.rows, self.window, context)
         else:
             self.make_sampler = lambda: Uniform(self.rows, self.window)
+        self.exact = False  # whether `load` restored the ring as it was saved
         self.clear()
 
     def clear(self) -> None:
@@ -583,16 +584,15 @@ class Replay:
             for key in self.no_latents
         }
 
-    def load(self, state: dict, folder: str | os.PathLike, tidy: bool = True) -> Loaded:
+    def load(self, state: dict, folder: str | os.PathLike) -> Loaded:
         """Restore the ring that `save` saw: same positions, same draws and, if saved, the same latents.
 
-        Newer episode files are moved to newer/, if `tidy` (one of several replays that share the folder). If
-        the result is `exact`, the open episodes continue; a reset of its environment closes one. If not
-        (files are missing or broken; the capacity or the number of environments has changed), the ring is
-        filled as by `load_episodes`, open episodes are written to files, and the environments must start new
-        ones.
+        Newer episode files are moved to newer/. If the result is `exact`, the open episodes continue; a reset
+        of its environment closes one. If not (files are missing or broken; the capacity or the number of
+        environments has changed), the ring is filled as by `load_episodes`, open episodes are written to
+        files, and the environments must start new ones.
         """
-        opened, lines = self._begin_load(state, folder, tidy)
+        opened, lines = self._begin_load(state, folder)
         place = Path(folder) / state["moment"]
         if lost := self._restore(state, opened):
             lines.append(f"The replay is refilled from episode files, not restored exactly: {lost}.")
@@ -613,18 +613,10 @@ class Replay:
                 current[:] = saved.get(key, current)
         return self._loaded(True, lines)
 
-    def release(self, state: dict, folder: str | os.PathLike, tidy: bool = True) -> list[str]:
-        """Write the open episodes that `save` saw to files; returns messages for the user."""
-        opened, lines = self._begin_load(state, folder, tidy)
-        self._finish_open(state, opened)
-        return lines
-
-    def _begin_load(
-        self, state: dict, folder: str | os.PathLike, tidy: bool
-    ) -> tuple[dict[int, Rows], list[str]]:
+    def _begin_load(self, state: dict, folder: str | os.PathLike) -> tuple[dict[int, Rows], list[str]]:
         """The open episodes by environment, and messages for the user."""
         self._check_names(state)
-        lines = self._set_aside_newer(state) if tidy else []
+        lines = self._set_aside_newer(state)
         self.writer.tick = max(self.writer.tick, state["tick"])
         opened: dict[int, Rows] = {}
         for env in state["open"]:
@@ -662,10 +654,9 @@ class Replay:
             return {}
 
     def _set_aside_newer(self, state: dict) -> list[str]:
-        opened = set(state.get("opened", state["open"].values()))  # of all that share the folder
-        youngest = state.get("newest", state["moment"])
+        opened = set(state["open"].values())
         files = episodes.list_episodes(self.writer.folder)
-        newer = [file for file in files if file.name > youngest or file.name in opened]
+        newer = [file for file in files if file.name > state["moment"] or file.name in opened]
         if not newer:
             return []
         episodes.move_into(newer, "newer")
@@ -692,6 +683,7 @@ class Replay:
         return ""
 
     def _loaded(self, exact: bool, lines: list[str]) -> Loaded:
+        self.exact = exact
         filled = np.minimum(self.heads, self.rows)
         starts = zip(self.offsets, filled, strict=True)
         first = sum(int(self.ring["is_first"][offset : offset + count].sum()) for offset, count in starts)

@@ -113,13 +113,6 @@ class SuccessRates:
         self._successes = dict(state["successes"])
 
 
-def merged_successes(states: Sequence[dict]) -> dict:
-    """The sum of the `SuccessRates.state_dict` of several learners."""
-    names = {name: 0 for state in states for name in state["successes"]}
-    counts = {name: sum(state["successes"].get(name, 0) for state in states) for name in names}
-    return {"episodes": sum(state["episodes"] for state in states), "successes": counts}
-
-
 def achievement_score(rates: Sequence[float]) -> float:
     """Crafter's score: exp(mean ln(1 + s)) - 1 over success rates s in percent (arXiv 2109.06780)."""
     return math.expm1(float(np.mean(np.log1p(rates))))

@@ -1,17 +1,45 @@
 """Small tools with torch: generators, clocks, the optimizer, devices. basics.py has those without torch."""
 
+import contextlib
 import ctypes
 import os
 import platform
 import random
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 
 import numpy as np
 import torch
 
 from basics import UserError, derive_seed, first_line
+
+CPU_FULL = "DefaultCPUAllocator"  # in torch's error
+GPU_FULL = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED")  # in errors without their own class
+LOWER = "--batch_size, --batch_length or --imag_last"  # options on which an update's memory depends
+LOWER_ON_GPU = f"Lower {LOWER}, take --precision bfloat16 or, for a new run, a smaller preset as size1m."
+LOWER_IN_RAM = (
+    f"Lower {LOWER}, --replay.capacity or --envs.amount, put the replay into files with "
+    "--replay.backend memmap or, for a new run, take a smaller preset as size1m."
+)
+
+
+@contextlib.contextmanager
+def memory_explained(on_gpu: str = LOWER_ON_GPU, in_ram: str = LOWER_IN_RAM) -> Iterator[None]:
+    """Within, running out of memory is a UserError that names the options to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in GPU_FULL):
+            where, advice = "The GPU is full", on_gpu
+        elif isinstance(error, MemoryError) or CPU_FULL in str(error):
+            where, advice = "The RAM is full", in_ram
+        else:
+            raise
+        reason = first_line(error).rstrip(".")
+        traceback.clear_frames(error.__traceback__)  # saving needs the memory that the update held
+        raise UserError(f"{where} ({reason}). {advice}") from error
 
 
 def torch_rng(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:

@@ -25,6 +25,7 @@ from turns import Program, compared, serve, take_turns
 from update_speed import make_parser
 
 import dreamer
+import tools
 
 DELAY_S = 1.0  # of the server's answers
 PREFILL = 300  # env steps before the first update
@@ -45,16 +46,16 @@ def serve_run(argv: list[str], steps: int) -> None:
     """Some env steps of a run for each line of the input; see turns.py."""
     with tempfile.TemporaryDirectory() as folder:
         command = dreamer.read_command([*argv, "--logdir", folder])
-        with contextlib.closing(dreamer.Run(command.config, command.logdir)) as run:
+        with contextlib.ExitStack() as stack:
+            run = dreamer.open_run(command, tools.choose_device(command.config.device), [], stack)
+            progress = run["progress"]
 
             def advance(to: int) -> None:
-                while run.step < to:
-                    run.interact()
-                    run.learn()
+                dreamer.loop(lambda: progress.step >= to, command.config, **run)
 
-            advance(run.config.prefill)
-            about = {"parameters": run.agent.parameters()}
-            serve(lambda: advance(run.step + steps), about)
+            advance(command.config.prefill)
+            about = {"parameters": run["agent"].parameters()}
+            serve(lambda: advance(progress.step + steps), about)
 
 
 def main() -> None:

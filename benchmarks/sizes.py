@@ -16,10 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint as checkpoints
-import config
 import dreamer
 import episodes
 import replay
@@ -34,12 +35,15 @@ def measure(size: str, steps: int, options: list[str]) -> dict:
         argv += ["--replay.capacity", str(CAPACITY), "--replay.backend", "tensor", "--train_ratio", "32"]
         # One update for each 32 steps with a batch of 16 x 64.
         argv += ["--prefill", str(steps), "--steps", str(steps + 32 * UPDATES), *options]
-        with contextlib.closing(dreamer.Run(config.load(argv), Path(folder))) as run:
-            dreamer.train(run)
+        command = dreamer.read_command(argv)
+        with contextlib.ExitStack() as stack:
+            run = dreamer.open_run(command, torch.device("cpu"), [], stack)
+            dreamer.loop(lambda: False, command.config, **run)
             start = time.perf_counter()
-            run.save(clean=False)
+            run["checkpoint"].save(run["progress"].step)
             seconds = time.perf_counter() - start
-            rssm, spaces = run.config.rssm, run.envs.obs_space | run.envs.act_space
+            rssm, envs = command.config.rssm, run["actor"].envs
+            spaces = envs.obs_space | envs.act_space
             layout = replay.ring_layout(spaces, rssm.deter, rssm.stoch, rssm.classes)
         files = episodes.list_episodes(Path(folder) / "train_eps")
         stored = sum(file.length for file in files)

@@ -6,7 +6,7 @@ Several learners share one library of options: the first learner keeps it, with 
 """
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,8 +120,8 @@ class NoAdvice:
     def state_dict(self) -> dict[str, Any]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int, exact: bool) -> None:
-        """Restore `state_dict` at this env step; the replay holds the same places if `exact`."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume. What belongs to places in the replay is dropped unless `replay.exact`."""
 
 
 class Proposal(NamedTuple):
@@ -420,7 +420,11 @@ class AdviceHooks(NoAdvice):
             found["synthetic/reliability"] = float(self.reliability.value)
         if self.keeps_library:
             found |= self.library.metrics()
-        return found | self.service.metrics()
+        found |= self.service.metrics()
+        counts: Counter[str] = Counter()  # of all learners
+        for one in distributed.all_gather_object({k: v for k, v in found.items() if is_count(k)}):
+            counts.update(one)
+        return found | counts
 
     def notes(self) -> list[str]:
         lines, self._notes = [*self._notes, *self.service.notes()], []
@@ -442,12 +446,14 @@ class AdviceHooks(NoAdvice):
             "counts": self.counts,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int, exact: bool) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not state:  # there was no advice
+            return
         self.service.load_state_dict(state["service"])
         self.rng.bit_generator.state = state["rng"]
         self.synthetic.load_state_dict(state["synthetic"])
         self.reliability.load_state_dict(state["reliability"])
-        if exact:
+        if self.replay.exact:
             self.proposals.extend(Proposal(*proposal) for proposal in state["proposals"])
             self.predicted = dict(state["predicted"])
         else:
@@ -459,9 +465,9 @@ class AdviceHooks(NoAdvice):
             self.library.load_state_dict(state["library"])
             self.policy.set_options(self.library)
         if distributed.is_main():
-            self._forget_decisions(step)
+            self._forget_decisions()
 
-    def _forget_decisions(self, step: int) -> None:
+    def _forget_decisions(self) -> None:
         """Drop the lines of steps after the checkpoint, which the resumed run writes again."""
         path = self.logdir / DECISIONS
         if not path.exists():
@@ -469,7 +475,7 @@ class AdviceHooks(NoAdvice):
         kept, broken = [], 0
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] < step:
+                if json.loads(line)["step"] < self.next_decision:
                     kept.append(line)
             except (ValueError, TypeError, KeyError, RecursionError):
                 broken += 1  # cut off by a kill, or damaged

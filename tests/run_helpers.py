@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 import checkpoint as checkpoints
 import dreamer
+from training import Progress
 
 ROOT = Path(dreamer.__file__).parent
 # 120 env steps and about 40 updates within a second; 2 envs, so episodes of 16 steps end every 32.
@@ -44,17 +45,24 @@ def main(*argv: str) -> int:
 
 @contextlib.contextmanager
 def signal_at(step: int, signum: int = signal.SIGTERM) -> Iterator[None]:
-    """Within, a run gets a signal as soon as it has done env step `step`."""
-    whole = dreamer.Run.interact
+    """Within, a run gets a signal in its env step `step`."""
+    with after_step(lambda before, now: before < step <= now and signal.raise_signal(signum)):
+        yield
 
-    def interact(run: dreamer.Run) -> None:
-        before = run.step
-        whole(run)
-        if before < step <= run.step:
-            signal.raise_signal(signum)
+
+@contextlib.contextmanager
+def after_step(act: Callable[[int, int], object]) -> Iterator[None]:
+    """Within, call `act(step before, step now)` when a run has counted a step."""
+    whole = Progress.count
+
+    def count(progress: Progress, obs: dict) -> int:
+        before = progress.step
+        now = whole(progress, obs)
+        act(before, now)
+        return now
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dreamer.Run, "interact", interact)
+        patch.setattr(Progress, "count", count)
         yield
 
 
@@ -99,10 +107,7 @@ def moment(logdir: Path) -> dict:
     """All that the last checkpoint says of a run but names of files: no two runs share these."""
     state = checkpoints.load_checkpoint(logdir)[0]
     del state["config"]
-    del state["moments"]
     replay = state["replay"]
-    for name in ("newest", "opened"):  # of several learners
-        replay.pop(name, None)
     place = logdir / "replay_state" / f"step-{state['step']:012d}" / replay.pop("moment")
     del replay["tick"]
     replay["open"] = sorted(replay["open"])

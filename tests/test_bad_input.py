@@ -22,8 +22,10 @@ import envs
 import evaluate
 import models
 import tools
+from agent import Dreamer
 from config import Config
 from envs.dummy import Dummy
+from training import Batches
 
 
 def refusal(capfd, logdir: Path, *options: str) -> str:
@@ -206,7 +208,9 @@ def test_broken_episodes_are_moved_away_reported_and_not_counted(tmp_path):
     assert "2 broken episode files moved to" in text
     assert f"Loaded {17 * (len(whole) - 2)} steps" in text
     checkpoint = checkpoints.load_checkpoint(tmp_path / "run")[0]
-    assert checkpoint["transitions"] + checkpoint["episodes"] == stored_steps(tmp_path / "run")
+    assert checkpoint["progress"]["transitions"] + checkpoint["progress"]["episodes"] == stored_steps(
+        tmp_path / "run"
+    )
 
 
 # ---- Checkpoints
@@ -313,7 +317,7 @@ def test_env_that_breaks_its_contract_ends_the_run_which_keeps_what_it_collected
     # Two envs with 17 steps in the first episode and five in the second.
     assert stored_steps(tmp_path) == 2 * (17 + 5)
     checkpoint = checkpoints.load_checkpoint(tmp_path)[0]
-    assert checkpoint["step"] == checkpoint["transitions"] == 2 * (16 + 4)
+    assert checkpoint["step"] == checkpoint["progress"]["transitions"] == 2 * (16 + 4)
 
 
 def test_run_whose_env_failed_goes_on_with_new_episodes(tmp_path, capfd, add_env):
@@ -327,8 +331,8 @@ def test_run_whose_env_failed_goes_on_with_new_episodes(tmp_path, capfd, add_env
     text = log(tmp_path)
     assert "The open episodes end here" in text and f"with {before} steps in the replay" in text
     after = checkpoints.load_checkpoint(tmp_path)[0]
-    assert stored_steps(tmp_path) == after["transitions"] + after["episodes"]
-    assert min(state["episode"] for state in after["envs"]) >= 2
+    assert stored_steps(tmp_path) == after["progress"]["transitions"] + after["progress"]["episodes"]
+    assert min(state["episode"] for state in after["actor"]["envs"]) >= 2
     lengths = sorted(int(path.stem.rsplit("-", 1)[1]) for path in (tmp_path / "train_eps").glob("*.npz"))
     assert lengths[:2] == [5, 5]
 
@@ -367,21 +371,28 @@ def test_update_with_a_non_finite_gradient_is_skipped_and_counted(tmp_path, spoi
 
 def test_skipped_update_changes_neither_weights_nor_optimiser_nor_replay(tmp_path, monkeypatch, spoil_losses):
     spoil_losses(lambda update: update > 10)
-    learn, seen = dreamer.Run.learn, []
+    train_agent, update_replay, seen = Dreamer.train, Batches.update, []
 
-    def state(run):
-        latents = torch.from_numpy(run.replay.ring["deter"])
-        behavior = run.agent.behavior
-        parts = (run.agent.world_model, behavior.actor, behavior.critic, behavior.slow_critic, run.agent.opt)
-        return copy.deepcopy([latents, *(part.state_dict() for part in parts)])
+    def state(agent):
+        behavior = agent.behavior
+        parts = (agent.world_model, behavior.actor, behavior.critic, behavior.slow_critic, agent.opt)
+        return copy.deepcopy([part.state_dict() for part in parts])
 
-    def compared(run):
-        before, streak = state(run), run.streak
-        learn(run)
-        if run.streak > streak > 0:
-            seen.append(differences(before, state(run)))
+    def train_compared(agent, *args):
+        before = state(agent)
+        metrics, kept = train_agent(agent, *args)
+        if kept is None:
+            seen.append(differences(before, state(agent)))
+        return metrics, kept
 
-    monkeypatch.setattr(dreamer.Run, "learn", compared)
+    def update_compared(batches, batch, kept):
+        before = batches.replay.ring["deter"].copy()
+        update_replay(batches, batch, kept)
+        if kept is None:
+            seen.append(not np.array_equal(before, batches.replay.ring["deter"]))
+
+    monkeypatch.setattr(Dreamer, "train", train_compared)
+    monkeypatch.setattr(Batches, "update", update_compared)
     monkeypatch.setattr(dreamer, "MAX_NONFINITE", 1000)
     assert train(tmp_path, "--steps", "64", "--eval_every", "0") == 0
     assert seen and not any(seen)

@@ -14,8 +14,8 @@ import torch
 from gymnasium import spaces
 from run_helpers import assert_same_run, log, main, metrics, signal_at, train
 
+import checkpoint as checkpoints
 import config as configs
-import dreamer
 import envs
 import evaluate
 from agent import Dreamer
@@ -328,20 +328,19 @@ def test_preset_accepts_all_options_of_the_guide(tmp_path):
 @pytest.mark.slow
 def test_commands_of_the_guide_run_as_written(workdir):
     """Up to the first update, with the full model; then SIGTERM ends them after a save."""
-    whole = dreamer.Run.learn
+    train = Dreamer.train
 
-    def learn(run):
-        whole(run)
-        if run.agent.updates:
-            signal.raise_signal(signal.SIGTERM)
+    def train_once(agent, data, *args):
+        signal.raise_signal(signal.SIGTERM)
+        return train(agent, data, *args)
 
     assert checks.main(shlex.split(CHECK)[3:]) == 0
     for command in (START, TUNED, RESUME, DEBUG):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dreamer.Run, "learn", learn)
+            patch.setattr(Dreamer, "train", train_once)
             code = main(*shlex.split(command)[2:])
         assert code == 143, command
     assert "Resumed at step" in log(workdir / "logdir" / "custom")
     for name in ("custom", "custom_tuned", "custom_debug"):
-        checkpoint = dreamer.checkpoints.load_checkpoint(workdir / "logdir" / name)[0]
+        checkpoint = checkpoints.load_checkpoint(workdir / "logdir" / name)[0]
         assert checkpoint["agent"]["updates"] > 0

@@ -1,6 +1,5 @@
 """Several learners: equal gradients, whole runs, stops, losses, resumes. Processes talk over gloo."""
 
-import hashlib
 import os
 import shlex
 import signal
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from run_helpers import ROOT, TINY, assert_same_run, differences, log, main, metrics, moment
+from run_helpers import ROOT, TINY, assert_same_run, differences, log, main, metrics
 from test_models import OBS
 from torch.distributed.run import get_args_parser
 
@@ -27,11 +26,9 @@ import distributed
 from agent import Dreamer
 from basics import UserError
 from episodes import EpisodeWriter
-from logger import merged_logs
 from lore_llm.hooks import is_count
 from models import ReturnNorm
 from replay import Replay
-from stats import SuccessRates, merged_successes
 
 BATCH, LENGTH, HORIZON, ACTIONS = 4, 5, 3, 4
 
@@ -183,26 +180,6 @@ def test_two_ranks_have_the_gradients_of_one_with_the_joint_batch(two_ranks):
             error = float((ours[name] - theirs[name]).abs().max())
             assert error <= close * size + 1e-8, (update, name, error, size)
     assert torch.allclose(ranks[0]["range"], alone["range"], rtol=1e-3)
-
-
-# ---- Counts of several
-
-
-def test_logs_and_successes_of_several_are_added_up():
-    logs = [
-        {"wandb": "id", "sums": {"a": 1.0, "b": 2.0}, "counts": {"a": 1, "b": 2}, "values": {"v": 5.0}},
-        {"wandb": None, "sums": {"a": 3.0, "c": 4.0}, "counts": {"a": 1, "c": 1}, "values": {}},
-    ]
-    merged = merged_logs(logs)
-    assert merged["sums"] == {"a": 4.0, "b": 2.0, "c": 4.0} and merged["counts"] == {"a": 2, "b": 2, "c": 1}
-    assert merged["wandb"] == "id" and merged["values"] == {"v": 5.0}
-    ours, theirs = SuccessRates("crafter"), SuccessRates("crafter")
-    ours.add({"log_achievement_x": 1.0})
-    for value in (0.0, 1.0, 0.0):
-        theirs.add({"log_achievement_x": value})
-    both = SuccessRates("crafter")
-    both.load_state_dict(merged_successes([ours.state_dict(), theirs.state_dict()]))
-    assert both.metrics()["crafter/success_rate/x"] == 50.0
 
 
 # ---- The command line
@@ -389,16 +366,21 @@ def test_the_commands_of_the_guide_are_understood():
 # ---- Whole runs
 
 
-def run(logdir: Path, *options: str, wait: bool = True) -> subprocess.Popen:
-    """The tiny run with two learners, in processes of its own."""
-    command = [sys.executable, "dreamer.py", *TINY, "--parallel", "2", "--logdir", str(logdir), *options]
-    process = subprocess.Popen(
+def start(logdir: Path, *options: str, launcher: tuple[str, ...] = ("dreamer.py",)) -> subprocess.Popen:
+    """The tiny run with two learners in processes."""
+    command = [sys.executable, *launcher, *TINY, "--logdir", str(logdir), *options]
+    return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    if wait:
-        process.out, process.err = process.communicate(timeout=300)
-    return process
+
+
+def run(logdir: Path, *options: str, code: int = 0) -> str:
+    """Train to the end; what it wrote to the standard error."""
+    process = start(logdir, "--parallel", "2", *options)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return errors
 
 
 def until_logged(logdir: Path, text: str, process: subprocess.Popen) -> None:
@@ -409,162 +391,114 @@ def until_logged(logdir: Path, text: str, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def first_images(logdir: Path) -> set[str]:
-    found = set()
-    for path in (logdir / "train_eps").glob("*.npz"):
-        with np.load(path) as episode:
-            found.add(hashlib.sha256(episode["image"][0].tobytes()).hexdigest())
-    return found
+def assert_resumes(logdir: Path) -> None:
+    """The run resumes from its last checkpoint, and each learner finds episodes for its replay."""
+    step = checkpoints.load_checkpoint(logdir)[0]["step"]
+    run(logdir, "--steps", str(step + 20))
+    assert f"Resumed at step {step} with" in log(logdir)
+    assert metrics(logdir)[-1]["step"] >= step + 20
 
 
-def test_two_learners_train_as_one_run(tmp_path):
-    process = run(tmp_path / "two", "--eval_every", "0", "--envs.amount", "4")
-    assert process.returncode == 0, process.err
+def test_two_learners_train_as_one_run_and_resume(tmp_path):
+    options = ("--eval_every", "0", "--envs.amount", "4")
+    run(tmp_path / "two", *options)
     assert "parameters, shared by 2 learners; presets" in log(tmp_path / "two")
-    assert main(*TINY, "--logdir", str(tmp_path / "one"), "--eval_every", "0", "--envs.amount", "4") == 0
+    assert main(*TINY, "--logdir", str(tmp_path / "one"), *options) == 0
     ours, theirs = metrics(tmp_path / "two"), metrics(tmp_path / "one")
-    for name in ("step", "replay/size", "opt/updates"):  # what all do together is counted as if one did it
+    for name in ("step", "replay/size", "opt/updates"):  # counted over all learners
         assert [line[name] for line in ours] == [line[name] for line in theirs]
     assert len(list((tmp_path / "two" / "train_eps").glob("*.npz"))) == 4  # an episode of each env
     assert ours[-1]["opt/updates"] > 10 and np.isfinite(ours[-1]["loss/policy"])
-    state = checkpoints.load_checkpoint(tmp_path / "two")[0]
-    assert len(state["moments"]) == 2 and state["transitions"] == state["step"] == 120
+    progress = checkpoints.load_checkpoint(tmp_path / "two")[0]["progress"]
+    assert progress["transitions"] == progress["step"] == 120
+    assert progress["success"]["episodes"] == 4
+    assert_resumes(tmp_path / "two")
+
+
+def test_the_command_of_the_readme_trains_with_one_env_a_learner(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (command,) = [
+        shlex.split(line) for line in text.splitlines() if "--parallel" in line and "python3" in line
+    ]
+    assert command[:4] == "python3 dreamer.py --configs crafter".split()
+    configs_end = command.index("--parallel")
+    command[configs_end:configs_end] = ["debug"]
+    command[command.index("--logdir") + 1] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, *command[1:], "--device", "cpu", "--steps", "80"],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--envs.amount 1 is raised to 4, a multiple of the 4 learners" in log(tmp_path)
+    assert checkpoints.load_checkpoint(tmp_path)[0]["step"] >= 80
 
 
 @pytest.mark.slow
-def test_resumed_run_of_two_learners_equals_uninterrupted_run(tmp_path):
-    assert run(tmp_path / "whole").returncode == 0
-    assert run(tmp_path / "stopped", "--steps", "70").returncode == 0
-    assert run(tmp_path / "stopped").returncode == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
-    others = [own_moment(tmp_path / name) for name in ("whole", "stopped")]
-    assert differences(*others) == []
-    assert differences(others[0]["agent"]["rngs"], moment(tmp_path / "whole")["agent"]["rngs"]) != []
-
-
-def own_moment(logdir: Path) -> dict:
-    """What the second learner wrote of its own, without names of files."""
-    state = checkpoints.load_checkpoint(logdir)[0]
-    place = logdir / "replay_state" / f"step-{state['step']:012d}" / "rank-1"
-    own = checkpoints.load_tensors(place / state["moments"][1] / "own.pt")
-    for name in ("moment", "tick", "open", "streams"):
-        del own["replay"][name]
-    return own
-
-
-@pytest.mark.slow
-def test_another_number_of_learners_goes_on_with_the_same_episodes(tmp_path):
-    assert run(tmp_path, "--steps", "60").returncode == 0
-    steps = sum_of_steps(tmp_path)
-    assert main(*TINY, "--logdir", str(tmp_path), "--steps", "80") == 0
-    assert "The run had 2 learners and now has 1" in log(tmp_path)
-    assert f"Resumed at step 60 with {steps} steps in the replay" in log(tmp_path)
-    assert checkpoints.load_checkpoint(tmp_path)[0]["step"] == 80
-    steps = sum_of_steps(tmp_path)
-    assert run(tmp_path, "--steps", "120").returncode == 0
-    assert "The run had 1 learners and now has 2" in log(tmp_path)
-    assert f"Resumed at step 80 with {steps} steps in the replay" in log(tmp_path)
-
-
-@pytest.mark.slow
-def test_with_other_envs_the_learners_divide_the_episodes(tmp_path):
-    assert run(tmp_path, "--steps", "60").returncode == 0
-    steps = sum_of_steps(tmp_path)
-    assert run(tmp_path, "--steps", "64", "--envs.amount", "4").returncode == 0
-    assert f"Resumed at step 60 with {steps} steps in the replay" in log(tmp_path)
-
-
-@pytest.mark.slow
-def test_what_fails_for_all_learners_is_told_once(tmp_path):
+def test_an_error_of_all_learners_is_reported_once(tmp_path):
     options = "--opt.lr 1e30 --opt.warmup 0 --opt.agc 0 --steps 1000".split()
-    process = run(tmp_path, *options)
-    assert process.returncode == 2
-    assert process.err.count("The gradient was not finite") == 1 and len(process.err.splitlines()) == 1
-
-
-def sum_of_steps(logdir: Path) -> int:
-    """Steps that the last checkpoint's replay holds: of the episodes' files and of the open ones."""
-    files = sum(int(path.stem.split("-")[-1]) for path in (logdir / "train_eps").glob("*.npz"))
-    place = logdir / "replay_state" / f"step-{checkpoints.load_checkpoint(logdir)[0]['step']:012d}"
-    for path in place.rglob("open-*.npz"):
-        with np.load(path) as rows:
-            files += len(rows["is_first"])
-    return files
+    errors = run(tmp_path, *options, code=2)
+    assert errors.count("The gradient was not finite") == 1 and len(errors.splitlines()) == 1
 
 
 @pytest.mark.slow
-def test_a_stop_reaches_all_learners_and_the_run_goes_on(tmp_path):
-    process = run(tmp_path, "--steps", "100000", wait=False)
+def test_a_signal_stops_all_learners_and_the_run_resumes(tmp_path):
+    process = start(tmp_path, "--parallel", "2", "--steps", "100000")
     until_logged(tmp_path, "step 60/", process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 143 and err == ""
-    step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
-    assert f"Saved {tmp_path / 'latest.pt'} at step {step}" in log(tmp_path)
-    assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
-    assert f"Resumed at step {step} " in log(tmp_path) and "refilled from episode files" not in log(tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143 and errors == ""
+    assert_resumes(tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_learner_ends_the_run_in_one_line_and_it_goes_on_from_the_last_checkpoint(lost, tmp_path):
-    process = run(tmp_path, "--steps", "100000", "--save_every", "40", wait=False)
+def test_a_killed_learner_ends_the_run_in_one_line_and_it_resumes(lost, tmp_path):
+    process = start(tmp_path, "--parallel", "2", "--steps", "100000", "--save_every", "40")
     until_logged(tmp_path, "at step 40", process)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
     ranks = {
-        Path(f"/proc/{pid}/environ").read_text().split("\0LOCAL_RANK=")[1][0]: int(pid) for pid in children
+        Path(f"/proc/{pid}/environ").read_text().split("\0LOCAL_RANK=")[1][0]: int(pid)
+        for pid in children.stdout.split()
     }
     os.kill(ranks[str(lost)], signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert err.strip().splitlines() == [
+    assert errors.strip().splitlines() == [
         f"error: Learner {lost} was ended by SIGKILL. The same command resumes from the last checkpoint."
     ]
-    step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
-    assert step >= 40
-    assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
-    assert f"Resumed at step {step} " in log(tmp_path) and "refilled from episode files" not in log(tmp_path)
+    assert_resumes(tmp_path)
 
 
 @pytest.mark.slow
 def test_learners_whose_launcher_is_killed_save_and_end(tmp_path):
-    process = run(tmp_path, "--steps", "100000", wait=False)
+    process = start(tmp_path, "--parallel", "2", "--steps", "100000")
     until_logged(tmp_path, "step 60/", process)
     process.kill()
     deadline = time.monotonic() + 60
-    while "Saved" not in log(tmp_path) or (tmp_path / "run.lock").exists():  # it goes with the first learner
+    while "Saved" not in log(tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    step = checkpoints.load_checkpoint(tmp_path)[0]["step"]
-    assert run(tmp_path, "--steps", str(step + 20)).returncode == 0
-    assert f"Resumed at step {step} " in log(tmp_path) and "refilled from episode files" not in log(tmp_path)
-
-
-def torchrun(logdir: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments, "dreamer.py", *TINY]
-    return subprocess.Popen(
-        [*command, "--logdir", str(logdir)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    assert_resumes(tmp_path)
 
 
 @pytest.mark.slow
-def test_torchrun_trains_as_parallel_does(tmp_path):
-    assert run(tmp_path / "parallel").returncode == 0
-    process = torchrun(tmp_path / "one", "--standalone", "--nproc-per-node", "2")
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    port = free_port()
-    nodes = [  # two machines with a learner each
-        torchrun(tmp_path / "two", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node),
-                 "--master-addr", "127.0.0.1", "--master-port", str(port))
-        for node in range(2)
-    ]  # fmt: skip
-    for process in nodes:
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out
+def test_torchrun_on_one_or_two_machines_trains_as_parallel_does(tmp_path):
+    run(tmp_path / "parallel")
+    torchrun = ("-m", "torch.distributed.run")
+    shared = ("--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port()))
+    processes = [
+        start(tmp_path / "one", launcher=(*torchrun, *"--standalone --nproc-per-node 2 dreamer.py".split()))
+    ]
+    processes += [
+        start(
+            tmp_path / "two",
+            launcher=(*torchrun, "--nnodes", "2", "--node-rank", node, *shared, "dreamer.py"),
+        )
+        for node in ("0", "1")
+    ]
+    for process in processes:
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
     for name in ("one", "two"):
         assert_same_run(tmp_path / "parallel", tmp_path / name)
 
@@ -580,8 +514,5 @@ def test_two_learners_take_advice(tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     last, state = metrics(tmp_path)[-1], checkpoints.load_checkpoint(tmp_path)[0]
-    assert last["uncertainty_gate/advised_share"] > 0
-    place = tmp_path / "replay_state" / f"step-{state['step']:012d}" / "rank-1"
-    other = checkpoints.load_tensors(place / state["moments"][1] / "own.pt")
-    asked = [own["hooks"]["service"]["totals"]["questions"] for own in (state, other)]
-    assert last["step"] == state["step"] and last["llm_adapter/questions"] == sum(asked) > max(asked)
+    assert last["uncertainty_gate/advised_share"] > 0 and last["step"] == state["step"]
+    assert last["llm_adapter/questions"] > state["hooks"]["service"]["totals"]["questions"] > 0  # of both

@@ -11,9 +11,9 @@ from advice_helpers import OBS, make_agent
 from llm_servers import FakeLLM, Say
 from run_helpers import assert_same_run, log, metrics, signal_at, train
 
-import dreamer
 from basics import UserError
 from lore_llm.captions import Captioner
+from lore_llm.hooks import AdviceHooks
 from lore_llm.option_actor import Execution
 
 KEY = "sk-SecretOfTheTests123"
@@ -90,19 +90,19 @@ def test_a_recorded_run_is_repeated_and_resumed_without_its_server(tmp_path):
 
 
 def test_a_dying_server_does_not_stop_the_run_and_no_file_contains_the_key(tmp_path, monkeypatch):
-    whole = dreamer.Run.interact
+    before = AdviceHooks.before
 
     with FakeLLM(Say(delay=0.01)) as server:
 
-        def interact(run: dreamer.Run) -> None:
-            if run.step == 40:
+        def stop_and_start(hooks: AdviceHooks, obs: dict, state: dict, step: int):
+            if step == 40:
                 server.stop()
-            if run.step == 80:
+            if step == 80:
                 server.start()
-                run.hooks.service.breaker.until = 0.0  # the pause is over
-            whole(run)
+                hooks.service.breaker.until = 0.0  # the pause is over
+            return before(hooks, obs, state, step)
 
-        monkeypatch.setattr(dreamer.Run, "interact", interact)
+        monkeypatch.setattr(AdviceHooks, "before", stop_and_start)
         options = "--llm.cache_size 0 --llm.retries 0 --llm.breaker_failures 2".split()
         assert advised(tmp_path, server, *options) == 0
         assert server.asked[0].headers["Authorization"] == f"Bearer {KEY}"

@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from basics import UserError
-from logger import Collector, Logger, Timer, merged_logs, write_mp4
+from logger import Logger, Timer, write_mp4
 
 
 @pytest.fixture
@@ -342,25 +342,3 @@ def test_timer_has_shares_of_the_time_since_the_last_call(clock):
     with timer("env"):
         clock[0] += 1
     assert timer.shares() == {"time/env": 1.0}
-
-
-def test_notes_of_other_learners_are_kept_for_the_first(capsys):
-    collector = Collector()
-    collector.print("printed by the first, too")
-    collector.note("only here")
-    logging.getLogger("lore").error("the worker %d died", 3)
-    assert capsys.readouterr().err == "the worker 3 died\n"
-    assert collector.take_notes() == ["only here", "the worker 3 died"] and collector.take_notes() == []
-    collector.close()
-    logging.getLogger("lore").error("after the end")
-    assert collector.take_notes() == []
-
-
-def test_metrics_of_several_learners_are_merged():
-    collectors = Collector(), Collector()
-    for number, collector in enumerate(collectors):
-        collector.add({"loss/a": number, f"only/{number}": 7.0})
-        collector.close()
-    merged = merged_logs([collector.state_dict() for collector in collectors])
-    assert merged["sums"] == {"loss/a": 1.0, "only/0": 7.0, "only/1": 7.0}
-    assert merged["counts"] == {"loss/a": 2, "only/0": 1, "only/1": 1}

@@ -25,6 +25,7 @@ from run_helpers import (
 import checkpoint as checkpoints
 import dreamer
 import envs
+import evaluation
 import replay
 from config import Config
 from envs.dummy import Dummy
@@ -83,7 +84,7 @@ def test_stop_in_an_evaluation_ends_it_and_the_resumed_run_plays_it_anew(tmp_pat
                 signal.raise_signal(signal.SIGTERM)
             yield episode
 
-    monkeypatch.setattr(dreamer, "play_episodes", stopped_after_one)
+    monkeypatch.setattr(evaluation, "play_episodes", stopped_after_one)
     assert train(tmp_path, *options) == 143
     assert len(played) == 1 and not list((tmp_path / "eval_eps").glob("*"))
     assert train(tmp_path, *options) == 0
@@ -154,8 +155,8 @@ def test_killed_run_goes_on_from_its_last_checkpoint(killed):
     assert steps == sorted(set(steps)) and steps[-1] == 120
     after = checkpoints.load_checkpoint(killed)[0]
     stored = sum(end - start for stream in after["replay"]["streams"] for _, start, end in stream)
-    assert after["step"] == after["transitions"] == 120
-    assert stored == after["transitions"] + after["episodes"]
+    assert after["step"] == after["progress"]["transitions"] == 120
+    assert stored == after["progress"]["transitions"] + after["progress"]["episodes"]
     assert metrics(killed)[-1]["replay/size"] == stored
     assert "Resumed at step 80" in log(killed)
 
@@ -175,7 +176,7 @@ def test_episodes_younger_than_the_checkpoint_are_set_aside_and_not_counted(kill
     after = checkpoints.load_checkpoint(killed)[0]
     names = {name for stream in after["replay"]["streams"] for name, _, _ in stream}
     assert not names & {name.rsplit("-", 1)[0] for name in newer - before}
-    assert after["transitions"] == known["transitions"] + 2
+    assert after["progress"]["transitions"] == known["progress"]["transitions"] + 2
 
 
 def middle_of_largest_member(path):
@@ -265,7 +266,11 @@ def test_from_checkpoint_with_a_new_logdir_starts_a_new_run_from_the_weights(tmp
     source = whole()
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     taken = {}
-    monkeypatch.setattr(dreamer, "train", lambda run, _: taken.update(run.agent.state_dict(), step=run.step))
+
+    def loop(stop, config, *, agent, progress, **_):
+        taken.update(agent.state_dict(), step=progress.step)
+
+    monkeypatch.setattr(dreamer, "loop", loop)
     command = ["--from_checkpoint", str(source / "latest.pt"), "--logdir", str(tmp_path / "new")]
     assert main(*command) == 0
     theirs = checkpoints.load_checkpoint(source)[0]["agent"]
@@ -278,7 +283,7 @@ def test_from_checkpoint_with_a_new_logdir_starts_a_new_run_from_the_weights(tmp
 
 def test_without_logdir_a_run_goes_to_logdir_task_time(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dreamer, "train", lambda run, stop: None)
+    monkeypatch.setattr(dreamer, "loop", lambda *args, **run: None)
     command = "--configs debug dummy_cue --device cpu".split()
     assert main(*command) == 0
     (logdir,) = (tmp_path / "logdir" / "dummy_cue").iterdir()
@@ -327,8 +332,8 @@ def test_run_goes_on_with_more_envs_but_says_that_it_is_not_exact(tmp_path):
     assert "The open episodes end here" in log(tmp_path)
     after = checkpoints.load_checkpoint(tmp_path)[0]
     stored = [end - start for stream in after["replay"]["streams"] for _, start, end in stream]
-    assert sum(stored) == after["transitions"] + after["episodes"]
-    assert after["step"] == after["transitions"] >= 120 > before["step"]
+    assert sum(stored) == after["progress"]["transitions"] + after["progress"]["episodes"]
+    assert after["step"] == after["progress"]["transitions"] >= 120 > before["step"]
 
 
 class Moody(Dummy):
@@ -365,8 +370,8 @@ def test_env_that_does_not_repeat_itself_starts_new_episodes_and_says_so(tmp_pat
     assert "The open episodes end here" in log(tmp_path)
     after = checkpoints.load_checkpoint(tmp_path)[0]
     stored = sum(end - start for stream in after["replay"]["streams"] for _, start, end in stream)
-    assert stored == after["transitions"] + after["episodes"]
-    assert min(state["episode"] for state in after["envs"]) >= before["next_episode"]
+    assert stored == after["progress"]["transitions"] + after["progress"]["episodes"]
+    assert min(state["episode"] for state in after["actor"]["envs"]) >= before["progress"]["episodes"]
 
 
 def test_train_ratio_is_kept_over_resumes_without_a_burst(tmp_path):
@@ -392,4 +397,4 @@ def test_new_run_in_a_folder_with_episodes_learns_from_them_and_plays_others(tmp
     assert "Loaded 102 steps from" in text
     after = checkpoints.load_checkpoint(tmp_path)[0]
     assert after["step"] == 120 and after["agent"]["updates"] == int((120 - 96) * 3 / 8)
-    assert min(state["episode"] for state in after["envs"]) >= 6
+    assert min(state["episode"] for state in after["actor"]["envs"]) >= 6

@@ -20,11 +20,13 @@ import dreamer
 import envs
 import evaluation
 from agent import Dreamer
+from checkpoint import Checkpoint
 from config import Config
 from envs.dummy import Dummy
 from episodes import list_episodes
 from evaluation import play_episodes
 from logger import Logger
+from replay import Replay
 from stats import achievement_score
 
 NAMES = {
@@ -99,10 +101,10 @@ def test_only_real_steps_are_counted(tmp_path):
     files = list_episodes(tmp_path / "train_eps")
     state = checkpoints.load_checkpoint(tmp_path)[0]
     stored = sum(end - start for stream in state["replay"]["streams"] for _, start, end in stream)
-    assert state["transitions"] == stored - state["episodes"]
-    assert state["step"] == 3 * state["transitions"] == 120
+    assert state["progress"]["transitions"] == stored - state["progress"]["episodes"]
+    assert state["step"] == 3 * state["progress"]["transitions"] == 120
     assert state["agent"]["updates"] == (40 - 10) * 3 // 8  # the ratio is one of transitions
-    assert len(files) + 2 >= state["episodes"] >= len(files) > 0
+    assert len(files) + 2 >= state["progress"]["episodes"] >= len(files) > 0
     assert metrics(tmp_path)[-1]["env/episode_length"] == 3 * (files[0].length - 1)
 
 
@@ -145,7 +147,7 @@ def test_evaluation_changes_nothing_in_training(tmp_path):
     both = [moment(tmp_path / name) for name in ("with", "without")]
     for part in ("world_model", "behavior", "optimizer"):
         assert differences(both[0]["agent"][part], both[1]["agent"][part]) == []
-    assert differences(both[0]["obs"], both[1]["obs"]) == []
+    assert differences(both[0]["actor"]["obs"], both[1]["actor"]["obs"]) == []
 
 
 class Uneven(Dummy):
@@ -237,8 +239,8 @@ def test_evaluation_return_is_the_sum_of_rewards_of_whole_episodes(tmp_path):
 def test_signal_before_the_first_step_stops_a_run_that_can_be_resumed(tmp_path, monkeypatch):
     assert train(tmp_path / "whole", "--steps", "60") == 0
     with monkeypatch.context() as patch:
-        start = dreamer.Run._start
-        patch.setattr(dreamer.Run, "_start", lambda run: signal.raise_signal(signal.SIGINT) or start(run))
+        start = dreamer.start
+        patch.setattr(dreamer, "start", lambda *args: signal.raise_signal(signal.SIGINT) or start(*args))
         assert train(tmp_path / "stopped", "--steps", "60") == 130
     assert train(tmp_path / "stopped", "--steps", "60") == 0
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -248,9 +250,9 @@ def test_second_signal_interrupts_at_once_and_keeps_the_last_checkpoint(tmp_path
     handler = signal.getsignal(signal.SIGINT)
     with signal_at(40):
         train(tmp_path)
-    whole = dreamer.Run.save
+    save = Checkpoint.save
     monkeypatch.setattr(
-        dreamer.Run, "save", lambda run, **how: signal.raise_signal(signal.SIGINT) or whole(run, **how)
+        Checkpoint, "save", lambda *args, **how: signal.raise_signal(signal.SIGINT) or save(*args, **how)
     )
     with signal_at(60, signal.SIGINT):
         assert train(tmp_path) == 130
@@ -273,7 +275,7 @@ def test_all_parts_are_closed_even_if_one_cannot_be(tmp_path, monkeypatch, capfd
         closed.append("replay")
         raise basics.UserError("Cannot write the episode: disk full.")
 
-    monkeypatch.setattr(dreamer.Replay, "close", fails)
+    monkeypatch.setattr(Replay, "close", fails)
     assert train(tmp_path, "--steps", "10") == 2
     assert closed == ["replay", "logger"]
     assert capfd.readouterr().err == "error: Cannot write the episode: disk full.\n"

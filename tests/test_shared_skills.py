@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +12,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from advice_helpers import SilentService, make_agent
-from run_helpers import TINY, assert_same_run, differences, log, metrics
+from run_helpers import TINY, differences, log, metrics
 from test_advice_run import DOORKEY, FULL, late_replay
-from test_distributed import Threads, free_port, own_moment
+from test_distributed import Threads, free_port
 
 import checkpoint as checkpoints
 import distributed
@@ -53,7 +52,7 @@ class Learners:
     def load(self, *states: dict) -> None:
         def act(each: tuple[AdviceHooks, dict]) -> None:
             if each[1]:
-                each[0].load_state_dict(each[1], 10, True)
+                each[0].load_state_dict(each[1])
 
         self.threads.together(act, list(zip(self.all_hooks, states, strict=True)))
 
@@ -172,74 +171,51 @@ def test_resumed_learners_have_the_skills_whatever_their_number_was(learners, tm
 # ---- Whole runs
 
 SHORT = (*TINY, *DOORKEY, *FULL, *"--train_ratio 2 --eval_every 0 --llm.until 1000".split())
-RUNS = (  # name, learners, env steps until which it goes on
-    ("whole", 2, 70), ("stopped", 2, 56), ("stopped", 2, 70),
-    ("other", 1, 80), ("other", 2, 90),
-)  # fmt: skip
+STEPS = (70, 90)  # env steps at which the run ends, and is resumed
 
 
-def look(run: dreamer.Run) -> dict:
+def look(hooks: AdviceHooks, step: int) -> dict:
     """What a learner has after a step."""
-    tensors = [value for part in run.agent.weights().values() for value in part.values()]
-    optimizer = [m for group in run.agent.opt.state_dict()["state"].values() for m in group.values()]
+    agent = hooks.agent
+    tensors = [value for part in agent.weights().values() for value in part.values()]
+    optimizer = [m for group in agent.opt.state_dict()["state"].values() for m in group.values()]
     data = b"".join(torch.as_tensor(t).contiguous().float().numpy().tobytes() for t in (*tensors, *optimizer))
     return {
-        "step": run.step,
-        "updates": run.agent.updates,
+        "step": step,
+        "updates": agent.updates,
         "weights": hashlib.sha256(data).hexdigest(),
-        "uids": run.agent.policy.options.uids.tolist(),
-        "names": run.agent.policy.names,
-        "library": [skill and skill.uid for skill in run.hooks.library.slots],
+        "uids": agent.policy.options.uids.tolist(),
+        "names": agent.policy.names,
+        "library": [skill and skill.uid for skill in hooks.library.slots],
     }
 
 
-def as_learner(rank: int, barrier, ports: list[int], folder: Path) -> None:
-    """One of two learners, through some runs in which every other skill does harm.
-
-    A person adds a skill at step 50.
-    """
+def as_learner(rank: int, ports: list[int], folder: Path) -> None:
+    """One of two learners, in a run in which every other skill does harm and a person adds a skill."""
     hooks_module.POLL_STEPS = 10
     seen: list[dict] = []
     executed: Counter[int] = Counter()
-    learn, record = dreamer.Run.learn, AdviceHooks._record_options
+    after, record = AdviceHooks.after, AdviceHooks._record_options
 
-    def learn_and_look(run: dreamer.Run) -> None:
-        learn(run)
-        seen.append(look(run))
-        if distributed.is_main() and run.step == 50:
-            path = run.logdir / "skills.yaml"
+    def after_and_look(hooks: AdviceHooks, obs: dict, state: dict, step: int) -> None:
+        after(hooks, obs, state, step)
+        seen.append(look(hooks, step))
+        if distributed.is_main() and step == 50:
+            path = hooks.logdir / "skills.yaml"
             path.write_text("skills: [{name: mine, actions: [forward, forward]}]")
 
     def harm(hooks: AdviceHooks, outcomes: list[Outcome]) -> bool:
         executed.update(outcome.uid for outcome in outcomes)
         return record(hooks, [each._replace(gain=-1.0 if each.uid % 2 else 1.0) for each in outcomes])
 
-    dreamer.Run.learn, AdviceHooks._record_options = learn_and_look, harm
-    for port, (name, learners, steps) in zip(ports, RUNS, strict=True):
-        barrier.wait()
-        if rank == 0 and name == "other" and not (folder / name).exists():
-            shutil.copytree(folder / "stopped", folder / name)
-        if rank >= learners:
-            continue
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(learners)}
+    AdviceHooks.after, AdviceHooks._record_options = after_and_look, harm
+    for port, steps in zip(ports, STEPS, strict=True):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        assert dreamer.main([*SHORT, "--steps", str(steps), "--logdir", str(folder / name)]) == 0
-        (folder / f"{name}-{rank}.json").write_text(json.dumps({"seen": seen, "executed": executed}))
+        assert dreamer.main([*SHORT, "--steps", str(steps), "--logdir", str(folder / "run")]) == 0
+        found = {"seen": seen, "executed": executed, "skills": skills_of(folder / "run")}
+        (folder / f"{steps}-{rank}.json").write_text(json.dumps(found))
         seen.clear()
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """The folder of what `as_learner` did."""
-    folder = tmp_path_factory.mktemp("runs")
-    barrier = mp.get_context("spawn").Barrier(2)
-    mp.spawn(as_learner, (barrier, [free_port() for _ in RUNS], folder), nprocs=2)
-    return folder
-
-
-def told_of(runs: Path, name: str) -> list[dict]:
-    """What each of two learners saw of a run."""
-    return [json.loads((runs / f"{name}-{rank}.json").read_text()) for rank in range(2)]
 
 
 def skills_of(logdir: Path) -> dict[str, dict]:
@@ -249,35 +225,24 @@ def skills_of(logdir: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-def test_learners_of_a_whole_run_have_the_same_skills_and_weights(runs):
-    told = told_of(runs, "whole")
-    seen = told[0]["seen"]
-    assert differences(seen, told[1]["seen"]) == [] and seen[-1]["updates"] > 5
+def test_learners_of_a_whole_run_have_the_same_skills_and_weights_and_keep_them_on_resume(tmp_path):
+    mp.spawn(as_learner, ([free_port() for _ in STEPS], tmp_path), nprocs=2)
+    whole, resumed = ([json.loads((tmp_path / f"{s}-{r}.json").read_text()) for r in (0, 1)] for s in STEPS)
+    seen = whole[0]["seen"]
+    assert differences(seen, whole[1]["seen"]) == [] and seen[-1]["updates"] > 5
     assert all(look["uids"] == [uid or 0 for uid in look["library"]] for look in seen)
     slots = [(a, b) for one, other in pairwise(seen) for a, b in zip(one["uids"], other["uids"], strict=True)]
     assert any(a and not b for a, b in slots) and any(b and a != b for a, b in slots)  # some went, some came
-    assert any("mine" in look["names"] for look in seen) and "was read: skills mine" in log(runs / "whole")
-    ours, theirs = (Counter(one["executed"]) for one in told)
-    tries = {uid: skill["stats"]["tries"] for uid, skill in skills_of(runs / "whole").items()}
+    assert any("mine" in look["names"] for look in seen) and "was read: skills mine" in log(tmp_path / "run")
+    ours, theirs = (Counter(one["executed"]) for one in whole)
+    tries = {uid: skill["stats"]["tries"] for uid, skill in whole[0]["skills"].items()}
     assert tries == {uid: ours[uid] + theirs[uid] for uid in tries} and max(tries.values()) > 1
     gone = (ours | theirs).keys() - tries.keys()
     assert any(ours[uid] < 2 for uid in gone)  # one learner alone would not have removed it yet
-    library = checkpoints.load_checkpoint(runs / "whole")[0]["hooks"]["library"]
-    assert library["removals"] == len(gone) >= metrics(runs / "whole")[-1]["options/removed"] > 0
+    assert metrics(tmp_path / "run")[-1]["options/removed"] > 0
 
-
-@pytest.mark.slow
-def test_resumed_run_with_skills_of_two_learners_equals_uninterrupted_run(runs):
-    assert_same_run(runs / "whole", runs / "stopped")
-    assert differences(*(own_moment(runs / name) for name in ("whole", "stopped"))) == []
-
-
-@pytest.mark.slow
-def test_skills_stay_when_the_number_of_learners_changes(runs):
-    assert "The run had 2 learners and now has 1" in log(runs / "other")
-    assert "The run had 1 learners and now has 2" in log(runs / "other")
-    ours, theirs = (one["seen"] for one in told_of(runs, "other"))
-    assert differences(ours, theirs) == [] and ours[-1]["step"] >= 90
-    before, after = skills_of(runs / "stopped"), skills_of(runs / "other")
+    assert differences(resumed[0]["seen"], resumed[1]["seen"]) == []
+    assert resumed[0]["seen"][-1]["updates"] > seen[-1]["updates"]
+    before, after = whole[0]["skills"], resumed[0]["skills"]
     stay = before.keys() & after.keys()
     assert stay and all(after[uid]["stats"]["tries"] >= before[uid]["stats"]["tries"] for uid in stay)

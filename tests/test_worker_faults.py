@@ -75,9 +75,10 @@ def test_killing_a_worker_in_a_real_run_loses_no_finished_step(tmp_path, signum,
     assert text.count("restarted") == 1 and reason in text
     state = checkpoints.load_checkpoint(tmp_path)[0]
     episodes = steps_of(tmp_path)
-    assert state["step"] == state["transitions"] >= 400
-    assert sum(len(rows["is_first"]) for rows in episodes) == state["transitions"] + state["episodes"]
-    assert len(episodes) == state["episodes"]
+    assert state["step"] == state["progress"]["transitions"] >= 400
+    stored = sum(len(rows["is_first"]) for rows in episodes)
+    assert stored == state["progress"]["transitions"] + state["progress"]["episodes"]
+    assert len(episodes) == state["progress"]["episodes"]
     cut = [rows for rows in episodes[:-2] if len(rows["is_first"]) < 61 and not rows["is_terminal"][-1]]
     assert len(cut) <= 1  # none if it was killed between two episodes
     assert all(rows["is_last"][-1] and not rows["is_last"][:-1].any() for rows in episodes[:-2])

@@ -78,7 +78,7 @@ def check_agreement(logdir) -> dict:
     state, path, notes = checkpoints.load_checkpoint(logdir)
     assert path.name == checkpoints.LATEST and notes == []
     agent, replay, step = state["agent"], state["replay"], state["step"]
-    assert step == state["transitions"]
+    assert step == state["progress"]["transitions"]
     assert agent["updates"] == set(agent["optimizer"]["updates"]).pop() == max(0, int((step - 30) * TRAINED))
     place = logdir / "replay_state" / f"step-{step:012d}" / replay["moment"]
     files = {file.name: file for file in list_episodes(logdir / "train_eps")}
@@ -91,7 +91,7 @@ def check_agreement(logdir) -> dict:
                 assert len(rows["is_first"]) == end - begin and rows["is_first"][0]
                 assert rows["is_last"][-1] != opened
                 first += int(rows["is_first"].sum())
-    assert first == state["episodes"]
+    assert first == state["progress"]["episodes"]
     stored = sum(end - begin for segments in replay["streams"] for _, begin, end in segments)
-    assert stored == state["transitions"] + state["episodes"]
+    assert stored == state["progress"]["transitions"] + state["progress"]["episodes"]
     return state

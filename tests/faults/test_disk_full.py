@@ -12,7 +12,7 @@ from run_helpers import assert_same_run, log, metrics, signal_at, train, train_p
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint as checkpoints
-import dreamer
+import evaluation
 from episodes import EpisodeWriter
 from evaluation import Evaluation
 from logger import EventFile, Logger
@@ -31,7 +31,7 @@ WRITES = {
     "TensorBoard": (EventFile, "add", r"events\.out\.tfevents\.\d+"),
     "log": (Logger, "print", r"train\.log"),
     "evaluation": (Evaluation, "_write_episodes", r"eval_eps/.*\.npz"),
-    "video": (dreamer, "write_mp4", r"videos/eval_\d+_0\.mp4"),
+    "video": (evaluation, "write_mp4", r"videos/eval_\d+_0\.mp4"),
     "decisions": (AdviceHooks, "_log_decisions", r"decisions\.jsonl"),
 }
 OFTEN = ("episode", "checkpoint", "TensorBoard")  # tested each time

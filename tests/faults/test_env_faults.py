@@ -40,7 +40,10 @@ def is_sound(logdir) -> dict:
     state = checkpoints.load_checkpoint(logdir)[0]
     streams = state["replay"]["streams"]
     stored = sum(end - start for stream in streams for _, start, end in stream)
-    assert stored == state["transitions"] + state["episodes"] and state["step"] == state["transitions"]
+    assert (
+        stored == state["progress"]["transitions"] + state["progress"]["episodes"]
+        and state["step"] == state["progress"]["transitions"]
+    )
     opened = set(state["replay"]["open"].values())
     known = {f"{name}-{end - start}.npz" for s in streams for name, start, end in s if name not in opened}
     assert known == {file.path.name for file in list_episodes(logdir / "train_eps")}
@@ -83,7 +86,8 @@ def test_run_continues_with_a_new_worker(tmp_path, plant, impatient, fault, reas
     assert text.count("is restarted (number 1;") == 1 and text.count("is restarted") == 1
     state = is_sound(tmp_path)
     # Each env has its episodes of 16 steps, and one more: the one that the fault cut.
-    assert state["step"] >= STEPS and state["episodes"] == sum(e["episode"] + 1 for e in state["envs"])
+    episodes = sum(env["episode"] + 1 for env in state["actor"]["envs"])
+    assert state["step"] >= STEPS and state["progress"]["episodes"] == episodes
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import torch
 from run_helpers import log, metrics, signal_at, train
 
 import checkpoint as checkpoints
-import dreamer
 import models
+import tools
 from agent import Dreamer
 from basics import UserError
+from replay import Replay
 from tools import cuda_works
 
 GPU = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.79 GiB of which ..."
@@ -66,7 +67,7 @@ def full_after(monkeypatch):
 
 @pytest.mark.parametrize("error, text", [pytest.param(*case, id=name) for name, case in FULL.items()])
 def test_error_says_what_is_full_and_what_lowers_the_need(error, text):
-    with pytest.raises(UserError) as told, dreamer.memory_explained():
+    with pytest.raises(UserError) as told, tools.memory_explained():
         raise error
     line = str(told.value)
     assert text in line and "\n" not in line and all(option in line for option in OPTIONS)
@@ -82,7 +83,7 @@ def test_full_memory_in_an_update_ends_the_run_after_a_save(tmp_path, capfd, ful
     saved = checkpoints.load_checkpoint(tmp_path)[0]
     assert 30 < saved["step"] < 60 and saved["agent"]["updates"] == 4
     stored = sum(end - start for stream in saved["replay"]["streams"] for _, start, end in stream)
-    assert stored == saved["transitions"] + saved["episodes"]
+    assert stored == saved["progress"]["transitions"] + saved["progress"]["episodes"]
 
 
 def test_run_that_ran_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, full_after):
@@ -125,7 +126,7 @@ def test_replay_that_finds_no_ram_is_explained(tmp_path, capfd, monkeypatch):
     def no_memory(*_):
         raise np._core._exceptions._ArrayMemoryError((10**9, 64), np.dtype(np.uint8))
 
-    monkeypatch.setattr(dreamer.replays.Replay, "_allocate", no_memory)
+    monkeypatch.setattr(Replay, "_allocate", no_memory)
     assert train(tmp_path) == 2
     line = message(capfd)
     assert "Unable to allocate 59.6 GiB" in line and "--replay.backend memmap" in line

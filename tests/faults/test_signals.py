@@ -7,7 +7,7 @@ from killing import check_agreement
 from run_helpers import log, metrics, signal_at, train
 
 import checkpoint as checkpoints
-import dreamer
+from checkpoint import Checkpoint
 from replay import Replay
 
 slow = pytest.mark.slow
@@ -17,7 +17,7 @@ WORK = {
     "the replay is saved": (Replay, "_latents"),
     "the checkpoint is written": (checkpoints.torch, "save"),
     "it gets its second name": (checkpoints, "_link_or_copy"),
-    "older ones are deleted": (dreamer.shutil, "rmtree"),
+    "older ones are deleted": (checkpoints.shutil, "rmtree"),
 }
 
 
@@ -38,14 +38,14 @@ def test_second_signal_ends_the_run_at_once_and_it_goes_on_from_what_is_whole(
             signal.raise_signal(SECOND[work])
         return whole(*args, **kwargs)
 
-    def noted(run, *, clean, save=dreamer.Run.save):
+    def noted(checkpoint, step, *, clean=False, save=Checkpoint.save):
         if clean:
-            steps.append(run.step)
-        save(run, clean=clean)
+            steps.append(step)
+        save(checkpoint, step, clean=clean)
 
     with monkeypatch.context() as patch, signal_at(70):
         patch.setattr(owner, name, interrupted)
-        patch.setattr(dreamer.Run, "save", noted)
+        patch.setattr(Checkpoint, "save", noted)
         assert train(tmp_path, *OPTIONS) == 130
     assert steps == [70] and capfd.readouterr().err == ""
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run.lock").exists()
