@@ -202,7 +202,7 @@ def make_tuner(args: argparse.Namespace, runs: Sequence[Run], gpus: float) -> An
     from ray import tune
 
     trainable = tune.with_resources(make_trainable(runs, args.cpus), {"cpu": args.cpus, "gpu": gpus})
-    digest = hashlib.sha256(json.dumps([run.options for run in runs]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps([args.asha, *(run.options for run in runs)]).encode()).hexdigest()[:8]
     storage, name = args.logdir.absolute(), f"tune-{digest}"
     if tune.Tuner.can_restore(str(storage / name)):
         return tune.Tuner.restore(str(storage / name), trainable, restart_errored=True)
