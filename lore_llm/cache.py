@@ -158,11 +158,11 @@ class Cache:
     def put(self, key: str, advice: Advice) -> None:
         """Store advice, replacing an earlier one. May wait for other processes, but raises nothing."""
         self._remember(key, advice)
-        if self._writer is None:
+        if (db := self._writer) is None:
             return
         try:
-            self._writer.execute(INSERT, [key, advice.model_dump_json(exclude_defaults=True)])
-            self._writer.execute(TRIM, [self.size])
+            db.execute(INSERT, [key, advice.model_dump_json(exclude_defaults=True)])
+            db.execute(TRIM, [self.size])
         except sqlite3.Error as error:
             self.note(f"Cannot write the cache {self.path} ({error}): new answers are not kept")
 

@@ -320,7 +320,10 @@ class GeminiCLI(LanguageModel):
     def _say(self, requests: Sequence[Request]) -> _Said:
         prompt = f"{INSTRUCTION}\n\n{self.prompt(requests)}"
         if Path(self.program).stem == "gemini-cli":
-            code, out = self._run([self.program, prompt], b"")
+            # Windows runs .cmd files through its shell, which would read an argument as commands.
+            shell = Path(self.program).suffix.lower() in (".cmd", ".bat")
+            command = [self.program] if shell else [self.program, prompt]
+            code, out = self._run(command, prompt.encode() if shell else b"")
             if code:
                 raise _exit_fault(code)
             return _Said(out, None, None)

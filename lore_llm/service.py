@@ -260,11 +260,12 @@ class AdviceService:
             if mine and self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True, name="adviser")
                 self._thread.start()
-            self._lock.notify_all()
+            if mine:
+                self._lock.notify_all()
             while self.deterministic and any(self._waiting.get(each.key) is each for each in mine):
                 self._lock.wait(0.1)
                 self._watch()
-                if self._hangs:
+                if self._hangs or not self._thread.is_alive():
                     return
 
     def _watch(self) -> None:
