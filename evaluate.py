@@ -1,12 +1,13 @@
 """Evaluate a trained agent: python3 evaluate.py --logdir ./logdir/crafter --episodes 100
 
 Plays full episodes with the weights and the config of a checkpoint, in worlds that training never saw, and
-tells the mean return with a confidence interval. `--random` plays the same worlds with random actions.
-`--explain` makes videos that show beside each frame why the agent acted so.
-The result goes to the standard output, what happens meanwhile to the standard error.
+prints the mean return with a confidence interval. `--random` plays the same worlds with random actions.
+`--explain` writes videos that show how each action was chosen.
+The result goes to standard output, progress to standard error.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import json
@@ -37,16 +38,14 @@ from parallel import VecEnv, make_vec
 from stats import SuccessRates, bootstrap_interval
 
 CONFIDENCE = 0.95  # of the interval
-PANEL_PIXELS = 420  # width of what --explain shows beside a frame
-LOWER_ON_GPU = (
-    "Something else fills it, such as a training: give --device cpu, or --device cuda:1 for another."
-)
-LOWER_IN_RAM = "Give fewer --envs, or end what else runs here."
-SEEDS = "evaluate"  # names the seeds of these episodes: apart from training's and from its evaluations'
+PANEL_PIXELS = 420  # width of the panel that --explain draws next to each frame
+LOWER_ON_GPU = "Another program, such as a training run, fills it: use --device cpu, or another GPU (cuda:1)."
+LOWER_IN_RAM = "Use fewer --envs, or stop other programs."
+SEEDS = "evaluate"  # seeds these episodes, apart from those of training and its evaluations
 
 
 class RandomAgent:
-    """Uniformly random actions behind the agent's interface: the baseline."""
+    """Uniformly random actions behind the interface of the agent: the baseline."""
 
     def __init__(self, act_space: Mapping[str, gymnasium.Space], seed: int):
         self._random = Random(act_space, numpy_rng(seed, SEEDS, "random"))
@@ -58,7 +57,7 @@ class RandomAgent:
         return self._random.act(len(obs["is_first"])), state, {}
 
     def curiosity(self, state: dict) -> None:
-        """There is none."""
+        return None
 
 
 def evaluate(
@@ -73,117 +72,106 @@ def evaluate(
     video_folder: Path | None = None,
     explain_folder: Path | None = None,
 ) -> dict:
-    """Play `episodes` full episodes as the agent of a checkpoint, or at random, and sum them up.
+    """Play full episodes with the agent of a checkpoint, or with random actions, and summarise them.
 
     Args:
-        checkpoint: a run's folder, one of its .pt files, or a file of weights.
-        episodes: how many in all, a multiple of `envs`: the same number in each env.
-        envs: how many are played side by side; more than one run in a process each.
-        seed: of worlds and actions. With the same `envs` too, every agent plays the same worlds.
-        advised: play as in training, with the actor seen through the prior that was learned from the advice.
-        video_folder: where an mp4 (and a wav) of each episode is written; None writes none.
-        explain_folder: where an mp4 of each episode is written that also shows why the agent acted so.
+        checkpoint: the folder of a run, one of its .pt files, or a .safetensors file.
+        episodes: number of episodes, a multiple of `envs`: each env plays the same number.
+        envs: played in parallel; more than one run in their own processes.
+        seed: of worlds and actions. With the same `envs`, every agent plays the same worlds.
+        advised: act as in training, with the learned prior added to the actor.
+        video_folder: for an mp4 (and a wav) of each episode; None writes none.
+        explain_folder: for an mp4 of each episode that also shows how each action was chosen.
 
     Returns:
-        Plain values for JSON; see `summarize`. Raises UserError.
+        Plain values for JSON: see `summarize`. Raises UserError.
     """
     if episodes % envs:
-        low = episodes // envs * envs
-        nearest = f"{low} or {low + envs}" if low else envs
-        raise UserError(f"--episodes {episodes} must be a multiple of --envs {envs}: take {nearest}")
-    payload, path, config = load(checkpoint, seed)
+        nearest = max(1, round(episodes / envs)) * envs
+        raise UserError(f"--episodes {episodes} must be a multiple of --envs {envs}: use {nearest}")
+    payload, path, config = read_checkpoint(checkpoint)
+    config = config.replace({"seed": seed, "compile": False})  # compiling takes longer than most evaluations
     if advised and not config.prior.enabled:
-        raise UserError(
-            "--advised plays through the prior of a run with prior.enabled True; this one has none"
-        )
+        raise UserError("--advised needs a run with prior.enabled True; this one has no prior")
+    label = "random" if random else payload["step"]
     chosen = tools.choose_device(device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    parallel = "process" if envs > 1 else "none"
-    make = functools.partial(make_env, config, SEEDS, video=bool(video_folder or explain_folder))
-    options = config.envs
-    vec = make_vec(make, envs, parallel, timeout=options.timeout, max_restarts=options.max_restarts)
-    try:
-        heard = audio.waveform_keys(vec.obs_space, config)
-        if video_folder and not (has_images(vec) or heard):
-            raise UserError(f"{config.task} shows no images, so there is nothing for --video")
+    generator = tools.torch_rng(seed, SEEDS, device=chosen)
+    done, videos = [], []
+    with contextlib.closing(open_envs(config, envs, video_folder, explain_folder)) as vec:
+        agent = RandomAgent(vec.act_space, seed) if random else load_agent(payload, path, vec, config, chosen)
+        watch = {"curiosity": agent.curiosity}
         if explain_folder:
-            captioner = captioner_of(vec, config)
-        for note in vec.notes():
-            print(note, file=sys.stderr)
-        if random:
-            agent = RandomAgent(vec.act_space, seed)
-        else:
-            agent = Dreamer(vec.obs_space, vec.act_space, config, chosen)
-            with checkpoints.reading(path):
-                agent.load_state_dict(payload["agent"], resume=False)
-        player, watch = agent, {"curiosity": agent.curiosity}
-        if advised:
-            player = AdvisedAgent(agent)
-            if not agent.policy.has_weight:
-                print("The prior has no weight any more (llm.until), so it changes nothing", file=sys.stderr)
-        if explain_folder:
+            captioner = make_captioner(config, vec.obs_space, vec.act_space)
             watch["explain"] = functools.partial(explained, agent, captioner, advised)
-        label = "random" if random else payload["step"]
-        generator = tools.torch_rng(seed, SEEDS, device=chosen)
-        done, videos = [], []
+        player = AdvisedAgent(agent) if advised else agent
+        if advised and not agent.policy.has_weight:
+            print("The prior has no weight after llm.until, so --advised has no effect", file=sys.stderr)
         played = play_episodes(player, vec, episodes // envs, generator, **watch)
         for index, episode in enumerate(played):
             done.append(outcome(episode, config.action_repeat))
             print(f"episode {index + 1}/{episodes}: return {episode.score:.4g}", file=sys.stderr, flush=True)
             if video_folder:
                 file = video_folder / f"evaluate_{label}_{index}.mp4"
-                videos += write_video(file, episode, config, heard)
+                videos += write_video(file, episode, config, audio.waveform_keys(vec.obs_space, config))
             if explain_folder:
-                file = explain_folder / f"explain_{label}_{index}.mp4"
-                videos.append(write_explained(file, episode, config))
-    finally:
-        vec.close()
+                videos.append(explain_folder / f"explain_{label}_{index}.mp4")
+                write_explained(videos[-1], episode, config)
     policy = "random" if random else "advised" if advised else "agent"
     about = {"task": config.task, "policy": policy, "checkpoint": str(path)}
     about |= {"step": payload["step"], "seed": seed, "episodes": episodes, "envs": envs}
     return {**about, **summarize(done, config.task), "videos": [str(video) for video in videos]}
 
 
-def load(checkpoint: str | Path, seed: int) -> tuple[dict, Path, Config]:
-    """A checkpoint, where it lies, and its config with the seed of this evaluation. Raises UserError."""
-    payload, path, config = read_checkpoint(checkpoint)
-    # Compiling would take longer than most evaluations.
-    return payload, path, config.replace({"seed": seed, "compile": False})
-
-
 def read_checkpoint(checkpoint: str | Path) -> tuple[dict, Path, Config]:
-    """A checkpoint, where it lies, and its config as it was saved. Raises UserError."""
+    """The payload of a checkpoint, its file and its config. Raises UserError."""
     payload, path, notes = checkpoints.load_checkpoint(checkpoint)
     for note in notes:
         print(note, file=sys.stderr)
     return payload, path, Config.from_yaml(payload["config"], f"the config in {path}")
 
 
+def open_envs(config: Config, amount: int, video: Path | None, explain: Path | None) -> VecEnv:
+    """The envs to play in. Raises UserError if they cannot show what --video or --explain needs."""
+    make = functools.partial(make_env, config, SEEDS, video=bool(video or explain))
+    options = config.envs
+    parallel = "process" if amount > 1 else "none"
+    envs = make_vec(make, amount, parallel, timeout=options.timeout, max_restarts=options.max_restarts)
+    try:
+        images = any(len(s.shape) == 3 and s.dtype == np.uint8 for s in envs.obs_space.values())
+        if (explain or video and not audio.waveform_keys(envs.obs_space, config)) and not images:
+            option = "--explain" if explain else "--video"
+            raise UserError(f"{config.task} shows no images, so there is nothing for {option}")
+        kinds = list(envs.act_space.values())
+        if explain and (len(kinds) != 1 or not isinstance(kinds[0], gymnasium.spaces.Discrete)):
+            raise UserError(f"--explain needs one Discrete action; {config.task} has {dict(envs.act_space)}")
+        for note in envs.notes():
+            print(note, file=sys.stderr)
+    except BaseException:
+        envs.close()
+        raise
+    return envs
+
+
+def load_agent(payload: dict, path: Path, envs: VecEnv, config: Config, device: torch.device) -> Dreamer:
+    """The agent of a checkpoint. Raises UserError if it does not fit the envs."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    agent = Dreamer(envs.obs_space, envs.act_space, config, device)
+    with checkpoints.reading(path):
+        agent.load_state_dict(payload["agent"], resume=False)
+    return agent
+
+
 def export(checkpoint: str | Path, path: Path, dtype: str, decoder: bool) -> str:
-    """Write the weights of a checkpoint to a .safetensors file; a line about it. Raises UserError."""
+    """Write the weights of a checkpoint to a .safetensors file; returns a line about it. Raises UserError."""
     payload, source, config = read_checkpoint(checkpoint)
     numbers = checkpoints.write_weights(path, config, payload["step"], payload["agent"], dtype, decoder)
     size = path.stat().st_size / 1e6
     return f"Wrote {path}: {numbers:,} numbers of {source}, {size:.2f} MB ({dtype})"
 
 
-def has_images(envs: VecEnv) -> bool:
-    return any(len(s.shape) == 3 and s.dtype == np.uint8 for s in envs.obs_space.values())
-
-
-def captioner_of(envs: VecEnv, config: Config) -> Captioner:
-    """Who puts situations into words for `--explain`. Raises UserError where there is nothing to show."""
-    kinds = list(envs.act_space.values())
-    if len(kinds) != 1 or not isinstance(kinds[0], gymnasium.spaces.Discrete):
-        raise UserError(f"--explain shows one Discrete action; {config.task} has {dict(envs.act_space)}")
-    if not has_images(envs):
-        raise UserError(f"{config.task} shows no images, so there is nothing for --explain")
-    return make_captioner(config, envs.obs_space, envs.act_space)
-
-
 def explained(agent: Dreamer, captioner: Captioner, advised: bool, obs: Arrays, state: dict) -> list[dict]:
-    """What `decision_panel` shows of each env, after the agent acted on `obs` [n, ...]."""
+    """What `decision_panel` shows for each env, after the agent acted on `obs` [n, ...]."""
     actions = list(captioner.actions)
     views = agent.explain(state, advised)
     for env, view in enumerate(views):
@@ -192,30 +180,27 @@ def explained(agent: Dreamer, captioner: Captioner, advised: bool, obs: Arrays, 
     return views
 
 
-def write_explained(path: Path, episode: EvalEpisode, config: Config) -> Path:
-    """Write an episode as an mp4 with its views beside the frames; the path."""
+def write_explained(path: Path, episode: EvalEpisode, config: Config) -> None:
+    """Write an episode as an mp4 with the views next to the frames."""
     frames = newest(episode.frames, config.frame_stack)  # [L, H, W, C]
     frames = frames if frames.shape[-1] == 3 else frames[..., :1].repeat(3, -1)
-    pictures = (
-        decision_panel(frame, view, PANEL_PIXELS) for frame, view in zip(frames, episode.views, strict=True)
-    )
-    write_mp4(path, pictures, VIDEO_FPS)
-    return path
+    views = zip(frames, episode.views, strict=True)
+    write_mp4(path, (decision_panel(frame, view, PANEL_PIXELS) for frame, view in views), VIDEO_FPS)
 
 
 def outcome(episode: EvalEpisode, action_repeat: int) -> dict[str, float]:
-    """Return, length in env steps, and of each `log_*` key the highest value, and the share above 0."""
+    """Return, length in env steps, and for each `log_*` key its maximum and the share of steps above 0."""
     steps = episode.steps.items()
     logged = {key: float(value.max()) for key, value in steps if key.startswith("log_") and value.ndim == 1}
     return {"return": episode.score, "length": episode.length * action_repeat, **logged, **episode.shares}
 
 
 def summarize(episodes: list[dict[str, float]], task: str) -> dict:
-    """Sums up finished episodes, each with `return`, `length` and its `log_achievement_*` and `log_*_share`.
+    """Summarise finished episodes, each with `return`, `length`, `log_achievement_*` and `log_*_share`.
 
     `return_interval` [low, high] is the bootstrap interval of the mean, None for a single episode.
-    `success_rates` by achievement and `score` are in percent; {} and None where the env has none. `shares`
-    are means over the episodes, for example of the steps at which the noisy TV was on (`tv`).
+    `success_rates` by achievement and `score` are in percent; {} and None if the env has none. `shares` are
+    means over the episodes, for example of the steps at which the noisy TV was on (`tv`).
     """
     returns, lengths = ([episode[name] for episode in episodes] for name in ("return", "length"))
     interval = bootstrap_interval(returns, CONFIDENCE)
@@ -240,9 +225,9 @@ def summarize(episodes: list[dict[str, float]], task: str) -> dict:
 
 
 def report(result: Mapping) -> str:
-    """The result for people, in a few lines."""
+    """The result as text."""
     who = "random actions" if result["policy"] == "random" else f"the agent at step {result['step']:,}"
-    who += ", through the prior" if result["policy"] == "advised" else ""
+    who += ", with the prior" if result["policy"] == "advised" else ""
     returns, lengths, interval = result["returns"], result["lengths"], result["return_interval"]
     spread = f"{min(returns):.4g} to {max(returns):.4g}"
     if interval:
@@ -275,56 +260,46 @@ def _positive(text: str) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Raises UserError for a mistake, SystemExit(0) after `--help`."""
+    """Parse the command line. Raises UserError for a mistake, SystemExit(0) after `--help`."""
     parser = _Parser(prog="evaluate.py", description=__doc__.split("\n\n")[1], allow_abbrev=False)
-    add = parser.add_argument
-    add("--logdir", metavar="DIR", help="the run; its latest checkpoint is taken, and videos go there")
-    add(
-        "--from_checkpoint", metavar="F",
-        help="this checkpoint, or file of weights; without --logdir, videos go to its folder",
-    )  # fmt: skip
-    add("--episodes", metavar="N", type=_positive, default=10, help="how many to play; 10 by default")
-    add("--envs", metavar="N", type=_positive, default=1, help="played side by side; 1 by default")
-    add("--seed", metavar="S", type=int, default=0, help="of worlds and actions; 0 by default")
-    add("--device", metavar="D", default="auto", help="auto (by default), cpu, cuda, or one GPU: cuda:1")
-    add("--random", action="store_true", help="random actions instead of the agent's: the baseline")
-    add("--advised", action="store_true", help="as in training, through the prior learned from advice")
-    add("--video", action="store_true", help="write {logdir}/videos/evaluate_{step}_{episode}.mp4 (and .wav)")
-    add(
-        "--explain",
-        action="store_true",
-        help="write {logdir}/videos/explain_{step}_{episode}.mp4: beside each frame the caption, the actor's "
-        "and the adviser's probabilities, what was chosen, value and predicted return",
-    )
-    add("--json", action="store_true", help="the result as one JSON object")
-    add("--export", metavar="F", type=Path, help="play nothing and write weights and config to F.safetensors")
-    add(
-        "--dtype", choices=checkpoints.DTYPES, default="float32",
-        help="of the matrices in that file; float32 by default, the others halve it",
-    )  # fmt: skip
-    add("--without_decoder", action="store_true", help="leave it out of that file: acting does without")
+    add, flag = parser.add_argument, functools.partial(parser.add_argument, action="store_true")
+    add("--logdir", metavar="DIR", help="the run: its latest checkpoint is evaluated, videos go there")
+    add("--from_checkpoint", metavar="F", help="another checkpoint, or a file of weights")
+    add("--episodes", metavar="N", type=_positive, default=10, help="episodes to play (default: 10)")
+    add("--envs", metavar="N", type=_positive, default=1, help="envs played in parallel (default: 1)")
+    add("--seed", metavar="S", type=int, default=0, help="of worlds and actions (default: 0)")
+    add("--device", metavar="D", default="auto", help="auto (default), cpu, cuda, or one GPU: cuda:1")
+    flag("--random", help="random actions instead of the agent's: the baseline")
+    flag("--advised", help="act as in training, with the prior learned from advice")
+    flag("--video", help="write {logdir}/videos/evaluate_{step}_{episode}.mp4 (and .wav)")
+    shows = "caption, probabilities of actor and adviser, choice, value and predicted return of each frame"
+    flag("--explain", help="write {logdir}/videos/explain_{step}_{episode}.mp4 with " + shows)
+    flag("--json", help="print the result as one JSON object")
+    add("--export", metavar="F", type=Path, help="play nothing; write weights and config to F.safetensors")
+    add("--dtype", choices=checkpoints.DTYPES, default="float32", help="of the matrices in that file")
+    flag("--without_decoder", help="leave the decoder out of that file: acting does not need it")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         names = [f"--{name}" for name in (*vars(args), "help")]
         nearest = difflib.get_close_matches(unknown[0].partition("=")[0], names, n=1, cutoff=0)[0]
         raise UserError(f"{unknown[0]} is not an option; the nearest is {nearest}")
     if not (args.logdir or args.from_checkpoint):
-        raise UserError("Which run? Give --logdir DIR, or --from_checkpoint with a checkpoint file")
+        raise UserError("Give the run with --logdir DIR, or a checkpoint file with --from_checkpoint F")
     for name in ("advised", "explain"):
         if args.random and getattr(args, name):
-            raise UserError(f"--{name} is about the agent, and --random plays without it: leave one out")
+            raise UserError(f"--{name} needs the agent, and --random plays without it: leave one out")
     given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     of_export, of_both = {"dtype", "without_decoder"}, {"export", "logdir", "from_checkpoint"}
     for name in given:
         if args.export and name not in of_export | of_both:
-            raise UserError(f"--export plays no episode, so --{name} has no use: leave one out")
+            raise UserError(f"--export plays no episodes, so --{name} has no effect: leave one out")
         if not args.export and name in of_export:
-            raise UserError(f"--{name} says how weights are written: name the file by --export F.safetensors")
+            raise UserError(f"--{name} needs --export F.safetensors, the file to write")
     return args
 
 
 def run(args: argparse.Namespace) -> str:
-    """Do what the command line asks for; what there is to tell. Raises UserError."""
+    """Do what the command line asks for; returns the text to print. Raises UserError."""
     checkpoint = args.from_checkpoint or args.logdir
     if args.export:
         return export(checkpoint, args.export, args.dtype, not args.without_decoder)
@@ -344,7 +319,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate as the command line says. Returns the exit code: 0, 2 for the user's mistakes, 130."""
+    """Evaluate as the command line says. Returns the exit code: 0, 2 for user errors, 130."""
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         with tools.memory_explained(LOWER_ON_GPU, LOWER_IN_RAM):
