@@ -1,42 +1,43 @@
-"""Does learning progress vanish where nothing is left to learn, also where the error stays high?
+"""Does learning progress vanish where nothing is left to learn, even where the error stays high?
 
-The study of LPM's paper (arXiv 2509.25438) on noisy digits, with the 8x8 digits that scikit-learn ships
-instead of MNIST. A network sees a picture and predicts the next one, by mean squared error. There are two
-kinds of transitions, mixed half and half:
+    python3 benchmarks/noisy_digits.py
+
+The study of LPM's paper (arXiv 2509.25438) on noisy digits, with the 8x8 digits of scikit-learn instead of
+MNIST. A network sees a picture and predicts the next one, by mean squared error. There are two kinds of
+transitions, mixed half and half:
 
 - deterministic: a 0 is followed by the same picture, so its error can be learned away;
 - stochastic: a 1 is followed by a random picture of a 2 to 9, so its error stays at the pictures' variance.
 
-The parts of LPM are those of exploration.py, with the defaults of configs.yaml: 16 batches of 32 in the FIFO.
-Nobody acts: all rewards are computed along the same training, which they do not change.
+The parts of LPM are those of exploration.py, with the defaults of configs.yaml and 16 batches of 32 in the
+FIFO. There is no agent: all rewards are computed along the same training, which they do not change.
 
 Protocol, fixed before the final run. Seeds 0 to 9 (development used 100 and above), 600 updates. Of the 1,797
-pictures a seed leaves out a quarter, drawn at random. Each update draws 32 transitions from the rest; the
-errors of the model before its update enter the FIFO, and the error predictor takes one step on 32 of its
-entries. Before each update 32 fresh transitions of each kind are measured and not learned from: with pictures
-that are trained on ("seen": what an agent's replay is), and with those left out ("unseen": what the public
-code measures).
+pictures a seed leaves out a random quarter. Each update draws 32 transitions from the rest; the errors of the
+model before its update enter the FIFO, and the error predictor takes one step on 32 of its entries. Before
+each update 32 fresh transitions of each kind are measured and not learned from: with pictures that are
+trained on ("seen", like an agent's replay), and with those left out ("unseen", as in the public code).
 
 Measured, as means over the batch, for each seed:
 
-- error: mean squared error a pixel; intensities run from 0 to 1. It is the reward of plain curiosity, too.
-- predicted: exp of what the error predictor says, minus lpm.error_floor, in the same unit.
+- error: mean squared error per pixel; intensities range from 0 to 1. Also the reward of plain curiosity.
+- predicted: exp of the error predictor's output, minus lpm.error_floor, in the same unit.
 - lpm_log: learning_progress in log space, in nats. lpm_linear: in linear space, in the error's unit.
-- progress: what lpm_log would be with a perfect predictor: the mean log error over the updates that the FIFO
-  remembers, minus today's. Both LPM rewards and this are 0 until the FIFO is full.
+- progress: lpm_log with a perfect predictor: the mean log error over the updates in the FIFO, minus today's.
+  Both LPM rewards and this are 0 until the FIFO is full.
 
 Reported, with 95 % bootstrap intervals over seeds: `start`, the mean over the first 50 updates with a full
-FIFO; `end`, the mean over the last 50 updates; `end_absolute`, the mean of the absolute value over these,
-which the noise of a batch keeps above 0; and for rewards `settled`, the update from which on the running mean
-of 50 updates stays within the band around 0, for each seed (null: never). The band is 0.1 nats for lpm_log
-and progress (the error and its prediction are 10 % apart) and 0.007 for lpm_linear and error (about 10 % of
-the variance of the pictures that follow in the stochastic kind). A reward has vanished on a kind if the whole
-interval of its `end` lies within the band.
+FIFO; `end`, the mean over the last 50 updates; `end_absolute`, the mean absolute value over these, which the
+noise of a batch keeps above 0; and for rewards `settled`, the update from which the running mean of 50
+updates stays within the band around 0, for each seed (null: never). The band is 0.1 nats for lpm_log and
+progress (the error and its prediction differ by 10 %) and 0.007 for lpm_linear and error (about 10 % of the
+variance of the pictures that follow in the stochastic kind). A reward has vanished on a kind if the whole
+interval of its `end` is in the band.
 """
 
+import argparse
 import contextlib
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -49,9 +50,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config
 from basics import UserError, atomic_write, derive_seed, numpy_rng
+from benchmarks.runs import cell, spread, write_json
 from exploration import FIFO_BATCHES, ErrorFifo, ErrorPredictor, learning_progress
 from reports import figures
-from stats import bootstrap_interval
 from tools import torch_rng
 
 KINDS = ("deterministic", "stochastic")
@@ -105,7 +106,7 @@ class Digits:
             self._pools[name] = [np.flatnonzero(mask & part) for mask in masks]
 
     def batch(self, pictures: str, stochastic: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Pictures [n, 64] and those that follow [n, 64]; `stochastic` [n] says of which kind each is."""
+        """Pictures [n, 64] and the next ones [n, 64]; `stochastic` [n] is the kind of each."""
         zeros, ones, rest = self._pools[pictures]
         n = len(stochastic)
         now = np.where(stochastic, self._rng.choice(ones, n), self._rng.choice(zeros, n))
@@ -113,12 +114,12 @@ class Digits:
         return self._pictures[now], self._pictures[after]
 
     def variance(self) -> float:
-        """The stochastic kind's error if its pictures' mean is predicted: nothing can do better."""
+        """The stochastic kind's error if the mean of its pictures is predicted: the lowest possible."""
         return self._pictures[self._pools["seen"][2]].var(0, correction=0).mean().item()
 
 
 class Model(nn.Module):
-    """The next picture from this one. The last layer sees the input too, as in the public code."""
+    """Predicts the next picture. The last layer sees the input too, as in the public code."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +142,7 @@ class Progress:
         self._optimizer = torch.optim.Adam(self.predictor.parameters(), LPM.error_lr)
 
     def learn(self, state: Tensor, error: Tensor) -> None:
-        """Remember the errors [n] at the states, then take one step on as many remembered ones."""
+        """Add the errors [n] at the states to the FIFO, then take one step on n of its entries."""
         self.fifo.push({"state": state, "error": torch.log(error + LPM.error_floor)})
         old = self.fifo.sample(len(state), self._generator)
         loss = (self.predictor(old["state"]) - old["error"]).square().mean()
@@ -151,7 +152,7 @@ class Progress:
 
     @torch.no_grad()
     def measure(self, state: Tensor, error: Tensor) -> dict[str, float]:
-        """Means over the batch of what the module's docstring names, and of the log error."""
+        """Means over the batch of the measures in the module's docstring, and of the log error."""
         predicted = self.predictor(state)
         values = {
             "error": error,
@@ -166,7 +167,7 @@ class Progress:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Networks as small as these only get slower with more threads, by far if other jobs run."""
+    """Networks of this size are slower with more threads, by far if other jobs run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -205,14 +206,14 @@ def run(seed: int, updates: int) -> Curves:
 
 
 def true_progress(log_error: Sequence[float]) -> list[float]:
-    """The mean of the log errors that the FIFO remembers, minus the one that follows; 0 until it is full."""
+    """The mean of the log errors in the FIFO, minus the next one; 0 until it is full."""
     memories = [log_error[u - FIFO_BATCHES : u] for u in range(FIFO_BATCHES, len(log_error))]
     after = zip(memories, log_error[FIFO_BATCHES:], strict=True)
     return [0.0] * FIFO_BATCHES + [float(np.mean(memory)) - today for memory, today in after]
 
 
 def settled(curve: Sequence[float], band: float) -> int | None:
-    """The update from which on the running mean of a reward stays within the band around 0."""
+    """The update from which the running mean of a reward stays within the band around 0."""
     means = np.convolve(curve[FIFO_BATCHES:], np.full(WINDOW, 1 / WINDOW), "valid")
     outside = np.flatnonzero(np.abs(means) > band)
     if not len(means) or (len(outside) and outside[-1] == len(means) - 1):
@@ -220,23 +221,16 @@ def settled(curve: Sequence[float], band: float) -> int | None:
     return FIFO_BATCHES + WINDOW + (int(outside[-1]) + 1 if len(outside) else 0)
 
 
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and 95 % interval over seeds; the interval of a single seed is null."""
-    low, high = bootstrap_interval(values)
-    single = math.isnan(low)
-    return {"mean": float(np.mean(values)), "low": None if single else low, "high": None if single else high}
-
-
 def summary(results: Mapping[int, Curves]) -> dict:
-    """[pictures][kind][curve] -> what the module's docstring says is reported."""
+    """[pictures][kind][curve] -> the reported numbers of the module's docstring."""
     first, last = slice(FIFO_BATCHES, FIFO_BATCHES + WINDOW), slice(-WINDOW, None)
 
     def of(pictures: str, kind: str, name: str) -> dict:
         curves = [np.array(seed[pictures][kind][name]) for seed in results.values()]
         out = {
-            "start": interval([curve[first].mean() for curve in curves]),
-            "end": interval([curve[last].mean() for curve in curves]),
-            "end_absolute": interval([np.abs(curve[last]).mean() for curve in curves]),
+            "start": spread([curve[first].mean() for curve in curves], np.mean),
+            "end": spread([curve[last].mean() for curve in curves], np.mean),
+            "end_absolute": spread([np.abs(curve[last]).mean() for curve in curves], np.mean),
         }
         if name in BANDS:
             out["settled"] = [settled(curve, BANDS[name]) for curve in curves]
@@ -276,24 +270,45 @@ def draw(results: Mapping[int, Curves], path: Path) -> None:
 def study(seeds: Sequence[int], updates: int, out: Path) -> dict:
     """Run all seeds and write noisy_digits.json (with all curves), .png and .svg into the folder `out`.
 
-    Returns the protocol's numbers, without the curves. Raises UserError if there are fewer updates than a
-    point of the figure covers, or a package is missing.
+    Returns the numbers without the curves. Raises UserError if a package is missing.
     """
-    if updates < BIN:
-        raise UserError(
-            f"{updates} updates are too few: give at least {BIN}, of which {FIFO_BATCHES} fill the FIFO."
-        )
     results = {seed: run(seed, updates) for seed in seeds}
-    result = {
-        "updates": updates,
-        "seeds": list(seeds),
-        "variance": interval([Digits(numpy_rng(seed, "digits")).variance() for seed in seeds]),
-        "lpm": {name: LPM[name] for name in ("units", "error_lr", "error_floor")},
-        "bands": BANDS,
-        "summary": summary(results),
-    }
-    text = json.dumps(result | {"curves": results})
-    atomic_write(out / "noisy_digits.json", lambda file: file.write(text.encode()))
+    variances = [Digits(numpy_rng(seed, "digits")).variance() for seed in seeds]
+    result = {"updates": updates, "seeds": list(seeds), "variance": spread(variances, np.mean)}
+    result["summary"] = summary(results)
+    write_json(out / "noisy_digits.json", result | {"curves": results})
     for ending in ("png", "svg"):
         draw(results, out / f"noisy_digits.{ending}")
     return result
+
+
+def table(result: dict) -> list[str]:
+    """Start and end of each curve, on pictures that are trained on."""
+    rows = ["| | start | end |", "| --- | --- | --- |"]
+    for kind, curves in result["summary"]["seen"].items():
+        for curve, measures in curves.items():
+            cells = " | ".join(cell(measures[moment], "{:.4f}") for moment in ("start", "end"))
+            rows.append(f"| {kind} {curve} | {cells} |")
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(10))
+    parser.add_argument("--updates", type=int, default=600, help=f"at least {BIN}")
+    parser.add_argument("--out", type=Path, default=Path("logdir/exploration"))
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    args = parser.parse_args()
+    try:
+        result = study(args.seeds, args.updates, args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result) if args.json else "\n".join(table(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

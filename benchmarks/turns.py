@@ -1,7 +1,7 @@
-"""Programs measured in turns: one update of the one, one of the other, so that a busy machine slows both.
+"""Programs measured in turns, one update of each after the other, so that a busy machine slows all of them.
 
-Each program runs in a process of its own, which does one update for each line that it gets. It needs nothing
-but the standard library here, because the programs' modules may have the same names.
+Each program is a process that does one update for each line of its input. This module imports only the
+standard library, because the programs' modules may have the same names.
 """
 
 import json
@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def resident_peak() -> float:
-    """GiB that this process had in memory at its worst moment."""
+    """GiB of this process in memory at its peak."""
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def serve(update: Callable[[], object], about: Mapping, peak: Callable[[], float] = resident_peak) -> None:
-    """In the child: say that it is ready and what it is, then do and time one update for each line."""
+    """In the child: report readiness and `about`, then do and time one update for each line."""
     print(json.dumps(dict(about)), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
@@ -48,42 +48,39 @@ class Program:
         for line in self.process.stdout:
             if line.startswith("{"):  # libraries may print, too
                 return json.loads(line)
-        raise SystemExit(f"{' '.join(self.process.args)} ended; its own message stands above")
+        raise SystemExit(f"{' '.join(self.process.args)} ended; its error is printed above")
 
-    def update(self, count: bool = True) -> None:
-        """Let it do one update; `count` False for warming up."""
+    def update(self) -> float:
+        """Let it do one update; returns its seconds."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         answer = self._read()
         self.peak_gib = answer["peak_gib"]
-        if count:
-            self.seconds.append(answer["seconds"])
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+        return answer["seconds"]
 
 
-def take_turns(programs: Mapping[str, Program], warmup: int, repeats: int) -> None:
-    """One update of each program after the other, `repeats` times after `warmup` rounds; then all end."""
+def take_turns(programs: Mapping[str, Program], warmup: int, repeats: int) -> dict[str, dict]:
+    """`repeats` rounds with one update of each program, after `warmup` rounds; then all programs end.
+
+    Returns figures of each program: median and quartiles of its seconds, and the median over the rounds of
+    the ratio to the first program's seconds in the same round.
+    """
     for turn in range(warmup + repeats):
         for program in programs.values():
-            program.update(count=turn >= warmup)
+            seconds = program.update()
+            if turn >= warmup:
+                program.seconds.append(seconds)
     for program in programs.values():
-        program.close()
-
-
-def compared(programs: Mapping[str, Program], base: str, seconds: str) -> dict[str, dict]:
-    """Of each program the median, called `seconds`, and the median ratio to `base` in the same round."""
-    reference = programs[base].seconds
+        program.process.stdin.close()
+        program.process.wait()
+    base = next(iter(programs.values())).seconds
     return {
         name: {
-            seconds: round(statistics.median(program.seconds), 4),
-            "ratio": round(
-                statistics.median(s / b for s, b in zip(program.seconds, reference, strict=True)), 3
-            ),
+            "seconds": round(statistics.median(program.seconds), 4),
+            "quartiles": [round(q, 4) for q in statistics.quantiles(program.seconds, n=4)[::2]],
+            "ratio": round(statistics.median(s / b for s, b in zip(program.seconds, base, strict=True)), 3),
             "peak_gib": round(program.peak_gib, 2),
-            "parameters": program.about["parameters"],
+            **program.about,
         }
         for name, program in programs.items()
     }
