@@ -1,8 +1,8 @@
-"""Updates of r2dreamer (NM512/r2dreamer), for `update_speed.py --compare` to measure against; see there.
+"""Updates of r2dreamer (NM512/r2dreamer), for `speed.py update --r2dreamer` to measure in turns; see there.
 
-It is run as DreamerV3 (`rep_loss: dreamer`) on a fixed batch of Crafter's shapes. Its hard-coded float16 is
-replaced by the precision that is asked for; float16 is no use on a CPU. Its replay is left out.
-It needs torch, tensordict, omegaconf and tensorboard; nothing of LoRe is imported.
+It runs as DreamerV3 (`rep_loss: dreamer`) on a fixed batch of Crafter's shapes, without its replay. Its
+hard-coded float16 is replaced by the given precision, because float16 is useless on a CPU. It needs torch,
+tensordict, omegaconf and tensorboard; nothing of LoRe is imported.
 """
 
 import argparse
@@ -22,7 +22,7 @@ SIZE1M = {"deter": 512, "hidden": 64, "discrete": 4, "depth": 4, "units": 64, "a
 
 
 class FixedBatch:
-    """Stands for its replay: the same batch each time, so that its sampling costs nothing."""
+    """Replaces its replay: the same batch each time, without the cost of sampling."""
 
     def __init__(self, config, device: torch.device, batch: int, length: int):
         rng, shape = np.random.default_rng(0), (batch, length)

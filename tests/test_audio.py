@@ -3,10 +3,7 @@
 import json
 import math
 import re
-import runpy
-import shlex
 import subprocess
-import sys
 import wave
 
 import gymnasium
@@ -507,18 +504,6 @@ def test_unknown_rooms_name_the_nearest():
 # docs/audio.md
 
 
-def test_the_benchmark_trains_and_prints_json(tmp_path, monkeypatch, capsys):
-    options = "--seeds 0 --variants without --episodes 1 --steps 160 --json --configs debug --time_limit 0"
-    options += " --batch_size 2 --batch_length 8 --video_pred_log False"
-    script = ROOT / "benchmarks" / "audio.py"
-    monkeypatch.setattr(sys, "argv", [str(script), *options.split(), "--logdir", str(tmp_path)])
-    runpy.run_path(str(script), run_name="__main__")
-    result = json.loads(capsys.readouterr().out)
-    assert result.keys() == {"without", "random"} and 0 <= result["without"]["0"] <= 100
-    lines = (tmp_path / "without_0" / "metrics.jsonl").read_text()
-    assert "loss/image" in lines and "loss/audio" not in lines
-
-
 def test_the_guides_environment_trains(tmp_path, monkeypatch):
     (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "audio.md").read_text(), re.M | re.S)
     names: dict = {}
@@ -529,22 +514,6 @@ def test_the_guides_environment_trains(tmp_path, monkeypatch):
     assert sounds and not list((tmp_path / "videos").glob("*.mp4"))  # there is nothing to see
     with wave.open(str(sounds[0])) as file:
         assert (file.getframerate(), file.getnframes()) == (16000, 17 * 800)
-
-
-def test_documented_commands_are_understood():
-    text = (ROOT / "docs" / "audio.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^    python3 (.+)$", text, re.MULTILINE)
-    scripts = set()
-    for script, *options in map(shlex.split, lines):
-        scripts.add(script)
-        if script == "dreamer.py":
-            configs.load(options)
-        elif script == "evaluate.py":
-            evaluate.parse(options)
-        else:
-            source = (ROOT / script).read_text(encoding="utf-8")
-            assert all(f'"{word}"' in source for word in options if word.startswith("--"))
-    assert scripts == {"dreamer.py", "evaluate.py", "benchmarks/audio.py"}
 
 
 def test_every_option_and_task_that_the_guide_names_exists():
