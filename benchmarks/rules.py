@@ -1,8 +1,7 @@
-"""What the scripted adviser reaches alone: python benchmarks/rules.py [--quick]
+"""What does the scripted adviser reach alone? python3 benchmarks/rules.py [--quick]
 
-It plays by the action that it rates highest, asked at every step. Crafter: achievements unlocked in an
-episode, over 20 episodes. MiniGrid: share of DoorKey episodes solved, over 100. The seeds are those of
-training envs.
+It plays its highest-rated action at every step. Crafter: achievements unlocked per episode, over 20 episodes.
+MiniGrid: return and share of solved episodes of DoorKey, over 100. The seeds are those of training envs.
 """
 
 import argparse
@@ -69,21 +68,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="which tasks")
     parser.add_argument("--episodes", type=int, help=f"of each task; by default {TASKS}")
-    parser.add_argument("--quick", action="store_true", help="a short look, for tests")
+    parser.add_argument("--quick", action="store_true", help="few and short episodes, for tests")
     args, options = parser.parse_known_args(argv)
     if args.quick:
         options += ["--time_limit", str(QUICK_STEPS)]
     for task in args.tasks:
         episodes = QUICK if args.quick else args.episodes or TASKS.get(task, 100)
         result = play(task, episodes, options)
-        told = f"length {result['length'].mean():.0f}"
+        text = f"length {result['length'].mean():.0f}"
         if result["achievements"]:
             unlocked = result["unlocked"]
-            told += f", achievements {unlocked.mean():.2f} (standard deviation {unlocked.std(ddof=1):.2f})"
+            text += f", achievements {unlocked.mean():.2f} (standard deviation {unlocked.std(ddof=1):.2f})"
         else:
-            told += f", solved {np.mean(result['return'] > 0):.0%}"
+            text += f", solved {np.mean(result['return'] > 0):.0%}, return {result['return'].mean():.3f}"
         caption, advice = result["us"]
-        print(f"{task}: {episodes} episodes, {told}; a caption {caption:.0f} us, its advice {advice:.0f} us")
+        print(f"{task}: {episodes} episodes, {text}; a caption {caption:.0f} us, its advice {advice:.0f} us")
         for name, share in sorted(result["achievements"].items(), key=lambda pair: -pair[1]):
             print(f"    {share:4.0%} {name}")
 

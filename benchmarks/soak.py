@@ -1,15 +1,18 @@
-"""A long run whose env workers are killed again and again: does its memory grow, does it lose file handles?
+"""A long run whose env workers are killed repeatedly: does its memory grow, does it leak file handles?
 
     python3 benchmarks/soak.py --hours 2 --kill_every 60 --out soak.json
 
-A real run of Crafter with all that `debug` and `lore_full` switch on: evaluations, videos, checkpoints,
-advice. While it trains, one of its worker processes gets SIGKILL now and then, and the main process is
-looked at. What comes after the warm-up is cut into ten parts. The run passes if the medians of the resident
-memory of all parts lie within `--tolerance`, if the last part has no more handles and threads than the
-first (the fewest in each, for a restart takes some more for a moment) and no more child processes than any
-before (the most in each, for a killed worker of the evaluation is missing until the next one, which may take
-longer than a part), if each kill led to one restart, and if the run ended as it should. The exit code is 1
-otherwise. Options behind `--` go to dreamer.py. Linux only.
+A real run of Crafter with all features of `debug` and `lore_full`: evaluations, videos, checkpoints, advice.
+While it trains, one of its workers gets SIGKILL now and then, and the main process is sampled. The time after
+the warm-up is divided into ten parts. The run passes if
+
+- the medians of the resident memory of all parts are within `--tolerance`, - the last part has no more
+handles and threads than the first (the minimum of each part, because a restart takes
+  some more for a moment) and no more child processes than any before (the maximum, because a killed
+  evaluation worker is missing until the next evaluation),
+- each kill led to one restart, and the run ended as it should.
+
+The exit code is 1 otherwise. Options after `--` are passed to dreamer.py. Linux only.
 """
 
 import argparse
@@ -33,14 +36,14 @@ RUN = (
 ).split()
 WORKERS = ("train 0", "train 1", "eval 0")
 PARTS = 10  # of the time after the warm-up
-POLL = 0.5  # seconds between looks at whether the run has begun or ended
-COUNTS = {"handles": min, "threads": min, "children": max}  # must not grow; what of a part counts
+POLL = 0.5  # seconds between checks whether the run has begun or ended
+COUNTS = {"handles": min, "threads": min, "children": max}  # must not grow, by this statistic of a part
 
 Sample = dict[str, float]
 
 
 def look_at(pid: int) -> Sample:
-    """What a process has now: resident bytes, handles, threads, children, and bytes of the largest one."""
+    """The resident bytes, handles, threads and children of a process, and the bytes of its largest child."""
     workers = [int(line.split()[1]) * 1024 for line in map(_resident, children(pid)) if line]
     return {
         "rss": int(_resident(pid).split()[1]) * 1024,
@@ -52,7 +55,7 @@ def look_at(pid: int) -> Sample:
 
 
 def _resident(pid: int) -> str:
-    """The line VmRSS of a process, empty for one that has ended."""
+    """The VmRSS line of a process, empty if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -61,10 +64,10 @@ def _resident(pid: int) -> str:
 
 
 def children(pid: int) -> list[int]:
-    """Its children, of all its threads: ended ones that nobody has waited for among them."""
+    """The children of all its threads, including zombies."""
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
             found += map(int, path.read_text().split())
     return sorted(found)
 
@@ -82,7 +85,7 @@ def _command(pid: int) -> bytes:
 
 
 def watch(process: subprocess.Popen, args: argparse.Namespace, kills: list[int]) -> Iterator[Sample]:
-    """Look at the run every `sample` seconds for so many hours, and kill a worker every `kill_every`."""
+    """Sample the run every `sample` seconds for `hours`, and kill a worker every `kill_every` seconds."""
     rng = random.Random(args.seed)
     start = time.monotonic()
     next_kill = args.kill_every
@@ -98,7 +101,7 @@ def watch(process: subprocess.Popen, args: argparse.Namespace, kills: list[int])
 
 
 def wait_for_begin(process: subprocess.Popen, logdir: Path) -> None:
-    """The clock starts when the run has done all that it does: it has saved, and made envs to evaluate."""
+    """Wait until the run has saved and evaluated once, and so has all its workers."""
     while not ((logdir / "latest.pt").exists() and list(logdir.glob("eval_eps/*.npz"))):
         if process.poll() is not None:
             raise SystemExit(
@@ -107,8 +110,8 @@ def wait_for_begin(process: subprocess.Popen, logdir: Path) -> None:
         time.sleep(POLL)
 
 
-def judge(samples: Sequence[Sample], warmup: float, tolerance: float) -> dict:
-    """What grew after so many seconds of warm-up, and whether all is well; see the file's head."""
+def evaluate(samples: Sequence[Sample], warmup: float, tolerance: float) -> dict:
+    """The figures of the parts after `warmup` seconds and whether they are flat: see the docstring above."""
     kept = [sample for sample in samples if sample["seconds"] >= warmup]
     if len(kept) < PARTS:
         raise SystemExit(
@@ -130,7 +133,7 @@ def judge(samples: Sequence[Sample], warmup: float, tolerance: float) -> dict:
 
 
 def soak(args: argparse.Namespace, logdir: Path) -> dict:
-    """Run, watch, stop and judge."""
+    """Run, watch, stop and evaluate."""
     command = [sys.executable, *RUN, "--seed", str(args.seed), "--logdir", str(logdir), *args.override]
     kills: list[int] = []
     samples: list[Sample] = []
@@ -148,8 +151,8 @@ def soak(args: argparse.Namespace, logdir: Path) -> dict:
         code = process.wait()
     restarts = (logdir / "train.log").read_text(encoding="utf-8").count("Its worker is restarted")
     steps = json.loads((logdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
-    verdict = judge(samples, 60 * args.warmup, args.tolerance)
-    # A worker is restarted when it is asked for the next step; that of the evaluation may wait for long.
+    verdict = evaluate(samples, 60 * args.warmup, args.tolerance)
+    # A worker is restarted at its next step, which may be late for that of the evaluation.
     restarted = 0 <= len(kills) - restarts <= len(WORKERS)
     return {
         "hours": args.hours,
@@ -168,16 +171,16 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--hours", type=float, default=2.0, help="from the first checkpoint and evaluation on")
     add("--kill_every", type=float, default=60.0, help="seconds between kills of a worker")
-    add("--sample", type=float, default=5.0, help="seconds between looks at the memory")
-    add("--warmup", type=float, default=10.0, help="minutes that are not judged: replay and caches fill")
+    add("--sample", type=float, default=5.0, help="seconds between samples")
+    add("--warmup", type=float, default=10.0, help="minutes that do not count: replay and caches fill")
     add("--tolerance", type=float, default=0.05, help="largest spread of the resident memory")
     add("--seed", type=int, default=0, help="of the run, and of which worker is killed")
-    add("--out", type=Path, help="file for all samples, which is written on the way too")
+    add("--out", type=Path, help="file for all samples, also written during the run")
     add("--json", action="store_true")
-    add("override", nargs="*", help="options of dreamer.py, behind --")
+    add("override", nargs="*", help="options of dreamer.py, after --")
     args = parser.parse_args(argv)
     if not Path("/proc/self/task").exists():
-        parser.error("this looks into /proc, which only Linux has")
+        parser.error("needs /proc, which only Linux has")
     with tempfile.TemporaryDirectory(prefix="lore-soak-") as folder:
         result = soak(args, Path(folder) / "run")
     if args.json:

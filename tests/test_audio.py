@@ -1,8 +1,7 @@
-"""Audio: the spectra against values computed by hand, routing, losses, what a run writes; and the room."""
+"""Audio: spectra against values computed by hand, routing, losses, the files of a run; and the room."""
 
 import json
 import math
-import re
 import subprocess
 import wave
 
@@ -11,7 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from run_helpers import ROOT, assert_same_run, main, train
+from run_helpers import assert_same_run, main, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import audio
@@ -60,7 +59,7 @@ def make_batch(agent: Dreamer, **spaces: gymnasium.Space) -> dict[str, np.ndarra
 # Spectra
 
 
-def test_mel_matrix_is_the_one_computed_by_hand():
+def test_mel_matrix_equals_one_computed_by_hand():
     # 8 kHz and a window of 8: frequencies 0, 1, 2, 3, 4 kHz. 4 kHz is 2146.06 mel; a third of it is 620.61 Hz
     # and two thirds are 1791.4 Hz: a triangle over 0, 620.61, 1791.4 and one over 620.61, 1791.4, 4000.
     expected = [[0, 0.67594, 0, 0, 0], [0, 0.32406, 0.90555, 0.45277, 0]]
@@ -160,7 +159,7 @@ def test_audio_is_routed_before_images_and_images_before_vectors():
     assert list(networks.route_keys(spaces, configs.load([]).encoder).audio) == ["audio"]
 
 
-def test_what_an_audio_key_may_be():
+def test_unsuitable_audio_keys_are_refused():
     with pytest.raises(UserError, match="set --audio.sample_rate"):
         make_agent(audio=box((2, 512), np.int16))
     with pytest.raises(UserError, match="must be a waveform"):
@@ -220,19 +219,7 @@ def test_every_kind_of_audio_is_encoded_and_reconstructed(kind, net):
     assert picture.dtype == np.uint8 and picture.ndim == 4 and len(picture) == 1
 
 
-@pytest.mark.parametrize("kind", ["vector", "two ears' waveform"])
-def test_audio_reaches_what_the_agent_knows(kind):
-    options, space, _ = KINDS[kind]
-    agent = make_agent(*options, audio=space)
-    batch = make_batch(agent, audio=space)
-    embeds = []
-    for loudness in (1, 2):
-        data = agent.upload({**batch, "audio": batch["audio"] * loudness})
-        embeds.append(agent.world_model.encoder(agent.world_model.hearing(data)))
-    assert not torch.equal(*embeds)
-
-
-def test_the_audio_loss_has_a_scale_of_its_own():
+def test_the_audio_loss_has_its_own_scale():
     moved = {}
     for scale in ("0", "1"):
         agent = make_agent("--loss_scales.audio", scale, "--opt.warmup", "0", audio=box((12,)))
@@ -242,7 +229,7 @@ def test_the_audio_loss_has_a_scale_of_its_own():
     assert moved == {"0": False, "1": True}
 
 
-def test_no_key_is_reconstructed_that_decoder_keys_leave_out():
+def test_keys_outside_decoder_keys_are_not_reconstructed():
     options = ["--decoder.audio_keys", "none", "--decoder.mlp_keys", "vector"]
     agent = make_agent(*options, *WAVES, audio=box((300,)))
     metrics, _ = agent.train(make_batch(agent, audio=box((300,))))
@@ -253,11 +240,11 @@ def test_no_key_is_reconstructed_that_decoder_keys_leave_out():
 
 
 def test_without_audio_keys_no_audio_option_changes_a_bit(tmp_path):
-    audio_options = (
+    options = (
         "--audio.sample_rate 8000 --audio.n_mels 3 --encoder.audio_net cnn "
         "--loss_scales.audio 3.0 --encoder.audio_keys sound.*"
     ).split()
-    assert train(tmp_path / "plain") == train(tmp_path / "options", *audio_options) == 0
+    assert train(tmp_path / "plain") == train(tmp_path / "options", *options) == 0
     assert_same_run(tmp_path / "plain", tmp_path / "options")
 
 
@@ -269,7 +256,7 @@ def test_without_audio_keys_nothing_is_built_or_computed():
     assert "loss/audio" not in agent.train(make_batch(agent))[0]
 
 
-# For people
+# Videos
 
 
 def test_a_picture_shows_truth_prediction_and_error_side_by_side():
@@ -331,45 +318,16 @@ def test_the_spectrogram_is_predicted_in_tensorboard_and_its_loss_logged(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(line["loss/audio"]) for line in lines[3:])
     assert "soundsearch/success_rate/found" in lines[-1]
-
-
-def test_episodes_keep_waveforms_as_int16(run):
     with np.load(next((run / "train_eps").glob("*.npz"))) as episode:
         assert episode["audio"].dtype == np.int16 and episode["audio"].shape[1:] == (2, sound_search.SAMPLES)
 
 
-class Beeps:
-    """No image: an audio vector alone names the rewarded action."""
-
-    obs_space = {"audio": box((4,))}
-    act_space = gymnasium.spaces.Discrete(4)
-
-    def reset(self, seed=None):
-        self._rng, self._step = np.random.default_rng(seed), 0
-        return self._obs(), {}
-
-    def step(self, action):
-        self._step += 1
-        reward = float(action == self._beep)
-        return self._obs(), reward, self._step >= 16, False, {}
-
-    def _obs(self):
-        self._beep = int(self._rng.integers(4))
-        return {"audio": np.eye(4, dtype=np.float32)[self._beep]}
-
-
-def test_an_env_with_audio_alone_trains(tmp_path, monkeypatch):
-    monkeypatch.setitem(envs.REGISTRY, "beeps", lambda name, config: Beeps())
-    assert train(tmp_path, "--task", "beeps_cue", "--video_pred_log", "True") == 0
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss/audio"] > 0 and "loss/image" not in lines[-1] and "loss/vector" not in lines[-1]
-
-
-def test_injected_audio_runs_through_the_whole_pipeline(tmp_path):
+def test_an_env_whose_only_input_is_injected_audio_trains(tmp_path):
     options = ["--audio_dim", "6", "--audio_noise_std", "0.1", "--video_pred_log", "True"]
+    options += ["--encoder.cnn_keys", "none", "--decoder.cnn_keys", "none", "--steps", "50"]
     assert train(tmp_path, *options) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss/audio"] > 0 and lines[-1]["loss/image"] > 0
+    assert lines[-1]["loss/audio"] > 0 and "loss/image" not in lines[-1] and "loss/vector" not in lines[-1]
     with np.load(next((tmp_path / "train_eps").glob("*.npz"))) as episode:
         assert episode["audio"].shape[1:] == (6,) and episode["audio"].std() == pytest.approx(0.1, abs=0.05)
 
@@ -443,8 +401,8 @@ def towards(env) -> int:
     return int(np.argmin(np.linalg.norm(ahead - env._source, axis=-1)))
 
 
-def test_the_image_says_nothing_of_the_source():
-    """Episodes differ in nothing but the source: the same actions show the same images to the last bit."""
+def test_the_image_does_not_depend_on_the_source():
+    """Episodes differ only in the source: the same actions show the same images, bit for bit."""
     actions = np.random.default_rng(0).integers(4, size=sound_search.LENGTH)
     films, sounds, sources = [], [], []
     env = sound_search.SoundSearch()
@@ -462,17 +420,17 @@ def test_the_image_says_nothing_of_the_source():
     assert not np.array_equal(env.render(), env._image()), "people see the source"
 
 
-def test_who_knows_the_way_always_arrives_and_others_rarely():
+def test_an_agent_that_knows_the_way_always_arrives_and_a_random_one_rarely():
     env = sound_search.SoundSearch()
     rng = np.random.default_rng(0)
     for name, policy in {"direct": towards, "random": lambda _: int(rng.integers(4))}.items():
-        episodes = [play(env, policy, seed) for seed in range(200)]
+        episodes = [play(env, policy, seed) for seed in range(100)]
         found = np.mean([terminated for *_, terminated in episodes])
         assert found == 1 if name == "direct" else found < 0.15
         assert all(seen[-1]["log_achievement_found"] == terminated for seen, _, terminated in episodes)
 
 
-def test_who_is_deaf_finds_less_than_a_third():
+def test_a_deaf_agent_finds_less_than_a_third():
     """By geometry: a move searches a disc of radius REACH, less what the one before has searched already."""
     r, d = sound_search.REACH, sound_search.STEP
     overlap = 2 * r**2 * math.acos(d / (2 * r)) - d / 2 * math.sqrt(4 * r**2 - d**2)
@@ -481,7 +439,7 @@ def test_who_is_deaf_finds_less_than_a_third():
     assert limit < 1 / 3
     route = [0] * 3 + [1] * 3 + [2] * 6 + [3] * 6 + [0] * 2  # out, then around: it hardly crosses its way
     env = sound_search.SoundSearch()
-    found = [play(env, lambda env: route[env._step], seed)[2] for seed in range(400)]
+    found = [play(env, lambda env: route[env._step], seed)[2] for seed in range(200)]
     assert limit - 0.1 < np.mean(found) <= limit + 0.03
 
 
@@ -499,29 +457,6 @@ def test_shuffled_sound_does_not_depend_on_the_source():
 def test_unknown_rooms_name_the_nearest():
     with pytest.raises(UserError, match="Did you mean soundsearch_room"):
         envs.make_env(configs.load(["--task", "soundsearch_rom"]), "train", 0)
-
-
-# docs/audio.md
-
-
-def test_the_guides_environment_trains(tmp_path, monkeypatch):
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "audio.md").read_text(), re.M | re.S)
-    names: dict = {}
-    exec(code, names)
-    monkeypatch.setitem(envs.REGISTRY, "whistle", lambda name, config: names["Whistle"]())
-    assert train(tmp_path, "--task", "whistle_two", "--audio.sample_rate", "16000") == 0
-    sounds = list((tmp_path / "videos").glob("*.wav"))
-    assert sounds and not list((tmp_path / "videos").glob("*.mp4"))  # there is nothing to see
-    with wave.open(str(sounds[0])) as file:
-        assert (file.getframerate(), file.getnframes()) == (16000, 17 * 800)
-
-
-def test_every_option_and_task_that_the_guide_names_exists():
-    text = (ROOT / "docs" / "audio.md").read_text(encoding="utf-8")
-    named = re.findall(r"`((?:audio|encoder|decoder|loss_scales)\.\w+)`", text)
-    assert named and set(named) - {"audio.py"} <= set(configs.read().options)
-    for task in re.findall(r"`(soundsearch_\w+)`", text):
-        envs.make_env(configs.load(["--task", task]), "train", 0)
 
 
 @pytest.mark.slow

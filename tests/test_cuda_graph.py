@@ -1,7 +1,4 @@
-"""What GraphedUpdate does around the recording, with a stand-in for CUDA: a graph that runs its step again.
-
-That a real GPU records our update, and that it gives the same numbers, is tested where there is a GPU.
-"""
+"""GraphedUpdate with a fake CUDA graph that calls its step again; on a GPU, with a real one."""
 
 import contextlib
 
@@ -23,7 +20,7 @@ class FakeStream:
 
 
 class FakeGraph:
-    """Recording runs the step once; each replay does it again with the memory of the recording."""
+    """Recording calls the step once; each replay calls it again on the memory of the recording."""
 
     current = None
 
@@ -66,7 +63,7 @@ def make_graphed(step):
     return graphed
 
 
-def test_every_call_sees_its_own_data_and_keeps_its_own_results(fake_cuda):
+def test_every_call_gets_its_own_data_and_results(fake_cuda):
     graphed = make_graphed(lambda data: ({"double": 2 * data["x"]}, {"same": data["x"] + 0}))
     results = [graphed({"x": torch.tensor([float(i)])}) for i in range(8)]
     assert graphed.graph is not None and (graphed.graph.generator,) == graphed.generators
@@ -74,7 +71,7 @@ def test_every_call_sees_its_own_data_and_keeps_its_own_results(fake_cuda):
     assert [float(second["same"]) for _, second in results] == [float(i) for i in range(8)]
 
 
-def test_a_step_that_cannot_be_recorded_goes_on_without(fake_cuda, monkeypatch, caplog):
+def test_a_step_that_cannot_be_recorded_runs_without_a_graph(fake_cuda, monkeypatch, caplog):
     def refuse(graph, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -99,8 +96,8 @@ def test_a_recorded_update_gives_the_plain_numbers_on_a_gpu():
         torch.testing.assert_close(graphed[key], value, rtol=1e-3, atol=1e-4)
 
 
-# What needs the host: numbers that are copied to the GPU, and those that are read back.
-OF_THE_HOST = {
+# Functions that copy numbers to the GPU, or read them back.
+HOST_FUNCTIONS = {
     *(torch.tensor, torch.as_tensor, torch.from_numpy, torch.nonzero, torch.masked_select),
     *(torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.nonzero),
     *(torch.Tensor.__bool__, torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__),
@@ -108,14 +105,14 @@ OF_THE_HOST = {
 
 
 class HostCalls(TorchFunctionMode):
-    """Within, notes what cannot be recorded."""
+    """Notes calls that cannot be recorded."""
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in OF_THE_HOST:
+        if func in HOST_FUNCTIONS:
             self.found.append(func.__name__)
         if func is torch.Tensor.__getitem__:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -124,7 +121,7 @@ class HostCalls(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("paths", [(), ("prior",), ("synthetic",), ("options",), advice_helpers.PATHS])
-def test_an_update_needs_no_host(paths):
+def test_an_update_does_not_wait_for_the_host(paths):
     agent = advice_helpers.make_agent(paths)
     batch = {k: torch.from_numpy(v) for k, v in advice_helpers.make_batch(agent).items()}
     items = {}

@@ -1,4 +1,4 @@
-"""The explorers: each formula against hand-made cases, who learns from what, and that greedy is nothing."""
+"""The explorers: formulas against cases by hand, the flow of gradients, and that greedy changes nothing."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from run_helpers import main, metrics, train
+from run_helpers import metrics, train
 from test_models import CONTINUOUS, OBS, make_agent, make_batch, unsettle
 
 import checkpoint as checkpoints
@@ -68,7 +68,7 @@ def test_error_predictor_is_linear_layers_with_elu_in_float32():
     torch.testing.assert_close(out, expected)
 
 
-def test_fifo_forgets_the_oldest_first_and_draws_only_what_was_pushed():
+def test_fifo_drops_the_oldest_and_draws_only_pushed_values():
     fifo, rng = ErrorFifo(5, {"x": ((2,), torch.float16), "error": ((), torch.float32)}), torch.Generator()
 
     def push(*errors: float) -> None:
@@ -91,7 +91,7 @@ def test_fifo_forgets_the_oldest_first_and_draws_only_what_was_pushed():
     assert drawn() == {3, 4, 5, 6, 7}
 
 
-def test_ensemble_equals_its_members_one_by_one_and_they_start_apart():
+def test_ensemble_equals_its_members_one_by_one_and_they_start_differently():
     torch.manual_seed(0)
     ensemble, x = Ensemble(6, 3, members=4, layers=2, units=5), torch.randn(7, 6)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_spread_is_the_standard_deviation_over_members_averaged_over_outputs():
     assert same.grad.isfinite().all()  # members that agree do not break the dynamics gradient
 
 
-def test_spread_of_many_rows_is_that_of_each(monkeypatch):
+def test_spread_of_many_rows_equals_that_of_each(monkeypatch):
     ensemble, x = Ensemble(6, 3, members=4, layers=1, units=5), torch.randn(10, 6)
     monkeypatch.setattr(exploration, "ROWS", 3)
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_reward_arrives_with_the_state_after_its_action(monkeypatch):
     torch.testing.assert_close(total[:, 1:], 2 * reward[:, 1:] + 10 * (feat[:, :-1, 0] + action[..., -1]))
 
 
-def test_scale_divides_what_is_sought_and_is_off_for_lpm():
+def test_scale_divides_the_intrinsic_reward_and_is_off_for_lpm():
     for name, scale in (("surprise", 4.0), ("lpm", 1.0)):
         agent = explorer_agent(name)
         torch.nn.init.normal_(agent.explorer.head.out.weight)
@@ -291,7 +291,7 @@ def test_transitions_into_a_first_step_count_nowhere(name):
         torch.testing.assert_close(results[1][key], value, msg=key)
 
 
-# --- Who learns from what ------------------------------------------------------------------------------
+# --- Gradients -----------------------------------------------------------------------------------------
 
 
 def trained(agent: Dreamer, loss: torch.Tensor) -> set[str]:
@@ -338,7 +338,7 @@ def test_explorers_send_no_gradient_into_the_world_model_nor_get_one_from_actors
 
 
 @pytest.mark.parametrize("actor", ["shared", "separate"])
-def test_task_actor_seeks_the_sum_or_the_task_alone(actor):
+def test_task_actor_maximises_the_sum_or_the_task_reward(actor):
     agent = explorer_agent("plan2explore", "--expl_task_actor", actor)
     _, _, seen, data = explore(agent, make_batch(agent))
     live = ~data["is_first"]
@@ -370,7 +370,7 @@ def test_an_update_changes_all_weights(name, actor):
             assert not torch.equal(param, before[key]), key
 
 
-def test_a_separate_actor_critic_seeks_the_sum_with_the_losses_scales(monkeypatch):
+def test_a_separate_actor_critic_maximises_the_sum_with_the_loss_scales(monkeypatch):
     agent = explorer_agent("plan2explore", "--expl_task_actor", "separate", "--expl_extr_scale", "0.5")
     own, calls = agent.explorer.behavior, []
     loss = own.loss
@@ -417,7 +417,7 @@ def test_error_predictor_has_its_own_rate_and_no_warmup():
 
 
 def agent_parameters(agent: Dreamer) -> int:
-    """How many tensors an agent has to train; slow critics follow by themselves."""
+    """The number of trained tensors of an agent, without slow critics."""
     modules = (agent.world_model, agent.behavior, agent.explorer)
     return sum(p.requires_grad for module in modules for p in module.parameters())
 
@@ -446,7 +446,7 @@ def test_lpm_compares_with_a_predictor_that_has_not_seen_the_batch(monkeypatch):
 
 
 class Source:
-    """Errors of a stand-in for a world model, and LPM's judgement of them, learned as the agent learns it."""
+    """LPM with given errors in place of a world model's, trained by the agent's optimiser."""
 
     def __init__(self, *options: str):
         # 64 transitions a batch, which makes 16 batches in the FIFO; the defaults of the optimiser.
@@ -469,7 +469,7 @@ class Source:
 
 
 def test_lpm_rewards_nothing_where_nothing_changes_from_the_first_reward_on():
-    """Also while the warm-up of the other parameters lasts: the predictor must know the level by then."""
+    """Also during the warm-up of the other parameters: the predictor must know the level by then."""
     source = Source("--opt.warmup", "1000")
     rewards = [source.reward(torch.full((64,), 0.003)) for _ in range(120)]
     assert rewards[:15] == [0.0] * 15
@@ -484,7 +484,7 @@ def test_lpm_rewards_a_source_while_it_is_learned_and_then_no_more():
     assert abs(np.mean(learned[450:])) < 0.03
 
 
-def test_lpm_rewards_noise_with_nothing_and_a_model_that_forgets_with_less():
+def test_lpm_does_not_reward_noise_and_penalises_a_model_that_forgets():
     source = Source()
     noise = torch.Generator().manual_seed(1)
     rewards = [source.reward(0.05 + 0.1 * torch.rand(64, generator=noise)) for _ in range(300)]
@@ -506,7 +506,7 @@ def test_lpm_takes_space_and_floor_from_the_config(space):
     torch.testing.assert_close(reward, by_hand[space].detach(), rtol=1e-3, atol=1e-3)
 
 
-def test_lpm_learns_nothing_from_masked_transitions_and_none_that_is_not_finite_comes_back():
+def test_lpm_learns_nothing_from_masked_or_infinite_transitions():
     source = Source("--lpm.fifo", "64")
     source.live[:32] = False
     error = torch.full((64,), 0.1)
@@ -554,8 +554,8 @@ def test_bad_options_are_refused_at_the_start(options, message):
 # --- The run -------------------------------------------------------------------------------------------
 
 
-def test_greedy_is_plain_dreamer_to_the_last_bit():
-    """The update as it was before there were explorers, beside the agent's own."""
+def test_greedy_is_plain_dreamer_bit_for_bit():
+    """The agent's update against one without any explorer."""
     agent, plain = make_agent(), make_agent()
     assert agent.explorer.state_dict() == {} and agent.explorer.param_groups() == []
     batch = make_batch(agent)
@@ -590,11 +590,11 @@ def test_after_expl_until_the_run_is_greedy(tmp_path):
     options = ("--expl_behavior", "plan2explore", "--expl_task_actor", "separate", "--expl_until", "60")
     assert train(tmp_path, *options) == 0
     lines = metrics(tmp_path)
-    told = {line["step"]: "expl/reward_mean" in line for line in lines if "loss/policy" in line}
-    assert told[40] and told[60] and not told[100] and not told[120]
+    curious = {line["step"]: "expl/reward_mean" in line for line in lines if "loss/policy" in line}
+    assert curious[40] and curious[60] and not curious[100] and not curious[120]
 
 
-def test_random_actors_actions_are_uniform():
+def test_actions_of_the_random_actor_are_uniform():
     space = {
         "action": gymnasium.spaces.MultiDiscrete([3, 2]),
         "force": gymnasium.spaces.Box(-1, 1, (2,), np.float32),
@@ -633,42 +633,32 @@ def test_config_and_code_name_the_same_explorers():
 
 
 def test_a_run_starts_from_a_checkpoint_with_another_explorer(tmp_path):
-    """Explore first, then learn the task: world model, actor and their moments come along."""
-    options = ("--expl_behavior", "plan2explore", "--expl_extr_scale", "0")
-    assert train(tmp_path / "first", *options) == 0
+    """Explore first, then learn the task: world model, actor and their moments are loaded."""
+    assert train(tmp_path / "first", "--expl_behavior", "plan2explore", "--expl_extr_scale", "0") == 0
     source = str(tmp_path / "first" / "latest.pt")
-    for name in ("greedy", "lpm"):
-        folder = tmp_path / name
-        options = ("--from_checkpoint", source, "--expl_behavior", name, "--lpm.fifo", "6")
-        assert train(folder, *options, "--steps", "30") == 0  # still in the prefill: nothing is learned
-        assert f"another explorer: {name} is new" in (folder / "train.log").read_text()
-        one, other = (
-            checkpoints.load_checkpoint(place)[0]["agent"] for place in (tmp_path / "first", folder)
-        )
-        for part in ("world_model", "behavior"):
-            assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
-        own = len(one["optimizer"]["param_groups"][0]["params"])
-        for index in range(own):
-            assert torch.equal(
-                one["optimizer"]["state"][index]["momentum"], other["optimizer"]["state"][index]["momentum"]
-            )
-        assert train(folder, *options[2:], "--steps", "60") == 0
+    folder, options = tmp_path / "lpm", ("--expl_behavior", "lpm", "--lpm.fifo", "6")
+    # Still in the prefill: nothing is learned.
+    assert train(folder, "--from_checkpoint", source, *options, "--steps", "30") == 0
+    one, other = (checkpoints.load_checkpoint(place)[0]["agent"] for place in (tmp_path / "first", folder))
+    for part in ("world_model", "behavior"):
+        assert all(torch.equal(value, other[part][key]) for key, value in one[part].items())
+    for index in range(len(one["optimizer"]["param_groups"][0]["params"])):
+        before, after = (each["optimizer"]["state"][index]["momentum"] for each in (one, other))
+        assert torch.equal(before, after)
+    assert train(folder, *options, "--steps", "60") == 0
 
 
-def test_an_explorer_cannot_change_on_resume_but_its_batch_may(tmp_path, capfd):
-    assert train(tmp_path, "--steps", "40") == 0
-    assert train(tmp_path, "--steps", "60", "--expl_behavior", "lpm") == 2
-    assert "expl_behavior: greedy -> lpm: the checkpoint has the old explorer" in capfd.readouterr().err
-    lpm, options = tmp_path / "lpm", ("--expl_behavior", "lpm")
-    assert train(lpm, "--steps", "40", *options) == 0
-    assert train(lpm, "--steps", "60", *options, "--lpm.error", "kl") == 2
+def test_another_batch_size_on_resume_empties_the_fifo_and_another_explorer_is_refused(tmp_path, capfd):
+    options = ("--expl_behavior", "lpm")
+    assert train(tmp_path, "--steps", "40", *options) == 0
+    assert train(tmp_path, "--steps", "60") == 2
+    assert "expl_behavior: lpm -> greedy" in capfd.readouterr().err
+    assert train(tmp_path, "--steps", "60", *options, "--lpm.error", "kl") == 2
     assert "lpm.error: image -> kl" in capfd.readouterr().err
-    assert (
-        train(lpm, "--steps", "44", *options, "--batch_size", "3") == 0
-    )  # the FIFO holds fewer and starts anew
+    assert train(tmp_path, "--steps", "44", *options, "--batch_size", "3") == 0
 
 
-def test_past_errors_stay_with_their_run():
+def test_past_errors_are_loaded_only_on_resume():
     agent = explorer_agent("lpm", "--lpm.fifo", "8")
     explore(agent, make_batch(agent))
     state = agent.state_dict()
@@ -678,7 +668,7 @@ def test_past_errors_stay_with_their_run():
         assert other.explorer.fifo.pushed == pushed
 
 
-def test_fresh_parameters_beside_those_of_a_checkpoint_start_as_fresh_ones():
+def test_new_parameters_next_to_those_of_a_checkpoint_start_without_moments():
     old = make_agent("--opt.warmup", "0")
     for _ in range(3):
         old.train(make_batch(old))
@@ -693,8 +683,7 @@ def test_fresh_parameters_beside_those_of_a_checkpoint_start_as_fresh_ones():
     assert step.max() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_curiosity_is_told_with_each_step_of_an_evaluation_and_shown_under_the_video(tmp_path):
-    assert train(tmp_path, "--expl_behavior", "lpm", "--steps", "50", "--eval_every", "50") == 0
+def test_curiosity_is_shown_under_the_video_of_an_evaluation():
     agent = explorer_agent("plan2explore")
     state = {**agent.rssm.initial(3), "action": torch.zeros(3, 5)}
     assert agent.curiosity(state).shape == (3,)
@@ -708,20 +697,11 @@ def test_curiosity_is_told_with_each_step_of_an_evaluation_and_shown_under_the_v
     assert shown(EvalEpisode(steps), 1).shape == (3, 32, 16, 3)
 
 
-def test_every_explorer_acts_and_trains_from_continuous_actions(tmp_path):
-    for name in exploration.EXPLORERS:
-        options = ("--configs", "debug", "--task", "dummy_continuous", "--expl_behavior", name)
-        folder = str(tmp_path / name)
-        run = (
-            "--device",
-            "cpu",
-            "--steps",
-            "110",
-            "--prefill",
-            "90",
-            "--logdir",
-            folder,
-            "--eval_every",
-            "0",
-        )
-        assert main(*options, *run, "--envs.amount", "2") == 0, name
+@pytest.mark.parametrize("name", exploration.EXPLORERS)
+def test_every_explorer_acts_and_trains_with_continuous_actions(name):
+    agent = explorer_agent(name, act_space=CONTINUOUS)
+    found, _ = agent.train(make_batch(agent))
+    assert not found["opt/skipped"]
+    obs = {k: np.zeros((3, *OBS[k].shape), OBS[k].dtype) for k in agent.obs_keys}
+    action, _, _ = agent.act(obs, agent.initial_state(3), agent.rngs["act"], explore=True)
+    assert all(np.isfinite(value).all() for value in action.values())
