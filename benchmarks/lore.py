@@ -44,18 +44,19 @@ def main() -> None:
     import tools
 
     try:
-        import agent as module
-    except ModuleNotFoundError:  # an older checkout
-        import dreamer as module
+        from agent import Dreamer
+        from tools import choose_device
+    except ImportError:  # an older checkout
+        from dreamer import Dreamer, choose_device
 
     if args.threads:
         torch.set_num_threads(args.threads)
     config = configs.load(["--configs", "crafter", *args.options])
-    device = module.choose_device(config.device)
+    device = choose_device(config.device)
     cuda = device.type == "cuda"
     if not cuda:
         tools.keep_freed_memory()
-    agent = module.Dreamer(OBS_SPACE, ACT_SPACE, config, device)
+    agent = Dreamer(OBS_SPACE, ACT_SPACE, config, device)
     state = agent.initial_state(args.envs)
     obs, rssm = random_steps(args.envs), config.rssm
     shape = (config.batch_size, config.replay_context + config.batch_length)
