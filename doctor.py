@@ -173,14 +173,14 @@ def check_task(config: Any, folder: Path) -> Iterator[Line]:
 
 
 def check_adviser(config: Any, obs: dict, act: dict) -> Iterator[Line]:
-    from lore_llm.advice import AdviceSpec
+    from lore_llm.advice import MAX_REPLY_CHARS, AdviceSpec
     from lore_llm.backends import make_adviser
     from lore_llm.captions import make_captioner
 
     if config.llm.enabled:
         captioner = make_captioner(config, obs, act)
         names = tuple(captioner.actions), tuple(captioner.subgoals)
-        spec = AdviceSpec(*names, config.llm.features, config.llm.max_reply_chars, config.options.max_options)
+        spec = AdviceSpec(*names, config.llm.features, MAX_REPLY_CHARS, config.options.max_options)
         yield Line("ok", "adviser", " ".join(make_adviser(config.llm, spec, captioner, config.seed)[1]))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import config as configs
 import envs
-from lore_llm.advice import AdviceSpec, Request
+from lore_llm.advice import MAX_REPLY_CHARS, AdviceSpec, Request
 from lore_llm.captions import make_captioner
 from lore_llm.rules import Rules
 
@@ -32,7 +32,7 @@ def play(task: str, episodes: int, options: list[str]) -> dict[str, np.ndarray |
     config = configs.load(["--configs", "lore_prior", "--task", task, *options], has_cuda=False)
     env = envs.make_env(config, "train", 0)
     captioner = make_captioner(config, env.obs_space, env.act_space)
-    spec = AdviceSpec(captioner.actions, captioner.subgoals, 0, config.llm.max_reply_chars, 8)
+    spec = AdviceSpec(captioner.actions, captioner.subgoals, 0, MAX_REPLY_CHARS, 8)
     rules = Rules(spec, config.llm, captioner, config.seed)
     wants = frozenset({"prior", "plan"})
     lengths, returns, unlocked, times = [], [], [], []

@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from basics import UserError
 
 MAX_PLAN = 15  # actions of a plan or an option
+MAX_REPLY_CHARS = 20_000  # of the reply to one question
 MAX_NAME = 64  # characters of a name
 MAX_TEXT = 300  # characters of a description
 MAX_DURATION = 1000  # steps of an option's expected duration
@@ -35,7 +36,7 @@ MAX_STARTS = 20  # opening braces of a reply at which its JSON object may begin
 WANTS = ("prior", "plan", "skills", "features")  # what a Request may ask for
 
 PROBLEMS = {  # reason -> what was wrong with a reply
-    "too_long": "longer than llm.max_reply_chars",
+    "too_long": f"longer than {MAX_REPLY_CHARS} characters",
     "not_json": "no complete JSON object in it",
     "cut_off": "the model stopped at llm.max_output_tokens",
     "too_deep": "brackets nested too deep",

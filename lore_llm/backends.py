@@ -24,6 +24,7 @@ REGISTRY = {
 }
 BACKENDS = ("auto", *REGISTRY)
 GEMINI_KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY")  # environment variables; the first that is set is used
+BACKOFF_S = 0.5  # before the first retry, doubled each time; a hint of the server wins
 SLOW_START = 10.0  # seconds that the program gemini may need to answer
 
 

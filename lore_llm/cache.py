@@ -20,6 +20,7 @@ import numpy as np
 from basics import UserError
 from lore_llm.advice import Advice, AdviceSpec, parse_reply
 
+MAX_ANSWERS = 100_000
 MEMORY = 4096  # answers that are also kept in memory
 LOCK_WAIT_S = 5.0  # how long a write waits for other processes
 TABLE = "lore_advice"
@@ -50,7 +51,7 @@ class Cache:
     Args:
         path: The file. It and its folder are created if missing.
         spec: What advice may contain. Other advice in the file is ignored.
-        size: Largest number of answers, the oldest are deleted first. 0: no cache and no file.
+        size: Largest number of answers; the oldest are deleted first.
         record: False: the file is only read.
         must_exist: A missing file is an error (`llm.replay`).
         note: Receives lines for the log.
@@ -63,7 +64,7 @@ class Cache:
         path: Path,
         spec: AdviceSpec,
         *,
-        size: int,
+        size: int = MAX_ANSWERS,
         record: bool = True,
         must_exist: bool = False,
         note: Callable[[str], None] = print,
@@ -73,14 +74,12 @@ class Cache:
         self._lock = threading.Lock()  # of the memory and the reader
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
-        if must_exist and not (size > 0 and self.path.is_file()):
+        if must_exist and not self.path.is_file():
             raise UserError(
                 f"llm.replay takes answers from the cache alone, but there is none at {self.path}. Name "
                 "one that was recorded with the same back end and model by --llm.cache, or leave out "
                 "--llm.replay."
             )
-        if not size:
-            return
         try:
             self._open_or_replace(record)
         except (sqlite3.Error, OSError) as error:

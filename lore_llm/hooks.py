@@ -18,7 +18,7 @@ from gymnasium import spaces
 import distributed
 from basics import atomic_write, numpy_rng, write_error
 from logger import Timer
-from lore_llm.advice import AdviceSpec
+from lore_llm.advice import MAX_REPLY_CHARS, AdviceSpec
 from lore_llm.backends import make_adviser
 from lore_llm.captions import Captioner
 from lore_llm.option_actor import PLAN, Outcome, outcomes
@@ -76,7 +76,7 @@ def make_service(
     shares = {name: config.llm[name] // learners for name in ("budget_calls", "budget_tokens")}
     llm = config.replace({f"llm.{name}": value for name, value in shares.items()}).llm
     spec = AdviceSpec(
-        tuple(captioner.actions), tuple(captioner.subgoals), llm.features, llm.max_reply_chars,
+        tuple(captioner.actions), tuple(captioner.subgoals), llm.features, MAX_REPLY_CHARS,
         config.options.max_options,
     )  # fmt: skip
     adviser, notes = make_adviser(llm, spec, captioner, config.seed)

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from basics import UserError
+from lore_llm import backends
 from lore_llm.advice import MAX_PLAN, AdviceSpec, AdviserFault, Request, parse_replies, replies_schema
 from lore_llm.backends import GEMINI_KEYS, LLMAdapter, Reply
 
@@ -214,9 +215,9 @@ class Gemini(LanguageModel):
             self._http = _http_client(self.config["timeout_s"])
             retry = genai.types.HttpRetryOptions(
                 attempts=self.config["retries"] + 1,
-                initial_delay=self.config["backoff_s"],
+                initial_delay=backends.BACKOFF_S,
                 max_delay=LONGEST_RETRY_S,
-                jitter=self.config["backoff_s"],
+                jitter=backends.BACKOFF_S,
                 http_status_codes=RETRIED,
             )
             # Without `timeout`, which servers refuse below 10 s: the HTTP client has its own.

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from lore_llm import backends
 from lore_llm.advice import Advice, AdviserFault, Request
 from lore_llm.backends import LLMAdapter, Reply, describe
 from lore_llm.cache import Cache, question_key
 
+MAX_PENDING = 64  # questions that wait for an answer; more are not asked
 LONGEST_BACKOFF_S = 30.0  # between two tries of a call, even if the server asks for more
 LONGEST_PAUSE_S = 3600.0  # of the breaker, unless its first pause is longer
 CLOSE_S = 1.0  # that `close` waits for a running call
@@ -148,7 +150,7 @@ class AdviceService:
         self.cache: Cache | None = None
         if not adviser.instant:
             self.cache = Cache(
-                Path(c["cache"] or cache_path), adviser.spec, size=c["cache_size"],
+                Path(c["cache"] or cache_path), adviser.spec,
                 record=c["record"] and not c["replay"], must_exist=c["replay"], note=self._note_once,
             )  # fmt: skip
 
@@ -245,7 +247,7 @@ class AdviceService:
             self._watch()
             mine = []
             for question in questions:
-                full = len(self._waiting) >= self.config["max_pending"]
+                full = len(self._waiting) >= MAX_PENDING
                 if same := self._waiting.get(question.key):
                     same.askers += question.askers
                 elif self.config["replay"] or full or self._refuses():
@@ -387,7 +389,7 @@ class AdviceService:
     def _backoff(self, retry: int, after_s: float | None) -> float:
         """Seconds before the next try: what the server asks for, else doubled each time, with jitter."""
         if after_s is None:
-            after_s = self.config["backoff_s"] * 2**retry * self._jitter.uniform(0.5, 1.0)
+            after_s = backends.BACKOFF_S * 2**retry * self._jitter.uniform(0.5, 1.0)
         return min(max(after_s, 0.0), LONGEST_BACKOFF_S)
 
     # --- Metrics, log and state ------------------------------------------------------------------------

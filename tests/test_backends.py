@@ -59,6 +59,11 @@ def make(backend, **llm):
     return make_adviser(options(backend=backend, **llm), SPEC, captioner, 0)
 
 
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch):
+    monkeypatch.setattr(backends, "BACKOFF_S", 0.01)
+
+
 @pytest.fixture
 def connect(server, monkeypatch):
     """Makes the adviser of a back end, connected to the fake server."""
@@ -211,13 +216,13 @@ def test_what_goes_wrong_has_a_name(connect, server, backend, say, kind, retry, 
 
 def test_google_genai_retries_what_may_pass(connect, server):
     for say in (Say(status=500), Say(status=503), Say(status=408)):
-        adviser = connect("gemini", retries=2, backoff_s=0.01)
+        adviser = connect("gemini", retries=2)
         asked = len(server.asked)
         server.script(say, say)
         assert ask(adviser).answers[0].advice is not None
         assert len(server.asked) == asked + 3
     server.script(*[Say(status=500)] * 3)
-    assert fault(connect("gemini", retries=2, backoff_s=0.01)).kind == "http_5xx"
+    assert fault(connect("gemini", retries=2)).kind == "http_5xx"
 
 
 @pytest.mark.parametrize("backend", SERVERS)
@@ -382,7 +387,7 @@ def test_the_identity_depends_on_what_answers_depend_on(connect, monkeypatch):
 @pytest.mark.parametrize("backend", SERVERS)
 def test_the_key_is_only_in_its_header(connect, server, backend, monkeypatch, caplog, capfd):
     caplog.set_level(logging.DEBUG)
-    adviser = connect(backend, timeout_s=1, retries=1, backoff_s=0.01)
+    adviser = connect(backend, timeout_s=1, retries=1)
     if backend == "gemini":
         monkeypatch.setenv("GOOGLE_API_KEY", KEY + "2")
     echo = json.dumps({"error": {"message": f"bad key {KEY}", "status": KEY, "details": [KEY]}}).encode()

@@ -137,13 +137,6 @@ def test_the_oldest_answers_are_deleted_first(tmp_path, monkeypatch):
     assert rows(cache.path) == 3
 
 
-def test_size_0_makes_no_file(tmp_path):
-    cache = opened(tmp_path / "cache", size=0)
-    cache.put("key", advice())
-    assert cache.get("key") is None
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_without_recording_the_file_is_only_read(tmp_path):
     known = filled(tmp_path / "cache")
     before = (tmp_path / "cache").read_bytes()
@@ -156,12 +149,9 @@ def test_without_recording_the_file_is_only_read(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
-@pytest.mark.parametrize("size", [0, 10])
-def test_a_replay_needs_a_file(tmp_path, size):
-    if not size:
-        filled(tmp_path / "cache", 1)
+def test_a_replay_needs_a_file(tmp_path):
     with pytest.raises(UserError, match=r"llm\.replay .*cache.*--llm\.cache"):
-        opened(tmp_path / "cache", size=size, record=False, must_exist=True)
+        opened(tmp_path / "cache", record=False, must_exist=True)
 
 
 def test_a_broken_file_is_renamed(tmp_path):

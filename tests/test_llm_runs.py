@@ -12,6 +12,7 @@ from llm_servers import FakeLLM, Say
 from run_helpers import assert_same_run, log, metrics, signal_at, train
 
 from basics import UserError
+from lore_llm.cache import Cache
 from lore_llm.captions import Captioner
 from lore_llm.hooks import AdviceHooks
 from lore_llm.option_actor import Execution
@@ -103,7 +104,8 @@ def test_a_dying_server_does_not_stop_the_run_and_no_file_contains_the_key(tmp_p
             return before(hooks, obs, state, step)
 
         monkeypatch.setattr(AdviceHooks, "before", stop_and_start)
-        options = "--llm.cache_size 0 --llm.retries 0 --llm.breaker_failures 2".split()
+        monkeypatch.setattr(Cache, "get", lambda self, key: None)
+        options = "--llm.retries 0 --llm.breaker_failures 2".split()
         assert advised(tmp_path, server, *options) == 0
         assert server.asked[0].headers["Authorization"] == f"Bearer {KEY}"
     last = metrics(tmp_path)[-1]

@@ -18,6 +18,7 @@ from llm_servers import FakeLLM, Say, retry_info
 
 import config
 from basics import UserError
+from lore_llm import backends
 from lore_llm import service as services
 from lore_llm.advice import ActionPrior, Advice, AdviceSpec, AdviserFault, Request, parse_reply
 from lore_llm.backends import LLMAdapter, make_adviser
@@ -99,11 +100,16 @@ class Instant(LLMAdapter):
         return [advice_on(request) for request in requests]
 
 
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch):
+    monkeypatch.setattr(backends, "BACKOFF_S", 0.01)
+
+
 @contextlib.contextmanager
 def made(
     path: Path, adviser: LLMAdapter, envs: int = 1, deterministic=False, captioner=None, **options
 ) -> Iterator[AdviceService]:
-    options = {**config.load([]).llm, "min_gap_steps": 1, "backoff_s": 0.01, **options}
+    options = {**config.load([]).llm, "min_gap_steps": 1, **options}
     service = AdviceService(
         adviser, captioner or Captioner(), options, cache_path=path / "cache.sqlite", n_envs=envs,
         deterministic=deterministic, wants=PRIOR,
@@ -301,9 +307,10 @@ def test_questions_of_several_envs_share_a_call(tmp_path):
     assert adviser.captions == [["at 1"], ["at 2", "at 3"]]
 
 
-def test_questions_beyond_max_pending_are_dropped(tmp_path):
+def test_questions_beyond_max_pending_are_dropped(tmp_path, monkeypatch):
+    monkeypatch.setattr(services, "MAX_PENDING", 3)
     adviser = Fake(delay=0.05)
-    with made(tmp_path, adviser, envs=10, max_pending=3) as service:
+    with made(tmp_path, adviser, envs=10) as service:
         ask(service, *range(10))
         metrics = service.metrics()
         assert (metrics["llm_adapter/pending"], metrics["llm_adapter/dropped"]) == (3, 7)
@@ -442,8 +449,9 @@ def test_faults_that_may_pass_are_retried_and_others_not(tmp_path):
             assert metric(service, "calls") == calls
 
 
-def test_backoff_doubles_and_a_servers_hint_wins_within_bounds(tmp_path):
-    with made(tmp_path, Fake(), backoff_s=0.5) as service:
+def test_backoff_doubles_and_a_servers_hint_wins_within_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "BACKOFF_S", 0.5)
+    with made(tmp_path, Fake()) as service:
         for retry in range(3):
             waits = [service._backoff(retry, None) for _ in range(50)]
             assert 0.25 * 2**retry <= min(waits) < max(waits) <= 0.5 * 2**retry
@@ -671,7 +679,7 @@ def test_a_call_that_hangs_does_not_keep_the_program_from_ending(tmp_path):
 def gemini(path: Path, server: FakeLLM, monkeypatch, **options) -> Iterator[AdviceService]:
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
     options = {"backend": "gemini", "model": "fake-model", "base_url": server.url, **options}
-    llm = {**config.load([]).llm, "backoff_s": 0.01, **options}
+    llm = {**config.load([]).llm, **options}
     adviser, _ = make_adviser(llm, SPEC, Captioner(), 0)
     with made(path, adviser, **options) as service:
         yield service
