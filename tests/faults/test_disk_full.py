@@ -120,8 +120,8 @@ def assert_whole(logdir: Path) -> None:
     """What a run kept belongs together."""
     state = checkpoints.load_checkpoint(logdir)[0]
     stored = sum(end - start for stream in state["replay"]["streams"] for _, start, end in stream)
-    assert state["step"] == state["transitions"]
-    assert stored == state["transitions"] + state["episodes"]
+    assert state["step"] == state["progress"]["transitions"]
+    assert stored == state["progress"]["transitions"] + state["progress"]["episodes"]
     steps = [line["step"] for line in metrics(logdir)]
     assert steps == sorted(set(steps))
     assert not list(logdir.rglob("*.tmp")) and "anew" not in log(logdir)
