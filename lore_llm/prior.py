@@ -1,4 +1,4 @@
-"""Path B, the policy prior: the actor is seen through a net that is distilled from the advice.
+"""Path B, the policy prior: logits of a network that is distilled from the advice are added to the actor's.
 
 Letters: A actions, F feat, B batch, T time, N rows; `...` are batch dimensions.
 """
@@ -12,25 +12,25 @@ from torch import Tensor, nn
 
 import networks
 
-LAYERS = 2  # of the net
-RELIABILITY_RATE = 0.01  # of the running means of what following the advice brings
-CAUTION = 1.0  # standard errors by which the reliability is lowered the longer there is advice
-DUAL_RATE = 0.05  # share by which an update lowers the weight where the divergence is twice its target
+LAYERS = 2  # of the network
+RELIABILITY_RATE = 0.01  # of the running means of the gain of following the advice
+CONFIDENCE_SIGMAS = 1.0  # standard errors by which the reliability is lowered as advice accumulates
+DUAL_RATE = 0.05  # share by which an update lowers the weight if the divergence is twice its target
 SMALLEST_TARGET = 1e-6  # nats
 # In units of the scale of returns:
-GAIN_FLOOR = 0.02  # gains that are too small to tell anything
-SMALL_ADVANTAGE = 0.05  # the critic's own noise: steps with less of an advantage tell nothing
+GAIN_FLOOR = 0.02  # smaller gains are not significant
+SMALL_ADVANTAGE = 0.05  # the critic's noise: steps with smaller advantages are ignored
 
 
 class Reliability(nn.Module):
-    """How probable it is that following the advice helps, from 0 to 1, by what following it has brought.
+    """The probability that following the advice helps, estimated from the measured gains.
 
-    Running means of the gain g and of g^2 give t = sqrt(n) mean / sqrt(mean square + floor^2), where n is how
-    many updates they remember; the estimate is the normal distribution's value at t. It starts at 0.5 and
-    falls to 0 where following does harm.
+    Running means of the gain g and of g^2 give t = sqrt(n) mean / sqrt(mean square + floor^2), where n is the
+    number of updates in the running mean; the estimate is the normal distribution's CDF at t. It starts at
+    0.5 and falls to 0 if following the advice does harm.
     """
 
-    averages = ("moments",)  # buffers that are means over all learners
+    averages = ("moments",)  # buffers that are averaged over all learners
 
     def __init__(self, rate: float = RELIABILITY_RATE):
         super().__init__()
@@ -39,7 +39,7 @@ class Reliability(nn.Module):
 
     @torch.no_grad()
     def update(self, gain: Tensor, seen: Tensor) -> None:
-        """Take the mean gain of an update, a scalar, if anything of it was `seen` (bool)."""
+        """Add the mean gain of an update, a scalar, if there was any advice in it (`seen`, bool)."""
         new = torch.stack([torch.ones_like(gain), gain, gain.square()])
         new = torch.where(seen & new.isfinite().all(), new, self.moments)
         self.moments.lerp_(new, self.rate)
@@ -50,27 +50,27 @@ class Reliability(nn.Module):
         return self.lowered(0.0)
 
     def lowered(self, errors: float | Tensor) -> Tensor:
-        """The estimate if the mean gain were less than measured by so many standard errors, a scalar."""
+        """The estimate for a mean gain that is lower by so many standard errors, a scalar."""
         weight, mean, square = self.moments.unbind()
         total = weight.clamp(min=1e-30)
-        remembered = (2 / self.rate - 1) * total / (2 - total)  # (sum of weights)^2 / sum of their squares
-        t = remembered.sqrt() * (mean / total) / (square / total + GAIN_FLOOR**2).sqrt()
+        count = (2 / self.rate - 1) * total / (2 - total)  # (sum of weights)^2 / sum of their squares
+        t = count.sqrt() * (mean / total) / (square / total + GAIN_FLOOR**2).sqrt()
         return 0.5 * (1 + torch.erf((t - errors) / math.sqrt(2)))
 
 
 class Prior(nn.Module):
-    """A net from feat [..., F] to the logits [..., A] that the adviser would give, and their weight."""
+    """Predicts the adviser's logits [..., A] from feat [..., F]; computes their weight beta."""
 
-    averages = ("heard", "dual")
+    averages = ("advice_rate", "dual")
 
     def __init__(self, feat: int, actions: int, config: Mapping):
         super().__init__()
         c = config.prior
         self.config = c
         self.mlp = networks.mlp(feat, LAYERS, config.actor.units)
-        self.out = networks.Linear(config.actor.units, actions, 0.0)  # without advice, all actions alike
+        self.out = networks.Linear(config.actor.units, actions, 0.0)  # starts uniform
         self.reliability = Reliability()
-        self.register_buffer("heard", torch.zeros(()))  # running mean of whether there was advice: towards 1
+        self.register_buffer("advice_rate", torch.zeros(()))  # 0 before any advice, then rises to 1
         self.register_buffer("dual", torch.zeros(()))
         self.register_buffer("share", torch.ones(()))  # of beta_max that llm.until leaves
 
@@ -80,31 +80,31 @@ class Prior(nn.Module):
         return bounded(logits, self.config.logit_clip)
 
     def beta(self, uncertainty: Tensor) -> Tensor:
-        """The weight of the logits [...] by the agent's uncertainty [...] from 0 to 1."""
+        """The weight of the logits [...], given the agent's uncertainty [...] from 0 to 1."""
         c = self.config
         threshold = c.uncertainty_threshold
-        doubt = ((uncertainty - threshold) / (1 - threshold)).clamp(0, 1)
-        trust = self.trust * (self.heard > 0)
-        return c.beta_max * self.share * trust * doubt / (1 + self.dual)
+        gate = ((uncertainty - threshold) / (1 - threshold)).clamp(0, 1)
+        trust = self.trust * (self.advice_rate > 0)
+        return c.beta_max * self.share * trust * gate / (1 + self.dual)
 
     @property
     def trust(self) -> Tensor:
-        """The reliability as it counts, a scalar: lowered the longer there is advice.
+        """Lower confidence bound of the reliability, a scalar: lowered further as advice accumulates.
 
-        Where rewards are rare, nothing tells for long whether an adviser harms: whoever cannot show that the
-        advice helps loses the trust that it was given at first.
+        If rewards are rare, it takes long to measure whether advice does harm. So advice without a measured
+        gain loses the trust that it started with.
         """
-        return self.reliability.lowered(CAUTION * self.heard)
+        return self.reliability.lowered(CONFIDENCE_SIGMAS * self.advice_rate)
 
     def distill(self, feat: Tensor, logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error to the advice `logits` [B, T, A], and how often its best action is the same.
+        """Squared error to the advice `logits` [B, T, A], and how often the best actions agree.
 
-        Scalars, over the steps where `mask` [B, T]; 0 where none is. The error is in units of `logit_clip`.
-        Cross entropy would take for ever to tell apart what is as good as certain.
+        Scalars, means over the steps with advice (`mask` [B, T]); 0 without any. The error is in units of
+        `logit_clip`. Cross-entropy would hardly distinguish logits that are all nearly certain.
         """
-        said = self.out(self.mlp(feat)).float()
-        loss = (said - logits / self.config.logit_clip).square().mean(-1)  # [B, T]
-        same = said.argmax(-1) == logits.argmax(-1)
+        predicted = self.out(self.mlp(feat)).float()
+        loss = (predicted - logits / self.config.logit_clip).square().mean(-1)  # [B, T]
+        same = predicted.argmax(-1) == logits.argmax(-1)
         count = mask.sum().clamp(min=1)
         return torch.where(mask, loss, 0.0).sum() / count, (mask & same).sum() / count
 
@@ -118,28 +118,28 @@ class Prior(nn.Module):
         mask: Tensor,
         rewarded: Tensor | bool = True,
     ) -> None:
-        """Learn from real steps whether following the advice raises the advantage.
+        """Measure in real steps whether following the advice raises the advantage.
 
         logits, probs (the actor's) and action (one-hot) [..., A]; advantage [...] in units of the scale of
-        returns; `mask` [...] where there was advice. The gain is the covariance of what was followed, against
-        what the actor would have on average, with the advantage. Not their mean product: where the critic
-        expects too little or too much of everything, that would praise or blame any advice. Steps are left
-        out whose advantage is small, and those after which no reward was seen (`rewarded` [...]): as long as
-        there are few rewards, that is nearly all of them, and what the critic guesses about them, which tends
-        to praise what is done often, would outweigh what is known.
+        returns; `mask` [...] of steps with advice. The gain is the covariance of the advantage with how far
+        the action followed the advice, compared to the actor's mean. The mean product would depend on the
+        critic's bias: advice of any kind would look good or bad. Ignored are steps with a small advantage and
+        steps without a later reward (`rewarded` [...]): with few rewards these are nearly all, and the
+        critic's guesses about them, which favour frequent actions, would outweigh the facts.
         """
         followed = (F.softmax(logits, -1) * (action - probs)).sum(-1)
         advantage = advantage - torch.where(mask, advantage, 0.0).sum() / mask.sum().clamp(min=1)
-        telling = mask & rewarded & (advantage.abs() > SMALL_ADVANTAGE)
-        gain = torch.where(telling, followed * advantage, 0.0).sum() / telling.sum().clamp(min=1)
-        self.reliability.update(gain, telling.any())
-        self.heard.lerp_(torch.where(mask.any(), 1.0, self.heard), self.reliability.rate)
+        counted = mask & rewarded & (advantage.abs() > SMALL_ADVANTAGE)
+        gain = torch.where(counted, followed * advantage, 0.0).sum() / counted.sum().clamp(min=1)
+        self.reliability.update(gain, counted.any())
+        target = torch.where(mask.any(), 1.0, self.advice_rate)
+        self.advice_rate.lerp_(target, self.reliability.rate)
 
     @torch.no_grad()
     def limit(self, kl: Tensor) -> None:
-        """Lower the weight where the mean KL(mix, actor) is above `delta_target`, else let it rise again.
+        """Lower the weight if the mean KL(mix, actor) is above `delta_target`, else raise it again.
 
-        By a share of itself, so that it takes as long whatever the target and the strength of the advice.
+        By a share of itself, so that the time it takes depends neither on the target nor on the advice.
         """
         excess = (kl / max(self.config.delta_target, SMALLEST_TARGET) - 1).clamp(max=1)
         dual = ((1 + self.dual) * (DUAL_RATE * excess).exp() - 1).clamp(min=0)

@@ -99,7 +99,7 @@ def unsettle(agent: Dreamer) -> None:
     parts = [agent.world_model.reward_head, agent.behavior.critic, agent.behavior.slow_critic]
     if agent.policy.prior:
         parts.append(agent.policy.prior)
-        agent.policy.prior.heard.fill_(1.0)  # advice has been there for long
+        agent.policy.prior.advice_rate.fill_(1.0)  # advice has been there for long
     for part in parts:
         torch.nn.init.normal_(part.out.weight, std=0.1)
 

@@ -33,7 +33,7 @@ def make_prior(*options: str, **values: float) -> Prior:
     """A prior net that has just heard its first advice; `values` of its options."""
     words = [word for name, value in values.items() for word in (f"--prior.{name}", str(value))]
     agent = make_agent(("prior",), *options, *words)
-    agent.policy.prior.heard.fill_(1e-9)
+    agent.policy.prior.advice_rate.fill_(1e-9)
     return agent.policy.prior
 
 
@@ -68,7 +68,7 @@ def test_beta_grows_with_the_reliability():
 
 def test_there_is_no_weight_before_the_first_advice():
     prior = make_prior()
-    prior.heard.fill_(0.0)
+    prior.advice_rate.fill_(0.0)
     assert float(prior.beta(torch.tensor(1.0))) == 0
     assert float(prior.reliability.value) == 0.5
 
@@ -393,13 +393,13 @@ def test_advice_that_does_not_show_that_it_helps_loses_its_weight():
     assert float(prior.trust) == 0.5
     follow(prior, 0.0, updates=1)
     prior.reliability.moments.zero_()  # nothing told anything
-    assert float(prior.heard) == pytest.approx(0.1)
+    assert float(prior.advice_rate) == pytest.approx(0.1)
     assert float(prior.trust) == pytest.approx(0.5 * (1 + math.erf(-0.1 / math.sqrt(2))))
     nothing = torch.zeros(4, 16, dtype=torch.bool)
     probs = torch.full((4, 16, ACTIONS), 1 / ACTIONS)
     prior.follow(probs, probs, probs, torch.zeros(4, 16), nothing)  # without advice nobody loses anything
-    assert float(prior.heard) == pytest.approx(0.1)
-    prior.heard.fill_(1.0)
+    assert float(prior.advice_rate) == pytest.approx(0.1)
+    prior.advice_rate.fill_(1.0)
     assert float(prior.trust) == pytest.approx(0.1587, abs=1e-4)  # normal distribution at -1
     prior.reliability.moments.copy_(torch.tensor([1.0, 1.0, 1.0]))  # a gain each time
     assert float(prior.trust) > 0.99
