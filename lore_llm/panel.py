@@ -1,4 +1,4 @@
-"""A picture of one decision: the env's frame, and beside it what the agent saw, was told and chose."""
+"""A picture of one decision: the env's frame, and next to it caption, choice and probabilities."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ MAX_ROWS = 48  # actions shown at most
 BAR = 3  # pixels that a bar is high; each action has three,
 BARS_TOP = 4  # which begin so many below its line
 NAME_SHARE = 0.4  # of the panel's width, for the names of actions
-PERCENT = 34  # pixels for the numbers beside the bars
+PERCENT = 34  # pixels for the numbers next to the bars
 
 BACKGROUND, TROUGH = (24, 24, 28), (48, 48, 56)
 TEXT, FAINT, CHOSEN = (225, 225, 225), (150, 150, 158), (255, 221, 87)
@@ -25,18 +25,18 @@ COLORS = {"actor": (86, 156, 240), "adviser": (244, 142, 60), "mix": (110, 200, 
 
 
 def decision_panel(frame: np.ndarray, info: Mapping[str, Any], width: int) -> np.ndarray:
-    """Draw a decision beside the frame in which it was taken.
+    """Draw a decision next to the frame in which it was taken.
 
     Args:
         frame: uint8 [H, W, 3]; enlarged by a whole factor.
-        info: `caption`, `actions` (names [A]), the probabilities `actor` [A], `adviser` [A] or None where it
-            said nothing, and `mix` [A], from which was drawn; `beta`, `choice` (one of the names), `option`
-            (the name of the skill that runs, or None), `value` and `predicted_return`.
+        info: `caption`, `actions` (names [A]), the probabilities `actor` [A], `adviser` [A] or None without
+            advice, and `mix` [A], which was sampled from; `beta`, `choice` (one of the names), `option` (the
+            name of the running skill, or None), `value` and `predicted_return`.
         width: pixels of the panel; 300 or more are readable.
 
     Returns:
-        uint8 [H', W', 3], both even, as mp4 wants. Of the same size wherever the frame's size, the number of
-        actions and `width` are the same.
+        uint8 [H', W', 3], both even, as mp4 requires. The size depends only on the frame's size, the number
+        of actions and `width`.
     """
     factor = max(1, round(FRAME_PIXELS / max(frame.shape[:2])))
     frame = np.repeat(np.repeat(frame, factor, 0), factor, 1)  # [H, W, 3]
@@ -52,8 +52,8 @@ def decision_panel(frame: np.ndarray, info: Mapping[str, Any], width: int) -> np
     for index, line in enumerate(_wrap(str(info["caption"]), right - left)):
         draw.text((left, y + index * LINE), line, TEXT, _font())
     y += CAPTION_LINES * LINE + LINE // 2
-    skill = "" if info["option"] is None else f", by skill {info['option']}"
-    draw.text((left, y), _cut(f"Chose {info['choice']}{skill}", right - left), CHOSEN, _font())
+    option = "" if info["option"] is None else f", by skill {info['option']}"
+    draw.text((left, y), _cut(f"Chose {info['choice']}{option}", right - left), CHOSEN, _font())
     y += LINE
     numbers = f"value {info['value']:.3g}, predicted return {info['predicted_return']:.3g}"
     draw.text((left, y), _cut(f"{numbers}, beta {info['beta']:.2f}", right - left), TEXT, _font())
@@ -97,18 +97,18 @@ def _even(size: int) -> int:
 
 
 def _share(value: float) -> float:
-    """A probability that can be drawn."""
+    """A probability, within the bounds that can be drawn."""
     return min(max(float(value), 0.0), 1.0) if math.isfinite(value) else 0.0
 
 
 def _plain(text: str) -> str:
-    """The font knows ASCII only."""
+    """The font has ASCII only."""
     return "".join(char if " " <= char <= "~" else "?" for char in text)
 
 
 @lru_cache(1024)
 def _cut(text: str, width: float) -> str:
-    """The text, with dots at its end where it is wider."""
+    """The text, shortened with dots if it is wider."""
     text = _plain(text[: int(width)])  # a character is wider than a pixel
     if _font().getlength(text) <= width:
         return text
@@ -119,7 +119,7 @@ def _cut(text: str, width: float) -> str:
 
 @lru_cache(64)
 def _wrap(text: str, width: float) -> tuple[str, ...]:
-    """The text in at most CAPTION_LINES lines, broken between words where a line is wider."""
+    """The text in at most CAPTION_LINES lines, wrapped between words."""
     lines = []
     for paragraph in text.splitlines():
         line = ""

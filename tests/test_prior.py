@@ -76,40 +76,40 @@ def test_there_is_no_weight_before_the_first_advice():
 def test_uncertainty_is_the_mean_of_its_parts():
     agent = make_agent(("prior",))
     unsettle(agent)
-    guide, behavior, feat = agent.policy, agent.behavior, some_feat(agent, 7)
+    advised, behavior, feat = agent.policy, agent.behavior, some_feat(agent, 7)
     behavior.retnorm.range[1] = 40.0
     torch.nn.init.normal_(behavior.actor.outs[0].weight, std=1.0)
     policy = behavior.actor(feat)
-    total, parts = guide.uncertainty(behavior, feat, policy)
+    total, parts = advised.uncertainty(behavior, feat, policy)
     probs = policy.parts[0].probs
     entropy = -(probs * probs.log()).sum(-1).detach() / math.log(ACTIONS)
     assert torch.allclose(parts["entropy"], entropy, atol=1e-6) and float(entropy.min()) < 0.9
     spread = behavior.critic(feat).spread / 40.0
     assert torch.allclose(parts["value_std"], spread.clamp(max=1))
     assert torch.allclose(total, (parts["entropy"] + parts["value_std"]) / 2)
-    guide.ensemble = lambda feat, action: torch.full(feat.shape[:-1], 0.3)
-    guide.largest.fill_(0.6)
-    total, parts = guide.uncertainty(behavior, feat, policy)
+    advised.ensemble = lambda feat, action: torch.full(feat.shape[:-1], 0.3)
+    advised.largest.fill_(0.6)
+    total, parts = advised.uncertainty(behavior, feat, policy)
     assert torch.allclose(parts["disagreement"], torch.tensor(0.5)) and len(parts) == 3
     assert torch.allclose(total, sum(parts.values()) / 3)
 
 
 def test_largest_disagreement_follows_the_95th_percentile():
     agent = make_agent(("prior",), "--expl_behavior", "plan2explore")
-    guide = agent.policy
+    advised = agent.policy
     values = torch.arange(agent.config.batch_size * agent.config.batch_length, dtype=torch.float32)
     shape = agent.config.batch_size, agent.config.batch_length  # real states; else imagined ones
 
     def ensemble(feat, action):
         return values.reshape(shape) if feat.shape[:-1] == shape else torch.zeros(feat.shape[:-1])
 
-    guide.ensemble = ensemble
+    advised.ensemble = ensemble
     agent.train(make_batch(agent))
     high = torch.quantile(values, 0.95)
-    assert torch.allclose(guide.largest, high)
+    assert torch.allclose(advised.largest, high)
     values = values + 100
     agent.train(make_batch(agent))
-    assert torch.allclose(guide.largest, high + 0.01 * 100)
+    assert torch.allclose(advised.largest, high + 0.01 * 100)
 
 
 # ---- The mix
@@ -249,11 +249,11 @@ def advised_losses(agent, **changes):
         agent.train(batch | changes, make_items(agent, 8))
     finally:
         torch.Tensor.backward, agent.opt.step = backward, step
-    guide = agent.policy
+    advised = agent.policy
     parts = {name: getattr(agent.world_model, name) for name in MODEL}
-    parts |= {"actor": agent.behavior.actor, "critic": agent.behavior.critic, "prior": guide.prior}
-    ends = torch.nn.ModuleList([guide.options.end_mlp, guide.options.end_out])
-    return losses, parts | {"options.out": guide.options.out, "options.end": ends}
+    parts |= {"actor": agent.behavior.actor, "critic": agent.behavior.critic, "prior": advised.prior}
+    ends = torch.nn.ModuleList([advised.options.end_mlp, advised.options.end_out])
+    return losses, parts | {"options.out": advised.options.out, "options.end": ends}
 
 
 def full_agent(*options):
@@ -294,26 +294,26 @@ def test_lambda_distill_weighs_what_the_latents_learn_from_the_advice():
 
 def test_policy_gradient_is_that_of_a_constant_added_to_the_actors_logits():
     agent = full_agent()
-    behavior, guide, feat = agent.behavior, agent.policy, some_feat(agent, 6)
+    behavior, advised, feat = agent.behavior, agent.policy, some_feat(agent, 6)
     value = F.one_hot(torch.arange(6) % ACTIONS, ACTIONS + 3).flip(-1).float()
     out = behavior.actor.outs[0].weight
-    (grad,) = torch.autograd.grad(guide.view(behavior, feat).policy.log_prob(value).sum(), out)
-    seen, hidden = guide.advised_view(behavior, feat), behavior.actor.mlp(feat)
+    (grad,) = torch.autograd.grad(advised.view(behavior, feat).policy.log_prob(value).sum(), out)
+    seen, hidden = advised.advised_view(behavior, feat), behavior.actor.mlp(feat)
     constant = (seen.beta[:, None] * seen.prior).detach()
     assert float(constant.abs().max()) > 0.01
     logits = behavior.actor.outs[0](hidden) + constant
-    by_hand = guide.options.distribution(hidden, logits).log_prob(value).sum()
+    by_hand = advised.options.distribution(hidden, logits).log_prob(value).sum()
     assert torch.allclose(grad, torch.autograd.grad(by_hand, out)[0])
 
 
 def test_advice_kl_pulls_the_actor_towards_the_mix():
     agent = make_agent(("prior",), "--prior.lambda_kl", "5", "--actor.entropy", "0.1")
     unsettle(agent)
-    behavior, guide, feat = agent.behavior, agent.policy, some_feat(agent, 6)
-    seen = guide.view(behavior, feat[:, None])
+    behavior, advised, feat = agent.behavior, agent.policy, some_feat(agent, 6)
+    seen = advised.view(behavior, feat[:, None])
     p, q = (each.parts[0].probs[:, 0] for each in (seen.policy, seen.plain))
-    dream = guide.imagine(behavior, agent.rssm, start_of(agent, 6), None)._replace(feat=feat[:, None])
-    losses, metrics = guide.loss(behavior, dream, seen, models.Starts({}), 1.0)
+    dream = advised.imagine(behavior, agent.rssm, start_of(agent, 6), None)._replace(feat=feat[:, None])
+    losses, metrics = advised.loss(behavior, dream, seen, models.Starts({}), 1.0)
     kl = (p * (p / q).log()).sum(-1)
     assert torch.allclose(losses["advice_kl"][:, 0], 0.5 * kl, atol=1e-7) and float(kl.min()) > 1e-6
     assert torch.allclose(metrics["uncertainty_gate/avg_kl"], kl.mean())
@@ -340,20 +340,20 @@ def start_of(agent, rows):
 def test_dual_keeps_the_divergence_at_its_target_at_most(target):
     agent = make_agent(("prior",), "--prior.delta_target", str(target), "--prior.beta_max", "1")
     unsettle(agent)
-    guide, behavior = agent.policy, agent.behavior
-    torch.nn.init.normal_(guide.prior.out.weight, std=2.0)  # as strong as advice may be
-    guide.prior.reliability.moments.copy_(torch.tensor([1.0, 1.0, 1.0]))
+    advised, behavior = agent.policy, agent.behavior
+    torch.nn.init.normal_(advised.prior.out.weight, std=2.0)  # as strong as advice may be
+    advised.prior.reliability.moments.copy_(torch.tensor([1.0, 1.0, 1.0]))
     divergences = []
     for update in range(600):
         feat = some_feat(agent, 64, seed=update)
-        seen = guide.advised_view(behavior, feat)
+        seen = advised.advised_view(behavior, feat)
         kl = seen.policy.parts[0].kl(seen.plain.parts[0]).mean()
-        guide.prior.limit(kl)
+        advised.prior.limit(kl)
         divergences.append(float(kl))
     assert divergences[0] > 5 * target
     late = torch.tensor(divergences[400:])
     assert float(late.mean()) == pytest.approx(target, rel=0.15) and float(late.max()) < 2 * target
-    assert math.isfinite(float(guide.prior.dual)) and float(guide.prior.dual) > 1
+    assert math.isfinite(float(advised.prior.dual)) and float(advised.prior.dual) > 1
 
 
 def test_dual_falls_again_and_never_below_zero():

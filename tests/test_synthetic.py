@@ -128,17 +128,17 @@ def test_rollout_by_hand():
 def test_cloning_is_the_log_probability_of_the_plan_by_its_advantage():
     agent = make_agent(("synthetic",), "--synthetic.lambda_bc", "0.3")
     unsettle(agent)
-    guide, behavior = agent.policy, agent.behavior
+    advised, behavior = agent.policy, agent.behavior
     items = make_items(agent, 4)
     real = agent.rssm.unpack(items["deter"], items["stoch"])
-    starts = guide.starts(behavior, agent.world_model, real, items)
+    starts = advised.starts(behavior, agent.world_model, real, items)
     rollout = starts.rollout
     assert rollout.clone_weight.sum() > 0 and (rollout.clone_weight >= 0).all()
     probs = behavior.actor(rollout.feat[:, :-1]).parts[0].probs
     chosen = (probs * rollout.action).sum(-1).log()
     expected = -0.3 * (rollout.clone_weight * chosen).sum() / (4 * 3)
     dream = models.Imagined(torch.zeros(8, 2, 3), None, None)
-    losses, metrics = guide.loss(behavior, dream, None, starts, 1.0)
+    losses, metrics = advised.loss(behavior, dream, None, starts, 1.0)
     assert torch.allclose(losses["advice_bc"], expected)
     assert torch.allclose(metrics["synthetic/bc_loss"], expected / 0.3)
 
