@@ -65,8 +65,7 @@ class Prior(nn.Module):
 
     def __init__(self, feat: int, actions: int, config: Mapping):
         super().__init__()
-        c = config.prior
-        self.config = c
+        self.config = config.prior
         self.mlp = networks.mlp(feat, LAYERS, config.actor.units)
         self.out = networks.Linear(config.actor.units, actions, 0.0)  # starts uniform
         self.reliability = Reliability()

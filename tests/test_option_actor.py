@@ -1,4 +1,4 @@
-"""Path C: which choices there are, how options run in imagination and in the env, and when they end."""
+"""Path C: the actor's choices, options in imagination and in the env, and when they end."""
 
 from types import SimpleNamespace
 
@@ -80,7 +80,7 @@ def test_masked_entropy_and_divergence_are_those_of_what_is_available():
     assert torch.allclose(kl, rest.kl(dists.OneHot(other[:, [1, 3, 4]])), atol=1e-6)
 
 
-def test_without_skills_the_actor_chooses_among_primitives_as_the_plain_one():
+def test_without_options_the_actor_chooses_as_the_plain_one():
     plain, agent = make_agent(()), options_agent(skills={})
     for each in (plain, agent):
         torch.manual_seed(3)
@@ -105,7 +105,7 @@ def test_primitive_probabilities_leave_options_out():
     assert torch.allclose(alone, probs[:, SLOTS:] / probs[:, SLOTS:].sum(-1, keepdim=True))
 
 
-def test_a_new_skill_in_a_slot_begins_with_outputs_of_its_own():
+def test_a_new_option_in_a_slot_starts_with_new_outputs():
     agent = options_agent()
     out = agent.policy.options.out
     with torch.no_grad():
@@ -211,12 +211,12 @@ def test_imagined_option_runs_to_its_timeout_and_then_the_actor_decides():
     dream = dreamt(agent)
     assert (dream.action.argmax(-1) == torch.tensor([1, 2, 3, 1, 1, 2, 3])).all()
     assert (dream.decided == torch.tensor([1.0, 0, 0, 0, 1, 0, 0])).all()
-    assert (dream.decides_next == torch.tensor([0.0, 0, 0, 1, 0, 0, 0])).all()  # it goes on at the horizon
+    assert (dream.decides_next == torch.tensor([0.0, 0, 0, 1, 0, 0, 0])).all()  # it still runs at the horizon
     assert (dream.choice[:, [0, 4]].argmax(-1) == 2).all()
     assert dream.feat.shape[:2] == (5, 8)
 
 
-def test_imagined_option_goes_on_whatever_else_the_actor_would_choose():
+def test_imagined_option_runs_on_whatever_else_the_actor_would_choose():
     skills = {0: (10, [4], 3), 2: (11, [1, 2, 3], 3)}
     agent = options_agent("--imag_horizon", "6", "--actor.unimix", "0", skills=skills)
     prefer(agent, 2)
@@ -236,7 +236,7 @@ def test_imagined_option_of_one_step_and_primitives_decide_at_every_step():
         assert (dream.decided == 1).all() and (dream.decides_next == 1).all()
 
 
-def test_imagined_option_ends_where_the_net_says_so():
+def test_imagined_option_ends_where_the_network_predicts_it():
     agent = options_agent("--imag_horizon", "4", "--actor.unimix", "0")
     prefer(agent, 2)
     end_always(agent, 50.0)
@@ -246,12 +246,12 @@ def test_imagined_option_ends_where_the_net_says_so():
     dream = dreamt(agent, rows=4000)
     first = 1 - dream.decided[:, 1].mean()
     assert float(first) == pytest.approx(0.5, abs=0.03)
-    went_on = dream.decided[:, 1] == 0
-    assert (dream.action[went_on][:, 1].argmax(-1) == 2).all()
-    assert (dream.action[~went_on][:, 1].argmax(-1) == 1).all()
+    ran_on = dream.decided[:, 1] == 0
+    assert (dream.action[ran_on][:, 1].argmax(-1) == 2).all()
+    assert (dream.action[~ran_on][:, 1].argmax(-1) == 1).all()
 
 
-def test_ends_are_asked_for_in_the_state_that_the_option_led_to():
+def test_ends_are_predicted_in_the_state_that_the_option_led_to():
     agent = options_agent("--imag_horizon", "3", "--actor.unimix", "0")
     prefer(agent, 2)
     asked = []
@@ -279,7 +279,7 @@ def test_views_disturb_no_generator_of_training():
     assert changed == {"report"}
 
 
-# ---- The net that foresees ends
+# ---- The network that predicts ends
 
 
 def end_labels(agent, data):
@@ -312,9 +312,9 @@ X, o = True, False
         ([1, 0, 1, 0, 0, 1], [11, 11, 11, 11, 11, 0], {}, [X, X, X, X, X], [o, X, o, o, X]),
         # Uid 10 lasts one step, 77 is gone, 0 are primitive actions.
         ([1, 1, 0, 1, 1, 1], [10, 77, 77, 10, 0, 0], {}, [o, o, o, o, o], [o, o, o, o, o]),
-        # It began before the sequence: nobody knows when.
+        # It started before the sequence, at an unknown step.
         ([0, 0, 1, 0, 1, 1], [11, 11, 11, 11, 0, 0], {}, [o, o, X, X, o], [o, o, o, X, o]),
-        # Ends of episodes are none of its own.
+        # Ends of episodes do not count.
         ([1, 0, 1, 1, 0, 1], [11, 11, 0, 11, 11, 0], {"is_last": [2], "is_first": [3]},
          [X, o, o, X, X], [o, o, o, o, X]),
         # The worker was restarted in mid-option.
@@ -341,7 +341,7 @@ def test_end_loss_by_hand_and_without_executions():
 
 
 class Critic(torch.nn.Module):
-    """Says what the test wants."""
+    """Returns the values of the test."""
 
     def __init__(self, env):
         super().__init__()
@@ -386,7 +386,7 @@ class Scripted:
 def test_options_start_run_and_return_in_the_env():
     env = Scripted()
     assert env.step([2, SLOTS + 3], is_first=[0, 1]) == ([1, 3], [True, True], [11, 0])
-    assert env.step([0, 0]) == ([2, 4], [False, True], [11, 10])  # env 0 goes on whatever is chosen
+    assert env.step([0, 0]) == ([2, 4], [False, True], [11, 10])  # env 0 runs on whatever is chosen
     assert env.step([SLOTS + 4, 2]) == ([3, 1], [False, True], [11, 11])
     assert env.step([SLOTS, SLOTS]) == ([1, 2], [False, False], [11, 11])
     assert env.step([SLOTS + 4, SLOTS]) == ([4, 3], [True, False], [0, 11])  # the timeout of 4 steps
@@ -419,7 +419,7 @@ def test_option_ends_with_the_episode():
     assert len(env.outcomes) == 2
 
 
-def test_option_does_not_go_on_after_the_worker_was_restarted():
+def test_option_stops_when_the_worker_was_restarted():
     env = Scripted()
     env.step([2, SLOTS], is_first=[0, 1])
     assert env.step([SLOTS + 3, SLOTS], reward=(9, 0), is_first=[0]) == ([3, 0], [True, True], [0, 0])
@@ -500,7 +500,7 @@ def test_plans_are_executed_without_options_too():
     assert env.step([1, 2])[0] == [1, 2]
 
 
-def test_removed_skill_runs_to_its_end_where_it_had_begun():
+def test_removed_option_that_is_running_runs_to_its_end():
     env = Scripted()
     env.step([2, SLOTS], is_first=[0, 1])
     give_skills(env.agent, {0: (12, [4], 1)})
@@ -521,7 +521,7 @@ def test_agent_stores_what_the_env_did():
         actions.append(action["action"].tolist())
         assert latents["option"].tolist() == [11, 11] and latents["option"].dtype == np.int32
         assert latents["decision"].tolist() == [step in (0, 4)] * 2
-        assert (state["action"].argmax(-1).numpy() == action["action"]).all()  # what the model hears
+        assert (state["action"].argmax(-1).numpy() == action["action"]).all()  # the input of the model
     assert actions == [[1, 1], [2, 2], [3, 3], [1, 1], [1, 1]]
 
 
@@ -534,7 +534,7 @@ def test_spaces_of_what_is_stored_fit_the_replay():
     assert advice_spaces(make_agent(()).config, {"action": gymnasium.spaces.Discrete(5)}) == ({}, {})
 
 
-def test_metric_tells_how_many_of_the_imagined_choices_are_options():
+def test_metric_is_the_share_of_options_among_imagined_choices():
     agent = make_agent(("options",))
     choice = F.one_hot(torch.tensor([[0, 4, 3, 5], [4, 0, 0, 6]]), 3 + ACTIONS).float()  # slot 0, or none
     decided = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]])  # what was drawn elsewhere is void

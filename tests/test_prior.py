@@ -1,4 +1,4 @@
-"""Path B: what the prior's weight is made of, what learns from it, and that silence changes nothing."""
+"""Path B: the prior's weight, the losses that use it, and that nothing changes without advice."""
 
 import contextlib
 import gc
@@ -28,13 +28,15 @@ from agent import Dreamer
 from basics import UserError
 from lore_llm.prior import GAIN_FLOOR, Prior, Reliability, bounded
 
+FEAT = 24  # inputs of a prior network that is tested alone
 
-def make_prior(*options: str, **values: float) -> Prior:
-    """A prior net that has just heard its first advice; `values` of its options."""
+
+def make_prior(**values: float) -> Prior:
+    """A prior network that has just had its first advice; `values` of its options."""
     words = [word for name, value in values.items() for word in (f"--prior.{name}", str(value))]
-    agent = make_agent(("prior",), *options, *words)
-    agent.policy.prior.advice_rate.fill_(1e-9)
-    return agent.policy.prior
+    prior = Prior(FEAT, ACTIONS, advised_config(("prior",), *words))
+    prior.advice_rate.fill_(1e-9)
+    return prior
 
 
 # ---- The weight
@@ -51,7 +53,7 @@ def make_prior(*options: str, **values: float) -> Prior:
         (0.6, 1.0, 3.0, 0.3 * 0.5 * 0.5 / 4),
     ],
 )
-def test_beta_is_what_the_design_says(uncertainty, share, dual, expected):
+def test_beta_follows_its_formula(uncertainty, share, dual, expected):
     prior = make_prior(beta_max=0.3, uncertainty_threshold=0.2)
     prior.share.fill_(share)
     prior.dual.fill_(dual)
@@ -115,7 +117,7 @@ def test_largest_disagreement_follows_the_95th_percentile():
 # ---- The mix
 
 
-def test_the_actor_is_seen_through_the_prior_and_then_mixed_with_the_uniform():
+def test_prior_logits_are_added_to_the_actors_before_the_uniform_mix():
     agent = make_agent(("prior",), "--actor.unimix", "0.1")
     unsettle(agent)
     torch.nn.init.normal_(agent.behavior.actor.outs[0].weight, std=0.5)
@@ -142,13 +144,13 @@ def test_prior_logits_are_log_probabilities_centred_and_clipped():
     assert torch.allclose(bounded(logits + 7, 5.0), out, atol=1e-5)
     prior = make_prior(logit_clip=2.0)
     torch.nn.init.normal_(prior.out.weight, std=5.0)
-    assert float(prior(torch.randn(50, prior.mlp[0][0].in_features)).abs().max()) == 2.0
+    assert float(prior(torch.randn(50, FEAT)).abs().max()) == 2.0
 
 
-def test_the_prior_net_comes_to_say_what_the_adviser_says():
+def test_the_prior_network_learns_the_advice():
     prior = make_prior()
     torch.manual_seed(0)
-    feat = torch.randn(2, 8, prior.mlp[0][0].in_features)
+    feat = torch.randn(2, 8, FEAT)
     advice = bounded(torch.randn(2, 8, ACTIONS) * 4, 20.0)
     mask = torch.rand(2, 8) < 0.8
     opt = torch.optim.Adam(prior.parameters(), 0.01)
@@ -163,7 +165,7 @@ def test_the_prior_net_comes_to_say_what_the_adviser_says():
     assert [float(x) for x in prior.distill(feat, advice, torch.zeros_like(mask))] == [0.0, 0.0]
 
 
-# ---- Silence
+# ---- Without advice
 
 
 def test_policy_without_any_advice_is_the_plain_one_to_the_last_bit():
@@ -227,7 +229,7 @@ TRAINS = {
 
 
 def advised_losses(agent, **changes):
-    """All losses of an update, by name, and the parts of the agent that might learn from them."""
+    """All losses of an update by name, and the parts of the agent that may learn from them."""
     losses = {}
     step = agent.opt.step
     agent.opt.step = lambda: {"grad_norm": torch.zeros(()), "skipped": torch.tensor(False)}
@@ -263,7 +265,7 @@ def full_agent(*options):
     return agent
 
 
-def test_each_loss_of_advice_trains_what_the_design_says():
+def test_each_loss_of_advice_trains_its_own_networks():
     agent = full_agent()
     losses, parts = advised_losses(agent)
     assert TRAINS.keys() <= losses.keys()
@@ -345,7 +347,7 @@ def test_dual_keeps_the_divergence_at_its_target_at_most(target):
     advised.prior.reliability.moments.copy_(torch.tensor([1.0, 1.0, 1.0]))
     divergences = []
     for update in range(600):
-        feat = some_feat(agent, 64, seed=update)
+        feat = some_feat(agent, 32, seed=update)
         seen = advised.advised_view(behavior, feat)
         kl = seen.policy.parts[0].kl(seen.plain.parts[0]).mean()
         advised.prior.limit(kl)
@@ -387,17 +389,17 @@ def follow(prior: Prior, quality: float, updates: int = 150, bias: float = 0.0, 
     return float(prior.reliability.value)
 
 
-def test_advice_that_does_not_show_that_it_helps_loses_its_weight():
+def test_advice_without_a_measured_gain_loses_its_weight():
     prior = make_prior()
     prior.reliability.rate = 0.1
     assert float(prior.trust) == 0.5
     follow(prior, 0.0, updates=1)
-    prior.reliability.moments.zero_()  # nothing told anything
+    prior.reliability.moments.zero_()  # nothing measured
     assert float(prior.advice_rate) == pytest.approx(0.1)
     assert float(prior.trust) == pytest.approx(0.5 * (1 + math.erf(-0.1 / math.sqrt(2))))
     nothing = torch.zeros(4, 16, dtype=torch.bool)
     probs = torch.full((4, 16, ACTIONS), 1 / ACTIONS)
-    prior.follow(probs, probs, probs, torch.zeros(4, 16), nothing)  # without advice nobody loses anything
+    prior.follow(probs, probs, probs, torch.zeros(4, 16), nothing)  # without advice nothing changes
     assert float(prior.advice_rate) == pytest.approx(0.1)
     prior.advice_rate.fill_(1.0)
     assert float(prior.trust) == pytest.approx(0.1587, abs=1e-4)  # normal distribution at -1
@@ -421,7 +423,7 @@ def test_reliability_of_random_advice_is_a_half_in_the_mean():
 
 @pytest.mark.parametrize("bias", [-1.0, 1.0])
 def test_reliability_is_not_moved_by_a_critic_that_expects_too_much_or_too_little(bias):
-    # Seen through the prior, the actor follows advice more often than it would by itself.
+    # With the prior, the actor follows advice more often than alone.
     prior = make_prior()
     advised = torch.zeros(4, 16, dtype=torch.int64)
     action = advised.clone()
@@ -471,23 +473,23 @@ def test_reliability_stays_where_nothing_was_advised_or_is_not_finite():
     assert torch.equal(prior.reliability.moments, before)
 
 
-def test_steps_with_small_advantages_tell_nothing():
+def test_steps_with_small_advantages_are_ignored():
     prior = make_prior()
     prior.reliability.rate = 1.0
     logits = 4.0 * F.one_hot(torch.zeros(1, 8, dtype=torch.int64), ACTIONS)
     probs = torch.full((1, 8, ACTIONS), 1 / ACTIONS)
     action = F.one_hot(torch.tensor([[0, 1] * 4]), ACTIONS).float()
     mask = torch.ones(1, 8, dtype=torch.bool)
-    noise = torch.tensor([[0.02, -0.02] * 4])  # what the critic guesses praises the advice
+    noise = torch.tensor([[0.02, -0.02] * 4])  # the critic's guesses are in favour of the advice
     prior.follow(logits, probs, action, noise, mask)
     assert float(prior.reliability.value) == 0.5
     reward = noise.clone()
-    reward[0, 1] = 0.9  # and what is known blames it
+    reward[0, 1] = 0.9  # and the facts against it
     prior.follow(logits, probs, action, reward, mask)
     assert float(prior.reliability.value) < 0.2
 
 
-def test_steps_without_a_reward_behind_them_tell_nothing():
+def test_steps_without_a_later_reward_are_ignored():
     prior = make_prior()
     prior.reliability.rate = 1.0
     logits = 4.0 * F.one_hot(torch.zeros(1, 8, dtype=torch.int64), ACTIONS)
@@ -549,7 +551,7 @@ def test_spread_of_a_gaussian_is_its_standard_deviation():
     assert float(dists.TwoHot(-0.5 * (bins / 1.7) ** 2, bins).spread) == pytest.approx(1.7, rel=0.01)
 
 
-def test_spread_is_not_ruled_by_the_outermost_bins():
+def test_spread_ignores_tiny_mass_in_the_outermost_bins():
     bins = dists.symexp_bins(255)
     logits = torch.full((255,), -50.0)
     logits[127], logits[254] = 0.0, math.log(1e-6)

@@ -1,4 +1,4 @@
-"""Path A: which plans become starts of imagination, how much they weigh, and that they teach no model."""
+"""Path A: the plans that become starts of imagination, their weights, and that they train no model."""
 
 from types import SimpleNamespace
 
@@ -88,7 +88,7 @@ def test_extra_starts_are_never_more_than_their_share(ratio, batch, length, last
     assert synthetic.amount(config) * MAX_PLAN >= extra
 
 
-def test_batch_too_small_for_any_extra_start_trains_as_ever(tmp_path):
+def test_batch_too_small_for_any_extra_start_trains_without(tmp_path):
     agent, hooks = make_hooks(tmp_path, "--synthetic.synthetic_ratio_max", "0.05")
     assert synthetic.rows(agent.config) == 0
     fill(hooks.replay)
@@ -195,7 +195,7 @@ def test_return_normaliser_sees_real_rows_only(monkeypatch):
     assert rets[0].shape == (16, 3) and torch.equal(seen[0], rets[0][:12])
 
 
-def test_items_teach_the_world_model_nothing():
+def test_items_do_not_train_the_world_model():
     weights = []
     for weight in (0.0, 1.0):
         agent = make_agent(("synthetic",), "--opt.warmup", "0")
@@ -210,7 +210,7 @@ def test_items_teach_the_world_model_nothing():
     assert not torch.equal(*actors)
 
 
-def test_metric_tells_the_share_of_starts_that_were_used():
+def test_metric_is_the_share_of_starts_that_were_used():
     agent = make_agent(("synthetic",))
     metrics, _ = agent.train(make_batch(agent), make_items(agent, 1))
     assert float(metrics["synthetic/ratio"]) == pytest.approx(3 / 15)
@@ -225,7 +225,7 @@ def some_replay(n_envs=2, rows=10, **options):
 
 
 def fill(replay, steps=8, n_envs=2, latents=True, extra=()):
-    """Steps of one episode in each env; deter tells the env and the place."""
+    """Steps of one episode in each env; deter holds the env and the place."""
     for _ in range(steps):
         place = replay.heads[0]
         step = {key: np.zeros((n_envs, *space.shape), space.dtype) for key, space in OBS.items()}
@@ -286,7 +286,7 @@ def test_items_are_drawn_from_all_and_the_oldest_go_first(monkeypatch):
     assert drawn == {2, 3, 4}
 
 
-def test_items_go_on_as_they_were():
+def test_items_are_resumed():
     items, replay = some_items(), some_replay()
     fill(replay)
     for place in range(6):
@@ -299,36 +299,36 @@ def test_items_go_on_as_they_were():
     assert draws[0] == draws[1] and len(set(draws[0])) > 2 and other.items == items.items
 
 
-# ---- Judging
+# ---- Evaluating plans
 
 
-def test_judged_returns_of_plan_and_policy_by_hand():
+def test_predicted_returns_of_plan_and_policy_by_hand():
     toy = Toy()
     toy.logits = torch.tensor([-99.0, -99.0, 99.0, -99.0, -99.0])  # the policy never does the good thing
-    judged = synthetic.evaluate(toy, toy, items_of([GOOD, 0, GOOD], [GOOD, 4]), 3, None)
+    found = synthetic.evaluate(toy, toy, items_of([GOOD, 0, GOOD], [GOOD, 4]), 3, None)
     rest = 0.9**3 * 2
-    assert judged["plan"][0] == pytest.approx(1 + 0.81 + rest, rel=1e-5)
-    assert judged["policy"][0] == pytest.approx(rest, rel=1e-5)  # over as many steps
-    assert judged["plan"][1] == pytest.approx(1.0, rel=1e-5)  # the episode ends, and with it the value
-    assert judged["policy"][1] == pytest.approx(0.81 * 2, rel=1e-5)
-    assert float(judged["scale"]) == 4 and not judged["disagreement"].any()
+    assert found["plan"][0] == pytest.approx(1 + 0.81 + rest, rel=1e-5)
+    assert found["policy"][0] == pytest.approx(rest, rel=1e-5)  # over as many steps
+    assert found["plan"][1] == pytest.approx(1.0, rel=1e-5)  # the episode ends, and with it the value
+    assert found["policy"][1] == pytest.approx(0.81 * 2, rel=1e-5)
+    assert float(found["scale"]) == 4 and not found["disagreement"].any()
 
 
-def test_judged_return_of_the_policy_is_a_mean_over_rollouts():
+def test_predicted_return_of_the_policy_is_a_mean_over_rollouts():
     toy = Toy(deadly=0)
     toy.logits = torch.tensor([-99.0, 0.0, 0.0, -99.0, -99.0])  # good or not, by chance
     generator = torch.Generator().manual_seed(0)
-    judged = synthetic.evaluate(toy, toy, items_of([2]), 4000, generator)
-    assert float(judged["policy"]) == pytest.approx(0.5 + 0.9 * 2, abs=0.03)
-    assert float(judged["plan"]) == pytest.approx(0.9 * 2)
+    found = synthetic.evaluate(toy, toy, items_of([2]), 4000, generator)
+    assert float(found["policy"]) == pytest.approx(0.5 + 0.9 * 2, abs=0.03)
+    assert float(found["plan"]) == pytest.approx(0.9 * 2)
 
 
-def test_judged_disagreement_is_the_mean_over_the_plans_own_steps():
+def test_disagreement_is_the_mean_over_the_plans_own_steps():
     toy = Toy()
-    judged = synthetic.evaluate(
+    found = synthetic.evaluate(
         toy, toy, items_of([1, 2, 3], [4]), 2, None, lambda feat, action: action.argmax(-1).float()
     )
-    assert judged["disagreement"].tolist() == [2.0, 4.0]
+    assert found["disagreement"].tolist() == [2.0, 4.0]
 
 
 # ---- The run's side
@@ -346,15 +346,15 @@ def make_hooks(tmp_path, *options, paths=("synthetic",)):
     return agent, AdviceHooks(SilentService(), agent, replay, agent.config, tmp_path, Timer())
 
 
-def judge_as(agent, *, plan=2.0, policy=1.0, disagreement=0.0):
-    """What the world model is to think of any plan."""
+def predict(agent, *, plan=2.0, policy=1.0, disagreement=0.0):
+    """Fix the world model's predictions for any plan."""
 
-    def judge(items):
+    def evaluate(items):
         count = len(items["plan"])
         values = {"plan": plan, "policy": policy, "disagreement": disagreement, "scale": 1.0}
         return {name: np.full(count, value) for name, value in values.items()}
 
-    agent.evaluate_plans = judge
+    agent.evaluate_plans = evaluate
 
 
 def answer(env=0, place=0, plan=("action_1", "action_2"), late=False, **advice):
@@ -362,7 +362,7 @@ def answer(env=0, place=0, plan=("action_1", "action_2"), late=False, **advice):
 
 
 def ask_with(hooks, *answers, step):
-    """One look at the envs in which the adviser answers so."""
+    """One step before which the adviser answers so."""
     hooks.service.ask = lambda *args, **kwargs: list(answers)
     obs = {key: np.zeros((2, *space.shape), space.dtype) for key, space in OBS.items()}
     return obs, *hooks.before(obs, hooks.agent.initial_state(2), step)
@@ -379,7 +379,7 @@ def test_plan_is_accepted_when_it_beats_the_policy_and_the_model_is_sure(
     fill(hooks.replay)
     agent.policy.ensemble = lambda feat, action: torch.zeros(())
     agent.policy.largest.fill_(0.5)
-    judge_as(agent, plan=plan, policy=1.0, disagreement=disagreement)
+    predict(agent, plan=plan, policy=1.0, disagreement=disagreement)
     obs, _, _ = ask_with(hooks, answer(env=1, place=4, confidence=0.7), step=100)
     hooks.after(obs, agent.initial_state(2), 100)
     expected = [Item(1, 4, [1, 2], 0.7, agent.updates)] if accepted else []
@@ -394,7 +394,7 @@ def test_plan_is_accepted_when_it_beats_the_policy_and_the_model_is_sure(
     [
         (49, [1.0, 1.0], False),  # warm-up
         (50, [1.0, 1.0], True),
-        (50, [], False),  # nobody knows yet
+        (50, [], False),  # not known yet
         (50, [1.0], False),
         (50, [1.0, 0.9], False),  # it falls by a tenth
         (50, [1.0, 0.91], True),
@@ -404,33 +404,33 @@ def test_plan_is_accepted_when_it_beats_the_policy_and_the_model_is_sure(
 def test_plans_are_used_after_the_warm_up_when_the_model_has_settled(tmp_path, step, losses, ready):
     agent, hooks = make_hooks(tmp_path, "--synthetic.synthetic_warmup", "50")
     fill(hooks.replay)
-    judge_as(agent)
+    predict(agent)
     hooks.model_losses = losses
     obs, _, _ = ask_with(hooks, answer(), step=step)
     hooks.after(obs, agent.initial_state(2), step)
     assert bool(hooks.synthetic.items) == ready
 
 
-def test_plans_of_the_prefill_are_not_judged(tmp_path):
+def test_plans_of_the_prefill_are_not_evaluated(tmp_path):
     agent, hooks = make_hooks(tmp_path, "--eval_every", "0", "--synthetic.synthetic_warmup", "0")
     fill(hooks.replay)
-    judge_as(agent)
+    predict(agent)
     for step, known in ((9, 0), (10, 1)):
         obs, _, _ = ask_with(hooks, answer(), step=step)
         hooks.after(obs, agent.initial_state(2), step)
         assert len(hooks.synthetic.items) == known
 
 
-def test_late_plans_about_steps_without_latents_are_not_judged(tmp_path):
+def test_late_plans_about_steps_without_latents_are_not_evaluated(tmp_path):
     agent, hooks = make_hooks(tmp_path, "--eval_every", "0", "--synthetic.synthetic_warmup", "0")
     fill(hooks.replay, latents=False)
-    judge_as(agent)
+    predict(agent)
     obs, _, _ = ask_with(hooks, answer(), step=10)
     hooks.after(obs, agent.initial_state(2), 10)
     assert not hooks.synthetic.items and "synthetic/accepted" not in hooks.metrics()
 
 
-def test_loss_of_the_model_is_known_of_the_last_two_evaluations(tmp_path):
+def test_the_models_losses_of_the_last_two_evaluations_are_kept(tmp_path):
     agent, hooks = make_hooks(tmp_path)
     told = iter([5.0, 4.0, 3.5])
     agent.model_loss = lambda batch: next(told)
@@ -471,28 +471,21 @@ def test_plans_are_executed_with_a_probability_that_falls_where_they_do_harm(tmp
     assert all(plans in ({}, {1: [1, 2]}) for plans in started)
 
 
-def test_late_plans_are_judged_where_they_belong_but_not_executed(tmp_path):
-    options = (
-        "--synthetic.synthetic_execution_prob",
-        "1",
-        "--eval_every",
-        "0",
-        "--synthetic.synthetic_warmup",
-        "0",
-    )
-    agent, hooks = make_hooks(tmp_path, *options)
+def test_late_plans_are_evaluated_where_they_belong_but_not_executed(tmp_path):
+    options = "--synthetic.synthetic_execution_prob 1 --eval_every 0 --synthetic.synthetic_warmup 0"
+    agent, hooks = make_hooks(tmp_path, *options.split())
     fill(hooks.replay)
-    judge_as(agent)
+    predict(agent)
     obs, _, plans = ask_with(hooks, answer(place=2, late=True), answer(env=1, place=99, late=True), step=10)
     assert plans == {}
     hooks.after(obs, agent.initial_state(2), 10)
     assert [(item.env, item.place) for item in hooks.synthetic.items] == [(0, 2)]
 
 
-def test_executed_plans_predicted_return_is_noted_when_it_begins(tmp_path):
+def test_predicted_return_of_an_executed_plan_is_compared_with_the_real_one(tmp_path):
     agent, hooks = make_hooks(tmp_path, "--synthetic.synthetic_execution_prob", "1")
     fill(hooks.replay)
-    judge_as(agent, plan=7.0)
+    predict(agent, plan=7.0)
     obs, _, plans = ask_with(hooks, answer(env=0, place=7), answer(env=1, place=7), step=10)
     assert set(plans) == {0, 1}
     state = agent.initial_state(2)
