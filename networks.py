@@ -119,10 +119,7 @@ class Conv(nn.Module):
 
 
 class UpConv(nn.Module):
-    """Doubles [N, C, H, W] in size, then a 5x5 convolution: [N, outputs, 2H, 2W].
-
-    Doubling repeats pixels, or with `strided` puts zeros between them (a transposed convolution).
-    """
+    """Doubles [N, C, H, W] in size by repetition, or if `strided` by zeros, then a 5x5 convolution."""
 
     def __init__(self, inputs: int, outputs: int, strided: bool = False, scale: float = 1.0):
         super().__init__()

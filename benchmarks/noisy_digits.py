@@ -70,7 +70,7 @@ TITLES = {
     "deterministic": "Deterministic\na 0 stays as it is",
     "stochastic": "Stochastic\na 1 becomes a random 2-9",
 }
-BLUE, GREEN, ORANGE = "#0072b2", "#009e73", "#d55e00"  # of Okabe and Ito, told apart by the colour-blind too
+BLUE, GREEN, ORANGE = "#0072b2", "#009e73", "#d55e00"  # from Okabe and Ito's palette for colour-blind readers
 LINES = (  # of the upper and the lower row of the figure: curve -> label and style
     {
         "error": ("actual error", {"color": ORANGE, "lw": 2.5}),

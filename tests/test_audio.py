@@ -36,7 +36,7 @@ def box(shape: tuple, dtype=np.float32) -> gymnasium.spaces.Box:
 
 
 def make_agent(*options: str, **spaces: gymnasium.Space) -> Dreamer:
-    """An agent for the given observations, beside a vector, reward and flags."""
+    """An agent for the given observations and a vector, reward and flags."""
     argv = ["--configs", "debug", "--batch_size", str(BATCH), "--batch_length", str(LENGTH), *options]
     obs_space = {"vector": box((3,)), "reward": box(()), **spaces}
     obs_space |= {key: gymnasium.spaces.Box(0, 1, (), np.bool_) for key in FLAGS}
@@ -374,7 +374,7 @@ def test_behind_is_duller_than_in_front():
 
 
 def test_steps_join_without_a_gap():
-    """While the head moves the sound goes on: between two steps it jumps no more than within them."""
+    """While the head moves, the sound is continuous: it jumps no more between steps than within them."""
     source, seconds = np.array([3.0, 2.0]), sound_search.SAMPLES / RATE
     places = np.random.default_rng(0).uniform(-5, 5, (20, 2))
     steps = [sound_search.hear(source, *places[i : i + 2], i * seconds) for i in range(19)]

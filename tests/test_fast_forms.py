@@ -38,7 +38,7 @@ def assert_same(fast, plain, rtol=1e-5, atol=1e-5):
 
 
 @pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS.keys())
-def test_chunked_norm_is_the_plain_one(shape):
+def test_chunked_norm_equals_the_plain_one(shape):
     torch.manual_seed(0)
     x, weight = 3 * torch.randn(shape), torch.rand(shape[-1]) + 0.5
     chunked = gradients(lambda x, w: fast.ChunkedNormSiLU.apply(x, w, torch.float32), x, weight)
@@ -76,7 +76,7 @@ def test_chunked_norm_leaves_its_input_and_can_go_backward_twice():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunked_pooling_is_the_plain_one_where_pixels_tie_too(dtype):
+def test_chunked_pooling_equals_the_plain_one_also_for_equal_pixels(dtype):
     torch.manual_seed(0)
     x = torch.randint(-2, 3, (7, 3, 8, 6)).to(dtype)  # few values, so that many pixels are equal
     x = x.contiguous(memory_format=torch.channels_last)
@@ -84,7 +84,7 @@ def test_chunked_pooling_is_the_plain_one_where_pixels_tie_too(dtype):
     assert_same(chunked, plain, rtol=0, atol=0)
 
 
-def test_imagination_with_weights_rounded_beforehand_is_the_same_to_the_bit():
+def test_imagination_with_weights_rounded_in_advance_is_the_same_bit_for_bit():
     torch.manual_seed(0)
     config = networks_config()
     rssm = networks.RSSM(16, 4, config)
@@ -128,8 +128,13 @@ def test_precision_auto_is_bfloat16_where_a_cpu_multiplies_in_it(abilities, expe
 
 
 def test_a_slow_sampler_changes_no_bit(tmp_path, monkeypatch):
-    """The next batch is drawn beside updates and env steps; what it sees does not depend on the speed."""
-    several = ("--train_ratio", "24", "--steps", "60")  # updates in a step: else nothing is drawn beside one
+    """A thread draws the next batch during updates and env steps; its content is independent of the speed."""
+    several = (
+        "--train_ratio",
+        "24",
+        "--steps",
+        "60",
+    )  # several updates per step, else none is drawn during one
     assert run_helpers.train(tmp_path / "quick", *several) == 0
     sample = replay.Replay.sample
 
@@ -151,7 +156,7 @@ import resource, sys, torch, tools
 if sys.argv[1] == "keep":
     assert tools.keep_freed_memory()
 count = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):  # the small blocks beside them settle
+for _ in range(10):  # until the small blocks settle
     torch.ones(1 << 24)
 before = count()
 for _ in range(4):
@@ -161,7 +166,7 @@ print(count() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can keep freed memory")
-def test_kept_memory_is_not_faulted_in_again():
+def test_kept_memory_causes_no_page_faults():
     def faults(how):
         command = [sys.executable, "-c", FAULTS, how]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -169,7 +174,7 @@ def test_kept_memory_is_not_faulted_in_again():
     assert faults("keep") < 100 < faults("give back")
 
 
-def test_cut_weights_are_kept_only_as_long_as_they_are_valid():
+def test_split_weights_are_cached_until_a_weight_changes():
     rssm = networks.RSSM(16, 4, networks_config())
     with torch.no_grad():
         first = rssm.split_weights()
