@@ -236,7 +236,7 @@ def begin(tmp_path, monkeypatch):
     def begin(*options: object, name: str = "new") -> tuple[dict, str]:
         states = []
         with monkeypatch.context() as patch:
-            patch.setattr(dreamer, "train", lambda run, _: states.append(run.agent.state_dict()))
+            patch.setattr(dreamer, "loop", lambda *_, agent, **__: states.append(agent.state_dict()))
             assert train(tmp_path / name, *map(str, options)) == 0
         return states[0], log(tmp_path / name)
 
