@@ -1,4 +1,4 @@
-"""Episodes as .npz files: how a step is laid out, and how episodes are written, listed, checked and read."""
+"""Episodes as .npz files: the layout of a step, and writing, listing, checking and reading them."""
 
 import contextlib
 import datetime
@@ -22,13 +22,13 @@ from basics import UserError, atomic_write, first_line, free_memory, replace
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype of one step
 Rows = dict[str, np.ndarray]  # key -> [L, ...] the steps of one episode
-Limits = dict[str, tuple[np.ndarray, np.ndarray]]  # key -> the lowest and the highest index that it may hold
+Limits = dict[str, tuple[np.ndarray, np.ndarray]]  # key -> its lowest and highest valid index
 
 NAME = re.compile(r"\d{8}T\d{6}-[0-9A-Za-z]+")  # {time}-{id}
 FILE_NAME = re.compile(rf"({NAME.pattern})-(\d+)\.npz")  # {time}-{id}-{length}.npz
 STAMP = "%Y%m%dT%H%M%S"  # the time in it, in UTC
-MAX_PENDING = 4  # episodes that wait for the disk before the loop has to wait too
-LARGE = 2**30  # bytes of a file's arrays above which it is asked whether there is so much memory
+MAX_PENDING = 4  # episodes that may wait for the disk before the loop waits
+LARGE = 2**30  # bytes of a file's arrays above which the free memory is checked
 
 
 class BrokenEpisode(Exception):
@@ -42,9 +42,9 @@ class EpisodeFile(NamedTuple):
 
 
 def step_layout(spaces: Mapping) -> Layout:
-    """How each key of a step is stored: uint8, int16 and bool stay, other integers int32, floats float32.
+    """Shape and stored dtype of each key: uint8, int16 and bool stay, other integers int32, floats float32.
 
-    `spaces` maps keys to gymnasium spaces or (shape, dtype) pairs; `log_*` keys and `symbolic`, by which an
+    `spaces` maps keys to gymnasium spaces or (shape, dtype) pairs; `log_*` keys and `symbolic`, with which an
     environment describes itself, are left out. Raises UserError for a space that is not an array.
     """
     layout = {}
@@ -64,7 +64,7 @@ def step_layout(spaces: Mapping) -> Layout:
 
 
 def step_limits(spaces: Mapping) -> Limits:
-    """Which indices the keys of a step may hold that are a choice: Discrete and MultiDiscrete spaces."""
+    """The valid indices of the keys with a Discrete or MultiDiscrete space."""
     limits = {}
     for key, space in spaces.items():
         if isinstance(space, kinds.Discrete | kinds.MultiDiscrete):
@@ -74,7 +74,7 @@ def step_limits(spaces: Mapping) -> Limits:
 
 
 def list_episodes(folder: str | os.PathLike) -> list[EpisodeFile]:
-    """The episode files of a folder, the oldest first. Files with other names are not looked at."""
+    """The episode files of a folder, the oldest first. Files with other names are ignored."""
     folder = Path(folder)
     names = os.listdir(folder) if folder.is_dir() else []
     matches = [match for name in sorted(names) if (match := FILE_NAME.fullmatch(name))]
@@ -90,8 +90,8 @@ def read_episode(
 ) -> Rows:
     """Read one file and check it against the layout. Keys that are not in the layout are left out.
 
-    A key of `defaults` that the file lacks has that value at each step. Without `length`, the file's name
-    tells it.
+    A key that the file lacks gets its value of `defaults` at each step. `length` is by default that in the
+    file's name.
 
     Raises BrokenEpisode with the reason if the content is damaged or does not fit (keys, shapes, dtypes,
     `length` steps, finite numbers, indices within their `limits`, is_first at the start), UserError if the
@@ -104,17 +104,17 @@ def read_episode(
             rows[key] = np.full((length, *layout[key][0]), value)
     for key, (low, high) in (limits or {}).items():
         if ((rows[key] < low) | (rows[key] > high)).any():
-            raise BrokenEpisode(f"{key} holds an index that its space does not have")
+            raise BrokenEpisode(f"{key} holds an index outside its space")
     if not length or not rows["is_first"][0]:
         raise BrokenEpisode("it does not begin with is_first")
     return rows
 
 
 def read_arrays(path: Path, layout: Layout, may_lack: Collection[str] = ()) -> Rows:
-    """Those arrays of an .npz file that the layout, key -> whole shape and dtype, has; it must hold them all.
+    """The arrays of the `layout`, key -> whole shape and dtype, from an .npz file.
 
-    Only keys of `may_lack` may not be there. The file is not trusted: checksums are looked at, and what it
-    says of sizes before the memory is taken. Raises BrokenEpisode and UserError as `read_episode` does.
+    Only keys of `may_lack` may be missing. The file is not trusted: checksums are verified, sizes are checked
+    before memory is allocated, and pickles are refused. Raises BrokenEpisode and UserError as `read_episode`.
     """
     need = sum(dtype.itemsize * math.prod(shape) for shape, dtype in layout.values())
     if need > LARGE and need > free_memory():
@@ -128,51 +128,40 @@ def read_arrays(path: Path, layout: Layout, may_lack: Collection[str] = ()) -> R
             return _read_archive(file, layout, may_lack)
         except BrokenEpisode:
             raise
-        except Exception as error:  # broken bytes make zipfile and NumPy raise nearly anything
+        except Exception as error:  # zipfile and NumPy raise nearly anything for broken bytes
             raise BrokenEpisode(f"not a whole .npz file ({first_line(error)})") from error
 
 
 def _read_archive(file: BinaryIO, layout: Layout, may_lack: Collection[str]) -> Rows:
     rows = {}
     with zipfile.ZipFile(file) as archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        for info in members.values():  # a key whose name or entry is damaged looks as if it were not there
-            archive.open(info).close()  # compares both places that have the name
-            if info.comment:  # nobody writes one: it is the next entry
-                raise BrokenEpisode("its list of contents is damaged")
-        if missing := sorted(layout.keys() - set(may_lack) - members.keys()):
+        keys = {name.removesuffix(".npy") for name in archive.namelist()}
+        if missing := sorted(layout.keys() - set(may_lack) - keys):
             raise BrokenEpisode(f"lacks {', '.join(missing)}")
-        for key in [key for key in layout if key in members]:
-            with archive.open(members[key]) as member:
+        for key in [key for key in layout if key in keys]:
+            with archive.open(f"{key}.npy") as member:
                 rows[key] = _read_array(member, key, *layout[key])
     return rows
 
 
-def _read_header(member: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, whether in Fortran's order, dtype) of an array in .npy form."""
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-    return read[npy.read_magic(member)](member)
-
-
 def _read_array(member: BinaryIO, key: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    found_shape, in_columns, found = _read_header(member)
+    headers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    found_shape, fortran, found = headers[npy.read_magic(member)](member)
     if found_shape != shape or found != dtype:
         raise BrokenEpisode(f"{key} should be {dtype} {shape} but is {found} {found_shape}")
     size = dtype.itemsize * math.prod(shape)
-    # zipfile looks at the checksum when it meets the end, and so only if asked for more than there should be.
+    # zipfile verifies the checksum at the end of the data, so ask for more than there should be.
     data = bytearray(member.read(size + 1))
     if len(data) != size:
-        raise BrokenEpisode(f"{key} is not of the length that its header says")
-    value = np.frombuffer(data, dtype).reshape(shape, order="F" if in_columns else "C")
+        raise BrokenEpisode(f"{key} does not have the length that its header states")
+    value = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
     if dtype.kind == "f" and not np.isfinite(value).all():
         raise BrokenEpisode(f"{key} holds numbers that are not finite")
-    if dtype.kind == "b" and value.view(np.uint8).max() > 1:
-        raise BrokenEpisode(f"{key} holds what is neither True nor False")
     return value
 
 
 def move_into(files: list[EpisodeFile], subfolder: str) -> None:
-    """Move episode files into a folder beside them, so that nobody reads them and nothing is lost."""
+    """Move episode files into a subfolder, where they are no longer read but not lost."""
     for file in files:
         target = file.path.parent / subfolder / file.path.name
         try:
@@ -183,7 +172,7 @@ def move_into(files: list[EpisodeFile], subfolder: str) -> None:
 
 
 def stack(steps: list[Rows]) -> Rows:
-    """Make one array a key [L, ...] of a list of steps."""
+    """Stack a list of steps to one array [L, ...] a key."""
     return {key: np.stack([step[key] for step in steps]) for key in steps[0]}
 
 
@@ -195,16 +184,16 @@ def save_arrays(path: Path, arrays: Rows) -> None:
 class EpisodeWriter:
     """Collects the steps of each environment and writes each finished episode as a compressed file.
 
-    One thread in the background compresses and writes; a file appears whole or not at all. What fails there
-    (disk full) is raised as UserError by the next `add`, `flush` or `close`, and tried again by the one after
-    it: until an episode is on the disk, it is kept here.
+    A background thread compresses and writes; files appear whole or not at all. If writing fails (disk full),
+    the next `add`, `flush` or `close` raises UserError and the one after it tries again: an episode is kept
+    in memory until it is on the disk.
 
     Args:
-        folder: where the files go, as {time}-{id}-{length}.npz; time is the start of the episode in UTC.
+        folder: of the files {time}-{id}-{length}.npz; time is the start of the episode in UTC.
         spaces: the spaces of the steps, as in `step_layout`.
-        n_envs: environments whose steps come.
-        keep_steps: after each new file the oldest ones beyond this many steps are deleted; 0 keeps all.
-            Fewer steps than the replay's capacity cost a resumed run what is no longer there.
+        n_envs: number of environments.
+        keep_steps: after each new file, the oldest files beyond this many steps are deleted; 0 keeps all.
+            With fewer steps than the replay's capacity, a resumed run has a smaller replay.
     """
 
     def __init__(self, folder: str | os.PathLike, spaces: Mapping, n_envs: int, keep_steps: int = 0):
@@ -218,12 +207,12 @@ class EpisodeWriter:
         self.failed: list[tuple[str, list[Rows]]] = []  # episodes that could not be written
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".*.npz.*.tmp"):  # a kill while a file was written
+            for leftover in self.folder.glob(".*.npz.*.tmp"):  # from a kill during a write
                 leftover.unlink()
         except OSError as error:
             raise UserError(f"Cannot write to {self.folder}: {error.strerror}.") from error
-        for file in list_episodes(self.folder)[-1:]:  # it may come from a clock that was ahead
-            with contextlib.suppress(ValueError):  # no date: another program's name
+        for file in list_episodes(self.folder)[-1:]:  # its clock may have been ahead
+            with contextlib.suppress(ValueError):  # not a date: the name is from another program
                 second = datetime.datetime.strptime(f"{file.name[:15]}+0000", f"{STAMP}%z").timestamp()
                 self.tick = (int(second) + 1) * 1_000_000
         self.thread = ThreadPoolExecutor(1, "episode-writer")
@@ -237,19 +226,19 @@ class EpisodeWriter:
                 self.finish(env)
             if not self.open[env]:
                 self.names[env] = self.new_name()
-            # Copies, because the caller may use its arrays again.
+            # Copies, because the caller may reuse its arrays.
             self.open[env].append({key: np.array(step[key][env], t) for key, (_, t) in self.layout.items()})
             if step["is_last"][env]:
                 self.finish(env)
 
     def finish(self, env: int) -> None:
-        """Write the open episode of an environment as it is. Does nothing if there is none."""
+        """Write the open episode of an environment, if there is one."""
         if self.open[env]:
             self._submit(self.names[env], self.open[env])
             self.open[env] = []
 
     def resume(self, env: int, name: str, rows: Rows) -> None:
-        """Go on with an open episode of which these rows are known."""
+        """Continue an open episode that has these rows."""
         self.names[env] = name
         self.open[env] = [
             {key: value[i] for key, value in rows.items()} for i in range(len(rows["is_first"]))
@@ -260,24 +249,24 @@ class EpisodeWriter:
         self._wait(0)
 
     def close(self) -> None:
-        """Write what is finished and end the thread. Open episodes are dropped."""
+        """Write finished episodes and end the thread. Open episodes are dropped."""
         try:
             self.flush()
         finally:
             self.thread.shutdown()
 
     def new_name(self) -> str:
-        """A name {time}-{id} that sorts after all in the folder, even if the clock was set back."""
+        """A name {time}-{id} that sorts after all others in the folder, even if the clock was set back."""
         self.tick = max(time.time_ns() // 1000, self.tick + 1)
         second, micro = divmod(self.tick, 1_000_000)
         stamp = time.strftime(STAMP, time.gmtime(second))
-        return f"{stamp}-{micro:05x}{secrets.token_hex(2)}"  # random end: files of other runs keep apart
+        return f"{stamp}-{micro:05x}{secrets.token_hex(2)}"  # random end, as other runs may use the folder
 
     def _submit(self, name: str, steps: list[Rows]) -> None:
         self.pending.append((self.thread.submit(self._write, name, steps), name, steps))
 
     def _wait(self, allowed: int) -> None:
-        """Wait until at most `allowed` episodes are not on the disk; raises what failed in the background."""
+        """Wait until at most `allowed` episodes are pending; raises errors of the background thread."""
         while self.failed:
             self._submit(*self.failed.pop())
         while self.pending and (len(self.pending) > allowed or self.pending[0][0].done()):
@@ -299,7 +288,7 @@ class EpisodeWriter:
     def _delete_old(self) -> None:
         files = list_episodes(self.folder)
         total = sum(file.length for file in files)
-        for file in files[:-1]:  # the newest stays in any case
+        for file in files[:-1]:  # the newest always stays
             if total <= self.keep_steps:
                 break
             file.path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""A run whose files were damaged is resumed: what is intact is kept, and no damage is used in silence.
+"""A run resumes with damaged files: intact files are kept, and no damage is used silently.
 
-Either nothing that counts was hit, and the resumed run is the one of the whole files to the last bit. Or the
-log, or the line with which the run ends, names the file.
+Either the damage hit nothing that counts, and the resumed run equals that of the whole files to the last bit,
+or the log, or the error with which the run ends, names the file.
 """
 
 import json
@@ -24,8 +24,8 @@ ADVISED = (
     *("--eval_every", "0"),
 )
 AT = 72  # where the run was stopped; checkpoints are those of 40, 60 and 72
-SEEDS = range(2)
-MORE = range(2, 8)
+SEEDS = range(1)
+MORE = range(1, 5)
 
 
 def flipped(data: bytes, rng: np.random.Generator) -> bytes:
@@ -49,7 +49,7 @@ DAMAGE = (flipped, cut_off, blanked)
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """The logdir of a run that was stopped, and that of the same run as it goes on from there."""
+    """The logdir of a stopped run, and of the same run resumed."""
     logdir = tmp_path_factory.mktemp("damage") / "stopped"
     with signal_at(AT):
         assert train(logdir, *OPTIONS) == 143
@@ -100,15 +100,10 @@ def fast_and_slow(*names: str):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_no_flipped_bit_of_an_episode_is_learned_from(tmp_path, save):
-    """With arrays of whole blocks of 4096 bytes, zipfile looks at the checksum only if it is asked to."""
+    """For arrays of whole blocks of 4096 bytes, zipfile does not verify the checksum by itself."""
     layout = {"image": ((64, 64, 3), np.dtype(np.uint8)), "is_first": ((), np.dtype(bool))}
-    rows = {
-        "image": np.zeros((2, 64, 64, 3), np.uint8),
-        "is_first": np.array([True, False]),
-        "late": np.ones(2),
-    }
-    path, defaults = tmp_path / "20200101T000000-0-2.npz", {"late": np.float32(0)}
-    layout["late"], rows["late"] = ((), np.dtype(np.float32)), rows["late"].astype(np.float32)
+    rows = {"image": np.zeros((2, 64, 64, 3), np.uint8), "is_first": np.array([True, False])}
+    path = tmp_path / "20200101T000000-0-2.npz"
     save(path, **rows)
     data, broken = path.read_bytes(), 0
     places = [place for place in range(len(data)) if place < 200 or place > len(data) - 400]
@@ -116,7 +111,7 @@ def test_no_flipped_bit_of_an_episode_is_learned_from(tmp_path, save):
         bit = 1 << place % 8
         path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
         try:
-            found = read_episode(path, layout, defaults=defaults)
+            found = read_episode(path, layout)
         except BrokenEpisode as error:
             assert len(str(error).splitlines()) == 1
             broken += 1
@@ -126,7 +121,7 @@ def test_no_flipped_bit_of_an_episode_is_learned_from(tmp_path, save):
 
 
 def resume(logdir: Path, capfd, *options: str) -> tuple[int, str]:
-    """Go on with a damaged run: the exit code, and what it told: the log, or the line that it ends with."""
+    """Resume a damaged run; returns the exit code, and the log or the error."""
     capfd.readouterr()
     code = train(logdir, *options)
     errors = capfd.readouterr().err
@@ -159,7 +154,7 @@ def test_resumed_run_is_the_same_or_names_the_damaged_file(tmp_path, capfd, stop
         assert len(list(EventFileLoader(str(newest)).Load())) > 2
 
 
-def test_run_without_a_readable_checkpoint_ends_with_a_line_and_touches_nothing(tmp_path, capfd, stopped):
+def test_run_without_a_readable_checkpoint_ends_with_a_line_and_changes_nothing(tmp_path, capfd, stopped):
     logdir = shutil.copytree(stopped[0], tmp_path / "run")
     for path in [logdir / "latest.pt", *(logdir / "checkpoints").iterdir()]:
         path.write_bytes(path.read_bytes()[:-100])
@@ -170,7 +165,7 @@ def test_run_without_a_readable_checkpoint_ends_with_a_line_and_touches_nothing(
     assert before == {path: path.read_bytes() for path in logdir.rglob("*") if path.is_file()}
 
 
-def test_an_open_episode_that_is_lost_costs_no_other(tmp_path, capfd, stopped):
+def test_lost_open_episode_costs_no_other_episode(tmp_path, capfd, stopped):
     logdir = shutil.copytree(stopped[0], tmp_path / "run")
     stored = [sum(end - start for _, start, end in stream) for stream in streams(logdir)]
     _, start, end = streams(logdir)[1][-1]
@@ -196,7 +191,7 @@ def advised(tmp_path_factory):
 
 
 @fast_and_slow("llm_cache.sqlite", "decisions.jsonl")
-def test_advised_run_goes_on_whatever_became_of_its_files(tmp_path, capfd, advised, name, seed):
+def test_advised_run_resumes_whatever_was_damaged(tmp_path, capfd, advised, name, seed):
     logdir = shutil.copytree(advised, tmp_path / "run")
     path = logdir / name
     whole = path.read_bytes()

@@ -1,6 +1,6 @@
-"""Files that somebody made to do harm, or for something else, are refused or set aside, and a line says so.
+"""Malicious or foreign files are refused or set aside with a line in the log.
 
-Nothing in them is executed, and what they say of their sizes takes no memory before it is checked.
+Nothing in them is executed, and sizes are checked before memory is allocated.
 """
 
 import io
@@ -97,10 +97,10 @@ ACTION = np.zeros(17, np.int32)
 EPISODES = {
     "a pickle": (dict(action=npy(np.empty(17, object)) + b"\x80\x04N."), "action should be int32"),
     "a header that lies": (dict(action=npy(ACTION, shape=(2**40,))), r"action should be int32 \(17,\)"),
-    "more than its header says": (dict(action=npy(ACTION) + bytes(2**24)), "not of the length"),
+    "more than its header says": (dict(action=npy(ACTION) + bytes(2**24)), "does not have the length"),
     "another type": (dict(reward=npy(np.zeros(17, ">f4"))), "reward should be float32"),
     "numbers that are none": (dict(reward=npy(np.full(17, np.nan, np.float32))), "not finite"),
-    "an action that there is not": (dict(action=npy(ACTION + 4)), "action holds an index that its space"),
+    "an action that there is not": (dict(action=npy(ACTION + 4)), "action holds an index outside"),
     "no reward": (dict(reward=None), "lacks reward"),
     "a path": ({"../../../evil": npy(ACTION), "reward": None}, "lacks reward"),
 }
@@ -138,7 +138,7 @@ def test_bomb_takes_no_memory(tmp_path, trained, little_memory):
     assert [file.name for file in (folder / "broken").iterdir()] == [path.name]
 
 
-def test_bomb_beside_a_checkpoint_takes_no_memory(run, little_memory):
+def test_bomb_in_the_saved_replay_takes_no_memory(run, little_memory):
     for path in (run / "replay_state").rglob("*.npz"):
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -155,7 +155,7 @@ def test_bomb_beside_a_checkpoint_takes_no_memory(run, little_memory):
     "name, key, value, told",
     [],
 )
-def test_values_that_no_save_wrote_are_passed_over(run, name, key, value, told):
+def test_impossible_values_in_the_saved_replay_are_skipped(run, name, key, value, told):
     (path,) = (run / "replay_state").rglob(name)
     arrays = dict(np.load(path))
     arrays[key][0] = value
@@ -206,7 +206,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("case", CHECKPOINTS)
-def test_hostile_checkpoint_is_refused_by_a_line_that_names_it(run, capfd, case):
+def test_hostile_checkpoint_is_refused_with_an_error_that_names_it(run, capfd, case):
     path = changed(run, CHECKPOINTS[case])
     errors = refusal(capfd, "--from_checkpoint", path, "--steps", 80)
     assert path.name in errors or "The checkpoint does not fit this agent: world_model." in errors
@@ -222,7 +222,7 @@ def test_checkpoint_that_grows_when_it_is_unpacked_is_refused(run, capfd, little
     assert "its list of contents" in refusal(capfd, "--from_checkpoint", path)
 
 
-def test_hostile_latest_is_passed_over_for_an_older_checkpoint(run):
+def test_hostile_latest_is_skipped_for_an_older_checkpoint(run):
     assert train(run, *OPTIONS, "--steps", "80") == 0
     (run / "latest.pt").unlink()
     torch.save({"agent": Evil()}, run / "latest.pt")
