@@ -438,15 +438,10 @@ class ImagBehavior(nn.Module):
             lam=self.trace_decay(dream.decides_next), entropy_scale=c.actor.entropy,
             gradient=c.imag_gradient, mix=c.imag_gradient_mix, weight=weight, rows=rows,
         )  # fmt: skip
-        value = self.critic(world_model.rssm.feat(recent)[:, :-1])
-        slow_value = self.slow_critic(world_model.rssm.feat(start).unflatten(0, (-1, last))[:, :-1])
-        is_last, term, rewards = (data[k][:, -last:] for k in ("is_last", "is_terminal", "reward"))
-        boot = ret[:rows, 0].detach().unflatten(0, (-1, last))  # [B, K]
         decided, decides_next = policy.decided({k: v[:, -last:] for k, v in data.items()})
-        losses["repval"] = replay_value_loss(
-            is_last, term, rewards, boot, value, slow_value, self.disc, self.trace_decay(decides_next),
-            decided,
-        )  # fmt: skip
+        boot = ret[:rows, 0].detach().unflatten(0, (-1, last))  # [B, K]
+        replayed = {k: data[k][:, -last:] for k in ("is_last", "is_terminal", "reward")}
+        losses["repval"] = self._replay_loss(world_model.rssm, recent, replayed, boot, decided, decides_next)
         more, more_metrics = policy.loss(self, dream, view, starts, weight)
         losses |= more
         metrics = {
@@ -460,6 +455,18 @@ class ImagBehavior(nn.Module):
             **more_metrics,
         }
         return losses, {k: v.detach() for k, v in metrics.items()}
+
+    def _replay_loss(
+        self, rssm: networks.RSSM, post: State, data: Data, boot: Tensor,
+        decided: float | Tensor, decides_next: float | Tensor,
+    ) -> Tensor:  # fmt: skip
+        """The replay value loss [B, K-1] of posterior states and data [B, K, ...]; `boot` are returns."""
+        value = self.critic(rssm.feat(post)[:, :-1])
+        slow_value = self.slow_critic(rssm.feat({k: v.detach() for k, v in post.items()})[:, :-1])
+        return replay_value_loss(
+            data["is_last"], data["is_terminal"], data["reward"], boot, value, slow_value, self.disc,
+            self.trace_decay(decides_next), decided,
+        )  # fmt: skip
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:

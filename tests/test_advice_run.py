@@ -294,9 +294,9 @@ def test_late_answer_is_in_the_file_of_an_open_episode_but_not_of_a_written_one(
     files = [
         episodes.read_episode(file.path, replay.step_layout) for file in episodes.list_episodes(tmp_path)
     ]
-    told = sorted((len(rows["llm_mask"]), np.flatnonzero(rows["llm_mask"]).tolist()) for rows in files)
+    found = sorted((len(rows["llm_mask"]), np.flatnonzero(rows["llm_mask"]).tolist()) for rows in files)
     # Of env 1 the first episode (4 steps) was written before, the second one (2 steps) was not.
-    assert told == [(2, [1]), (4, []), (6, [2])]
+    assert found == [(2, [1]), (4, []), (6, [2])]
     replay.close()
 
 

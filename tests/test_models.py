@@ -1,4 +1,4 @@
-"""Which loss trains what, the options beside the reference's, and each shortcut against its plain form."""
+"""The parameters that each loss trains, other options, and shortcuts against their plain forms."""
 
 import gymnasium
 import numpy as np

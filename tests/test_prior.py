@@ -503,8 +503,8 @@ def test_steps_without_a_later_reward_are_ignored():
     assert float(prior.reliability.value) > 0.8
 
 
-@pytest.mark.parametrize(("reward_at", "told"), [(None, 0.0), (3, 1.0), (6, 0.0)])
-def test_only_rewards_later_in_the_episode_count(reward_at, told, monkeypatch):
+@pytest.mark.parametrize(("reward_at", "share"), [(None, 0.0), (3, 1.0), (6, 0.0)])
+def test_only_rewards_later_in_the_episode_count(reward_at, share, monkeypatch):
     agent = make_agent(("prior",))
     unsettle(agent)
     data = agent.upload(make_batch(agent))
@@ -515,7 +515,7 @@ def test_only_rewards_later_in_the_episode_count(reward_at, told, monkeypatch):
     seen = []
     monkeypatch.setattr(Prior, "follow", lambda self, *args: seen.append(args[-1]))
     agent._update(data)
-    assert seen[0][:, 1].float().mean() == told  # of the second step after the context
+    assert seen[0][:, 1].float().mean() == share  # of the second step after the context
 
 
 def test_reliability_counts_the_steps_at_which_the_actor_chose():

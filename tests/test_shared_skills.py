@@ -112,7 +112,7 @@ def test_learners_have_the_skills_of_the_first_and_equal_weights(learners):
     changed = (seen["actor"]["out.weight"] != blank).any(1)
     assert changed.tolist() == [True, True, False]
     first.service.ask = SilentService().ask
-    learners.step(11)  # the second still proposes one that nobody asked it for
+    learners.step(11)  # the second still proposes one without being asked
     assert differences(learners.same(), seen) == []
     assert second.agent.rngs["options"].get_state().equal(torch.Generator().manual_seed(1).get_state())
 

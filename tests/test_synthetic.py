@@ -432,8 +432,8 @@ def test_late_plans_about_steps_without_latents_are_not_evaluated(tmp_path):
 
 def test_the_models_losses_of_the_last_two_evaluations_are_kept(tmp_path):
     agent, hooks = make_hooks(tmp_path)
-    told = iter([5.0, 4.0, 3.5])
-    agent.model_loss = lambda batch: next(told)
+    losses = iter([5.0, 4.0, 3.5])
+    agent.model_loss = lambda batch: next(losses)
     length = 9
     episode = {key: np.zeros((length, *space.shape), space.dtype) for key, space in OBS.items()}
     episode |= {"action": np.zeros(length, np.int32)}
