@@ -1,10 +1,9 @@
-"""What worker processes and sweeps use as well, and so without torch: errors, whole files, seeds, signals,
-free memory.
+"""Small tools without torch, for worker processes too: errors, atomic files, seeds, signals, free memory.
 
 Importing torch would cost each worker a second and more than 100 MB.
 """
 
-from __future__ import annotations  # doctor.py uses this file, and tells an older Python that it is too old
+from __future__ import annotations  # doctor.py must start on older Pythons
 
 import contextlib
 import ctypes
@@ -24,24 +23,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-if TYPE_CHECKING:  # a bare Python has none, and doctor.py runs there too
+if TYPE_CHECKING:  # doctor.py also runs without it
     import numpy as np
 
 WINDOWS = os.name == "nt"
-BUSY_TRIES = 20  # on Windows, to replace a file that somebody else has open
+BUSY_TRIES = 20  # on Windows, to replace a file that another process has open
 BUSY_PAUSE = 0.25  # seconds between them
-UNKNOWN_MEMORY = 4 * 2**30  # bytes of RAM taken as free where the system does not tell
+UNKNOWN_MEMORY = 4 * 2**30  # bytes of RAM assumed free if the system does not report it
 DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 MAX_REASON = 200  # characters of another program's message in one of ours
-# What a terminal would obey, and what no text in UTF-8 has.
+# Characters that control a terminal, and surrogates, which UTF-8 cannot encode.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
-    """A mistake or a lack on the user's side. The message tells what is wrong, where, and what to do.
+    """An error that the user can fix. The message says what is wrong, where, and what to do.
 
-    It is one line that a terminal can show, whatever text of others (a value, a file's name) is in it.
+    It is one printable line, whatever foreign text (a value, a file name) it contains.
     """
 
     def __init__(self, message: str):
@@ -49,20 +48,20 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another program's error says, for a message to the user: its first line, not too long."""
+    """The first line of an error of another library, shortened, for a message to the user."""
     line = (str(error).splitlines() or [""])[0] or type(error).__name__
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
 
 
 def write_error(path: str | os.PathLike, error: OSError) -> UserError:
-    """What to tell the user when a file cannot be written."""
+    """The error for a file that cannot be written."""
     if error.errno in DISK_FULL:
         return UserError(f"Cannot write {path}: disk full. Free some space, then start again.")
     return UserError(f"Cannot write {path}: {error.strerror or error}.")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in a folder survive a power cut. Windows cannot open folders and does not need it."""
+    """Make a rename in a folder survive a power cut. Windows cannot open folders and does not need this."""
     if WINDOWS:
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -73,7 +72,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def temp_beside(path: Path) -> Path:
-    """A hidden name of its own in the same folder, for a file that is not complete yet."""
+    """A hidden unique name in the same folder, for a file that is not complete yet."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
@@ -90,10 +89,10 @@ def replace(source: Path, target: Path) -> None:
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that it appears whole or not at all; missing folders are made.
+    """Write a file so that it appears whole or not at all. Missing folders are made.
 
     `write` gets an open binary file. If anything fails, the old file stays and no temporary file is left.
-    Raises UserError when the system refuses (disk full, no permission); other errors of `write` pass through.
+    Raises UserError if the system refuses (disk full, no permission); other errors of `write` pass through.
     """
     path = Path(path)
     temp = temp_beside(path)
@@ -120,7 +119,7 @@ def derive_seed(seed: int, *names: str | int) -> int:
 
 
 def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:
-    """A NumPy generator of its own for the given purpose."""
+    """A NumPy generator for the given purpose."""
     import numpy as np
 
     return np.random.default_rng(derive_seed(seed, *names))
@@ -128,7 +127,7 @@ def numpy_rng(seed: int, *names: str | int) -> np.random.Generator:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Within, Ctrl-C and SIGTERM are noted in the list that is given; a second one interrupts at once."""
+    """Within, Ctrl-C and SIGTERM are added to the yielded list; a second one interrupts at once."""
     received: list[int] = []
 
     def note(signum: int, _frame: object) -> None:
@@ -145,7 +144,7 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def free_memory() -> int:
-    """Bytes of RAM that can be taken now: 4 GiB where the system does not tell, half of all on macOS."""
+    """Bytes of RAM that can be allocated now; half of all on macOS, 4 GiB if the system reports none."""
     if sys.platform == "win32":
 
         class Status(ctypes.Structure):  # MEMORYSTATUSEX of the Windows API
@@ -165,7 +164,7 @@ def free_memory() -> int:
 
 
 def _container_memory() -> int:
-    """What a Linux container may still take; /proc/meminfo shows the host's memory there."""
+    """Bytes that a Linux container may still allocate, where /proc/meminfo shows the memory of the host."""
     group = Path("/sys/fs/cgroup")
     try:
         limit = (group / "memory.max").read_text("utf-8").strip()
@@ -177,7 +176,7 @@ def _container_memory() -> int:
 
 
 def free_disk(folder: str | os.PathLike) -> int:
-    """Free bytes of the disk that holds `folder`, or would hold it."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,4 +1,4 @@
-"""Full episodes of an agent: played, counted and filmed, for training and `evaluate.py` alike."""
+"""Play, measure and film full episodes of an agent, for training and evaluate.py."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ VIDEO_FRAMES = 500  # of a video in TensorBoard; the mp4 files hold all
 
 
 class AdvisedAgent:
-    """The agent behind `play_episodes`' interface, seen through the prior: its actor as it is in training."""
+    """The agent as it acts in training: with the prior added to its actor."""
 
     def __init__(self, agent: Dreamer):
         self.initial_state = agent.initial_state
@@ -37,8 +37,8 @@ class AdvisedAgent:
 class EvalEpisode:
     """One finished episode as arrays [L, ...] by key, actions included, from the reset on.
 
-    `intrinsic` [L] is the reward that a curious agent expected at each step. `views` [L] say why it acted as
-    it did, where somebody asked.
+    `intrinsic` [L] is the reward that a curious agent expected at each step. `views` [L] explain each action,
+    if `play_episodes` was asked for it.
     """
 
     steps: Arrays
@@ -57,13 +57,13 @@ class EvalEpisode:
 
     @property
     def shares(self) -> dict[str, float]:
-        """As `log_*_share`: the share of the steps at which a `log_*` scalar was above 0 (no achievement)."""
+        """`log_*_share`: the share of steps at which a `log_*` scalar was above 0; not for achievements."""
         logged = {k: v for k, v in self.steps.items() if k.startswith("log_") and v.ndim == 1}
         return {f"{k}_share": float((v[1:] > 0).mean()) for k, v in logged.items() if ACHIEVEMENT not in k}
 
     @property
     def frames(self) -> np.ndarray | None:
-        """What it looked like, uint8 [L, H, W, C]: the key `image`, else the first that is one."""
+        """The images, uint8 [L, H, W, C]: the key `image`, else the first key with images."""
         images = sorted(
             (k != "image", k) for k, v in self.steps.items() if v.dtype == np.uint8 and v.ndim == 4
         )
@@ -71,12 +71,12 @@ class EvalEpisode:
 
 
 def newest(frames: np.ndarray, stack: int) -> np.ndarray:
-    """The newest of `stack` images that lie along the channels: [..., C] -> [..., C / stack]."""
+    """The newest of `stack` images that are stacked along the channels: [..., C] -> [..., C / stack]."""
     return frames[..., -(frames.shape[-1] // stack) :]
 
 
 def shown(episode: EvalEpisode, stack: int) -> np.ndarray:
-    """The newest of `stack` images of each step, over a strip of intrinsic rewards where there are any."""
+    """The newest of `stack` images of each step, above a strip of the intrinsic rewards if there are any."""
     frames = newest(episode.frames, stack)
     if episode.intrinsic is not None:
         frames = add_heat_strip(frames, episode.intrinsic)
@@ -84,11 +84,10 @@ def shown(episode: EvalEpisode, stack: int) -> np.ndarray:
 
 
 def write_video(path: Path, episode: EvalEpisode, config: Config, heard: Sequence[str]) -> list[Path]:
-    """Write what an episode looked like to `path`, an mp4, and what it sounded like to the .wav beside it.
+    """Write the images of an episode to `path`, an mp4, and its sound to a .wav file next to it.
 
-    `heard` are the keys of waveforms, of which the first is taken. The mp4 has the sound too, and then runs
-    at its pace: a step lasts as long as its waveform. What an episode lacks is not written. Returns the
-    files.
+    `heard` are the keys of waveforms; the first is used. The mp4 has the sound too, and then a step lasts as
+    long as its waveform. Returns the files; an episode without images or sound lacks that file.
     """
     frames, fps, files = episode.frames, VIDEO_FPS, []
     sound, rate = None, config.audio.sample_rate
@@ -114,9 +113,9 @@ def play_episodes(
 ) -> Iterator[EvalEpisode]:
     """Play `share` full episodes in each env, from episode number `first` on; yields them as they finish.
 
-    Each env counts the same number, so that envs whose episodes are short do not weigh more. `agent` is
-    anything with the agent's `initial_state` and `act`. `curiosity` tells the intrinsic rewards [n] of the
-    state that `act` returns, and `explain` a view [n] of observations and that state.
+    Each env plays the same number, so that envs with short episodes do not count more. `agent` is anything
+    with the agent's `initial_state` and `act`. `curiosity` returns the intrinsic rewards [n] of the state
+    that `act` returned, and `explain` the views [n] of the observations and that state.
     """
     amount = len(envs)
     obs, state = envs.reset(first), agent.initial_state(amount)
@@ -131,7 +130,7 @@ def play_episodes(
             if not left[index]:
                 continue
             if obs["is_first"][index]:
-                steps.clear()  # the env's worker was restarted: the episode that it broke off does not count
+                steps.clear()  # the env's worker was restarted: the broken episode does not count
                 rewards[index].clear()
                 views[index].clear()
             steps.append({key: value[index] for key, value in {**obs, **action}.items()})

@@ -1,4 +1,4 @@
-"""Small tools with torch: generators, clocks, the optimizer, devices. basics.py has those without torch."""
+"""Small tools with torch: generators, clocks, the optimiser, devices. basics.py has those without torch."""
 
 import contextlib
 import ctypes
@@ -43,15 +43,14 @@ def memory_explained(on_gpu: str = LOWER_ON_GPU, in_ram: str = LOWER_IN_RAM) -> 
 
 
 def torch_rng(seed: int, *names: str | int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A torch generator of its own for the given purpose, on `device`."""
+    """A torch generator for the given purpose, on `device`."""
     return torch.Generator(device).manual_seed(derive_seed(seed, *names))
 
 
 class Every:
-    """Tells when a step counter has passed another multiple of `every`; 0 never does.
+    """True when a step counter has passed another multiple of `every`; never for 0.
 
-    It fires once, however many multiples were passed since the last call, so that a counter that
-    was resumed or that jumps makes no burst.
+    It fires once, however many multiples were passed since the last call.
     """
 
     def __init__(self, every: float):
@@ -64,7 +63,7 @@ class Every:
         return due
 
     def due(self, step: int) -> bool:
-        """Whether a call would tell so now; changes nothing."""
+        """What a call would return, without changing the state."""
         return bool(self.every) and step // self.every > self.last // self.every
 
     def state_dict(self) -> dict:
@@ -75,10 +74,10 @@ class Every:
 
 
 class Ratio:
-    """How many updates are due now, for `ratio` updates per transition on the long run.
+    """The number of updates that are due, for `ratio` updates per transition in the long run.
 
-    The first call only sets the start, so what was collected before it owes nothing. Fractions are
-    kept exactly, over resumes too. To collect without owing updates, call it and drop the result.
+    The first call sets the start: transitions before it owe no updates. Fractions are kept exactly, also when
+    a run resumes.
     """
 
     def __init__(self, ratio: float | Fraction):
@@ -113,7 +112,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Put back what `rng_state` gave. States of GPUs that are not here are left out."""
+    """Restore an `rng_state`. The states of missing GPUs are left out."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -123,28 +122,28 @@ def set_rng_state(state: dict) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees, for its next allocation. Only glibc can: else False.
+    """Keep freed memory in this process for its next allocation. Only glibc can; otherwise returns False.
 
-    An update takes gigabytes and frees them again. What is given back to the system costs a page fault and
-    zeroing for every 4 KiB when it is taken anew, which can be half of the update's time.
+    An update allocates gigabytes and frees them. Memory returned to the system costs a page fault and zeroing
+    for every 4 KiB when it is allocated again, which can be half of the update's time.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # From malloc.h: no block of its own from the system, however large; and the heap never shrinks.
+    # From malloc.h: no separate mapping for large blocks; and the heap never shrinks.
     options = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1)}
     return all(mallopt(*option) == 1 for option in options.values())
 
 
 def seed_everything(seed: int, *names: str | int) -> None:
-    """Seed the global generators of Python, NumPy and torch. Our own code draws from its own ones."""
+    """Seed the global generators of Python, NumPy and torch, which only other libraries use."""
     random.seed(derive_seed(seed, "python", *names))
     np.random.seed(derive_seed(seed, "numpy", *names) % 2**32)
     torch.manual_seed(derive_seed(seed, "torch", *names))
 
 
 def enable_determinism() -> None:
-    """Let torch use algorithms only that give the same bits each time. Call it before CUDA is used."""
+    """Restrict torch to deterministic algorithms. Call it before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
@@ -159,9 +158,9 @@ class LaProp(torch.optim.Optimizer):
     counts as one with a zero gradient. Nothing here waits for the GPU.
 
     Args:
-        params: parameters, or groups of them that may have options of their own, as a `lr`.
+        params: parameters, or groups of them with their own options, such as `lr`.
         lr: learning rate after `warmup` updates.
-        agc: largest ratio of a gradient's norm to its tensor's norm, which counts as at least
+        agc: largest ratio of a gradient's norm to its tensor's norm, which is taken as at least
             `agc_floor`; 0 is off.
         beta1, beta2: decay of the momentum and of the mean square.
         eps: added to the root mean square.
@@ -181,7 +180,7 @@ class LaProp(torch.optim.Optimizer):
         options = dict(warmup=warmup, agc=agc, agc_floor=agc_floor, beta1=beta1, beta2=beta2, eps=eps)
         super().__init__(params, dict(lr=lr, **options))
         device = self.param_groups[0]["params"][0].device
-        # Of each group; float64 for exact powers of beta2.
+        # One counter a group; float64 for exact powers of beta2.
         self.updates = torch.zeros(len(self.param_groups), dtype=torch.float64, device=device)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -216,7 +215,7 @@ class LaProp(torch.optim.Optimizer):
     def _update_group(self, group, grads, grad_norms, finite, before, updates) -> None:
         """Update one group; where not `finite`, everything is multiplied by 1 or added to by 0.
 
-        before and updates: how many updates it has had, without this one and with it.
+        before and updates: the number of its updates, without and with this one.
         """
         params = group["params"]
         squares = [self.state[param]["square"] for param in params]
@@ -248,10 +247,10 @@ class LaProp(torch.optim.Optimizer):
         return {**super().state_dict(), "updates": self.updates.tolist()}
 
     def load_state_dict(self, state_dict: dict, groups: int | None = None) -> None:
-        """Take moments and counters from `state_dict`, but keep this optimizer's own options.
+        """Load moments and counters from `state_dict`, but keep the options of this optimiser.
 
-        So an option that was changed on resume (a learning rate) has its effect. With `groups`, only the
-        first so many groups are taken: what comes behind them may be something else, and starts anew.
+        So an option that was changed on resume, such as the learning rate, takes effect. With `groups`, only
+        the first so many groups are loaded; the others start from zero.
         """
         own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         here, moments = super().state_dict(), state_dict["state"]
@@ -264,7 +263,7 @@ class LaProp(torch.optim.Optimizer):
         for param, state in self.state.items():
             for name in ("square", "momentum"):
                 if state[name].shape != param.shape or not state[name].isfinite().all():
-                    raise ValueError(f"a {name} of the optimizer is not what was saved")
+                    raise ValueError(f"a {name} of the optimiser has another shape or is not finite")
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         self.updates[: len(counts)] = counts
