@@ -77,7 +77,7 @@ def stop_and_resume(logdir: Path, *options: str, at: Sequence[int]) -> None:
 def train_process(
     logdir: Path, *options: str, kill_at: int | None = None, start_new_session: bool = False
 ) -> subprocess.Popen:
-    """Start the tiny command in a process of its own, which SIGKILL ends at env step `kill_at`."""
+    """Start the tiny command in a process, which SIGKILL ends at env step `kill_at`."""
     command = [*TINY, "--logdir", str(logdir), *options]
     script = "import sys, dreamer; sys.exit(dreamer.main(sys.argv[1:]))"
     if kill_at:
@@ -93,7 +93,7 @@ def train_process(
 
 
 def metrics(logdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl without those that tell of time."""
+    """The lines of metrics.jsonl without durations and speeds."""
     lines = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
     clocks = ("env/fps", "llm_adapter/latency_ms")
     return [{k: v for k, v in line.items() if k not in clocks and k[:5] != "time/"} for line in lines]
@@ -104,7 +104,7 @@ def log(logdir: Path) -> str:
 
 
 def moment(logdir: Path) -> dict:
-    """All that the last checkpoint says of a run but names of files: no two runs share these."""
+    """The content of the last checkpoint without names of files, which differ between runs."""
     state = checkpoints.load_checkpoint(logdir)[0]
     del state["config"]
     replay = state["replay"]

@@ -155,7 +155,7 @@ def test_full_disk_stops_the_run_and_with_room_again_it_goes_on(tmp_path, capfd,
     assert not list(tmp_path.rglob("*.tmp"))
     assert train(tmp_path) == 0
     assert "Resumed at step 20 " in log(tmp_path)
-    assert "anew" not in log(tmp_path)
+    assert "refilled" not in log(tmp_path)
     steps = [line["step"] for line in metrics(tmp_path)]
     assert steps == sorted(set(steps)) and steps[-1] == 120
 
@@ -173,7 +173,7 @@ def test_episode_that_had_no_room_is_written_when_there_is_some_again(tmp_path, 
     assert "disk full" in refusal(capfd, tmp_path)
     saved = stored_steps(tmp_path)
     assert train(tmp_path) == 0
-    assert f"with {saved} steps in the replay" in log(tmp_path) and "anew" not in log(tmp_path)
+    assert f"with {saved} steps in the replay" in log(tmp_path) and "refilled" not in log(tmp_path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of the size of files are POSIX")

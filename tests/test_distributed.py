@@ -213,7 +213,7 @@ def test_totals_are_raised_to_a_multiple_of_the_learners(parallel, totals, expec
         ("cuda:1", 2, 2, {}, "is one GPU for 2 learners"),
     ],
 )
-def test_each_learner_has_a_gpu_of_its_own(name, parallel, gpus, environment, place, monkeypatch):
+def test_each_learner_has_its_own_gpu(name, parallel, gpus, environment, place, monkeypatch):
     for key, value in environment.items():
         monkeypatch.setenv(key, str(value))
     if place is None or " " in place:
@@ -223,7 +223,7 @@ def test_each_learner_has_a_gpu_of_its_own(name, parallel, gpus, environment, pl
         assert distributed.local_device(name, parallel, gpus) == place
 
 
-def test_several_learners_need_to_know_of_each_other(monkeypatch):
+def test_missing_environment_variables_are_reported(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
@@ -253,7 +253,7 @@ TERM = "signal.signal(15, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGTERM)"
         (("sys.exit(143)", "time.sleep(0.5); sys.exit(143)"), [signal.SIGTERM], 143, ""),
     ],
 )  # fmt: skip
-def test_the_launcher_tells_why_the_learners_ended(ends, passed, code, told, capfd):
+def test_launcher_reports_why_the_learners_ended(ends, passed, code, told, capfd):
     ranks = [ending(what) for what in ends]
     assert distributed._wait(ranks, passed) == code
     assert all(process.poll() is not None for process in ranks)
@@ -262,7 +262,7 @@ def test_the_launcher_tells_why_the_learners_ended(ends, passed, code, told, cap
 
 
 @pytest.mark.parametrize(("passed", "whole"), [(1, True), (2, False)])
-def test_learners_that_stop_in_order_are_given_the_time(passed, whole, monkeypatch):
+def test_launcher_waits_for_a_clean_stop(passed, whole, monkeypatch):
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 0)
     ranks = [ending("sys.exit(130)"), ending("time.sleep(1); sys.exit(130)")]
     assert distributed._wait(ranks, [signal.SIGINT] * passed) == 130
@@ -276,7 +276,7 @@ def test_one_learner_reports_errors(tmp_path, monkeypatch):
     assert distributed.reports_errors() and not distributed.reports_errors()
 
 
-def test_what_advisers_count_is_added_up():
+def test_counts_of_advisers_are_summed():
     counts = ("calls", "cost", "errors/http_429")
     assert all(is_count(f"llm_adapter/{name}") for name in counts)
     means = ("llm_adapter/latency_ms", "llm_adapter/breaker", "synthetic/calls")
@@ -330,7 +330,7 @@ class Threads:
         self.barrier.wait()
 
 
-def test_a_broken_file_moves_no_episode_to_another_learner(tmp_path):
+def test_a_broken_file_does_not_change_which_learner_loads_an_episode(tmp_path):
     spaces = {"is_first": ((), np.bool_), "is_last": ((), np.bool_), "is_terminal": ((), np.bool_)}
     writer = EpisodeWriter(tmp_path, spaces, 1)
     for _ in range(6):

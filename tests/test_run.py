@@ -1,4 +1,4 @@
-"""The loop: what a run does, in which order, what it logs and writes, and what evaluation is."""
+"""The loop: counting, logging, evaluation, files, and stopping."""
 
 import json
 import multiprocessing
@@ -92,8 +92,8 @@ def test_run_leaves_the_files_that_the_readme_lists(debug_run):
     text = log(debug_run)
     for said in ("on cpu", "presets crafter, debug", "GiB when full", "step 300/300", "to go", "Saved"):
         assert said in text
-    told = [line.split(" INFO ")[1] for line in text.splitlines()]
-    assert told == (debug_run / "stdout").read_text().splitlines()
+    printed = [line.split(" INFO ")[1] for line in text.splitlines()]
+    assert printed == (debug_run / "stdout").read_text().splitlines()
 
 
 def test_only_real_steps_are_counted(tmp_path):
@@ -108,7 +108,7 @@ def test_only_real_steps_are_counted(tmp_path):
     assert metrics(tmp_path)[-1]["env/episode_length"] == 3 * (files[0].length - 1)
 
 
-def test_prefill_owes_no_updates_and_acts_at_random(tmp_path, monkeypatch):
+def test_prefill_acts_at_random_and_adds_no_updates(tmp_path, monkeypatch):
     acted = []
     act = Dreamer.act
     monkeypatch.setattr(Dreamer, "act", lambda *args, **kwargs: acted.append(1) or act(*args, **kwargs))
@@ -125,7 +125,7 @@ def test_train_ratio_is_replayed_steps_per_stored_transition(tmp_path, ratio):
     assert abs(replayed - float(ratio) * (70 - 30)) < 2 * 4
 
 
-def test_replay_learns_what_each_update_found_out(tmp_path):
+def test_updates_refresh_latents_and_priorities_in_the_replay(tmp_path):
     assert train(tmp_path, "--replay.sampler", "curious", "--eval_every", "0", "--steps", "60") == 0
     state = moment(tmp_path)
     visits, priority = state["sampler.npz"]["visits"], state["sampler.npz"]["priority"]
@@ -206,7 +206,7 @@ def test_each_env_gives_the_same_number_of_evaluation_episodes(tmp_path, uneven)
     assert len(list((tmp_path / "videos").iterdir())) == 12
 
 
-def test_no_world_is_seen_twice_in_training_and_evaluation(tmp_path, uneven, monkeypatch):
+def test_no_seed_is_used_twice_in_training_and_evaluation(tmp_path, uneven, monkeypatch):
     play, firsts = play_episodes, []
     monkeypatch.setattr(evaluation, "play_episodes", lambda *args: firsts.append(args[4]) or play(*args))
     with signal_at(61):
@@ -266,7 +266,7 @@ def test_no_worker_process_outlives_a_run(tmp_path):
     assert not multiprocessing.active_children()
 
 
-def test_all_parts_are_closed_even_if_one_cannot_be(tmp_path, monkeypatch, capfd):
+def test_all_parts_are_closed_even_if_one_fails(tmp_path, monkeypatch, capfd):
     closed = []
     close = Logger.close
     monkeypatch.setattr(Logger, "close", lambda self: closed.append("logger") or close(self))

@@ -1,4 +1,4 @@
-"""Runs in processes that start at once and die by SIGKILL where they are told to; what must be true then."""
+"""Runs in processes that die by SIGKILL at a chosen point, and what must be true afterwards."""
 
 import io
 import multiprocessing
@@ -18,7 +18,7 @@ from episodes import list_episodes
 TRAINED = 3 / 8  # updates for each step after the 30th, with the options of run_helpers.TINY
 CHANGES = ("replace", "link", "fsync", "unlink", "rmdir", "mkdir")  # of the file system, in os
 
-# A server that has imported all forks each process: importing torch anew would take longer than the runs.
+# A server that has imported all forks each process: importing torch again would take longer than the runs.
 # Of its own threads, which a fork would lose, it has none.
 servers = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
 multiprocessing.set_forkserver_preload(["killing"])

@@ -49,14 +49,12 @@ def test_run_whose_clock_jumps_all_the_time_is_the_same_run(tmp_path, whole, set
     with signal_at(71):
         assert train(tmp_path, "--save_every", "20") == 143
     assert train(tmp_path, "--save_every", "20") == 0
-    assert "anew" not in log(tmp_path) and "younger" not in log(tmp_path)
+    assert "refilled" not in log(tmp_path) and "newer than" not in log(tmp_path)
     assert_same_run(tmp_path, reference)
 
 
 @pytest.mark.parametrize("jump", [-5 * YEAR, pytest.param(5 * YEAR, marks=slow)])
-def test_after_a_jump_the_last_checkpoint_is_gone_on_with_and_the_newest_ones_are_kept(
-    tmp_path, set_clock, jump
-):
+def test_after_a_jump_the_last_checkpoint_is_resumed_and_the_newest_ones_are_kept(tmp_path, set_clock, jump):
     options = ("--save_every", "20", "--eval_every", "0")
     with signal_at(61):
         assert train(tmp_path, *options) == 143
@@ -70,7 +68,7 @@ def test_after_a_jump_the_last_checkpoint_is_gone_on_with_and_the_newest_ones_ar
         path.write_bytes(b"broken")
     assert train(tmp_path, *options) == 0
     text = log(tmp_path)
-    assert "Resumed at step 100" in text and "anew" not in text and "is lost" not in text
+    assert "Resumed at step 100" in text and "refilled" not in text and "is lost" not in text
     steps = [line["step"] for line in metrics(tmp_path)]
     assert steps == sorted(set(steps)) and steps[-1] == 120
     starts = [file.name for file in list_episodes(tmp_path / "train_eps")]
@@ -89,7 +87,7 @@ def test_run_in_a_folder_whose_episodes_come_from_the_future_keeps_them(tmp_path
     before = checkpoints.load_checkpoint(tmp_path / "run")[0]
     assert train(tmp_path / "run", *options) == 0
     text = log(tmp_path / "run")
-    assert f"Resumed at step {before['step']}" in text and "younger" not in text and "anew" not in text
+    assert f"Resumed at step {before['step']}" in text and "newer than" not in text and "refilled" not in text
 
 
 @pytest.mark.parametrize("name", ["20991231T235959-0", "99999999T999999-0"])

@@ -1,4 +1,4 @@
-"""The real program on a disk that really fills up: one line, exit code 2, and with room it goes on."""
+"""The program on a disk that fills up: one line, exit code 2, and with more room the run resumes."""
 
 import os
 import re
@@ -51,7 +51,7 @@ MORE = {"decisions": LORE, "evaluation": EVAL, "video": EVAL}  # options; the ot
 
 
 class Disk:
-    """A small disk of its own, a tmpfs, at `folder`."""
+    """A small disk, a tmpfs, at `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -124,7 +124,7 @@ def assert_whole(logdir: Path) -> None:
     assert stored == state["progress"]["transitions"] + state["progress"]["episodes"]
     steps = [line["step"] for line in metrics(logdir)]
     assert steps == sorted(set(steps))
-    assert not list(logdir.rglob("*.tmp")) and "anew" not in log(logdir)
+    assert not list(logdir.rglob("*.tmp")) and "refilled" not in log(logdir)
     events = EventAccumulator(str(logdir))
     events.Reload()
     assert [event.step for event in events.Scalars("replay/size")] == steps
@@ -166,7 +166,7 @@ def test_disk_that_is_full_at_a_write_ends_the_run_with_its_name_and_loses_nothi
 
 @slow
 @pytest.mark.parametrize("size", ["300k", "900k", "1500k"])
-def test_run_that_fills_its_disk_by_itself_goes_on_when_it_is_larger(disk, size):
+def test_run_that_fills_its_disk_resumes_on_a_larger_one(disk, size):
     """Whatever meets the end of the disk first."""
     disk.resize(size)
     logdir = disk.folder / "run"

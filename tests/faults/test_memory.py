@@ -67,9 +67,9 @@ def full_after(monkeypatch):
 
 @pytest.mark.parametrize("error, text", [pytest.param(*case, id=name) for name, case in FULL.items()])
 def test_error_says_what_is_full_and_what_lowers_the_need(error, text):
-    with pytest.raises(UserError) as told, tools.memory_explained():
+    with pytest.raises(UserError) as caught, tools.memory_explained():
         raise error
-    line = str(told.value)
+    line = str(caught.value)
     assert text in line and "\n" not in line and all(option in line for option in OPTIONS)
     assert ("--precision bfloat16" in line) == ("GPU" in text or "CUDA" in text)
     assert ("--replay.capacity" in line) == ("RAM" in text)
@@ -86,7 +86,7 @@ def test_full_memory_in_an_update_ends_the_run_after_a_save(tmp_path, capfd, ful
     assert stored == saved["progress"]["transitions"] + saved["progress"]["episodes"]
 
 
-def test_run_that_ran_out_of_memory_goes_on_with_a_smaller_batch(tmp_path, full_after):
+def test_run_that_ran_out_of_memory_resumes_with_a_smaller_batch(tmp_path, full_after):
     full_after(torch.OutOfMemoryError(GPU), 5)
     assert train(tmp_path, "--eval_every", "0") == 2
     stopped = checkpoints.load_checkpoint(tmp_path)[0]["step"]
@@ -112,7 +112,7 @@ def test_where_even_the_save_has_no_memory_the_last_checkpoint_stays(
     assert checkpoints.load_checkpoint(tmp_path)[0]["step"] == 40
 
 
-def test_full_gpu_at_the_start_is_said_before_anything_is_written(tmp_path, capfd, monkeypatch):
+def test_full_gpu_at_the_start_is_reported_before_anything_is_written(tmp_path, capfd, monkeypatch):
     def full(agent, *_):
         raise torch.OutOfMemoryError(GPU)
 
@@ -132,7 +132,7 @@ def test_replay_that_finds_no_ram_is_explained(tmp_path, capfd, monkeypatch):
     assert "Unable to allocate 59.6 GiB" in line and "--replay.backend memmap" in line
 
 
-def test_gpu_that_another_program_fills_is_not_taken_for_one_that_does_not_work(monkeypatch, capfd, tmp_path):
+def test_full_gpu_counts_as_working(monkeypatch, capfd, tmp_path):
     def full(*_, **__):
         raise torch.OutOfMemoryError(GPU)
 

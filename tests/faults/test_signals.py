@@ -27,7 +27,7 @@ SECOND = dict(zip(WORK, (signal.SIGINT, signal.SIGTERM) * 2, strict=True))  # an
 @pytest.mark.parametrize(
     "work", [pytest.param(work, marks=[slow] * (number != 1)) for number, work in enumerate(WORK)]
 )
-def test_second_signal_ends_the_run_at_once_and_it_goes_on_from_what_is_whole(
+def test_second_signal_ends_the_run_at_once_and_a_whole_checkpoint_is_resumed(
     tmp_path, capfd, monkeypatch, work
 ):
     owner, name = WORK[work]
@@ -53,6 +53,6 @@ def test_second_signal_ends_the_run_at_once_and_it_goes_on_from_what_is_whole(
     assert saved == (70 if work == "older ones are deleted" else 60)
     assert train(tmp_path, *OPTIONS) == 0
     text = log(tmp_path)
-    assert f"Resumed at step {saved}" in text and "anew" not in text and "is lost" not in text
+    assert f"Resumed at step {saved}" in text and "refilled" not in text and "is lost" not in text
     assert [line["step"] for line in metrics(tmp_path)] == [20, 40, 60, 80, 100, 120]
     assert check_agreement(tmp_path)["step"] == 120
