@@ -275,7 +275,7 @@ RUNS = {
 
 
 def measure_advice(args: argparse.Namespace) -> Figures:
-    """Env steps per second of real runs of Crafter after the prefill; ratios are to the first run."""
+    """Env steps per second of real runs of Crafter after the prefill, and the time relative to the first run."""
     sys.path.insert(0, str(ROOT / "tests"))
     from llm_servers import FakeLLM, Say
 
@@ -289,7 +289,7 @@ def measure_advice(args: argparse.Namespace) -> Figures:
     return {
         name: {
             "steps_per_s": round(statistics.median(each), 2),
-            "ratio": round(statistics.median(s / b for s, b in zip(each, base, strict=True)), 3),
+            "ratio": round(statistics.median(b / s for s, b in zip(each, base, strict=True)), 3),
         }
         for name, each in speeds.items()
     }
