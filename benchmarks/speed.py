@@ -275,7 +275,7 @@ RUNS = {
 
 
 def measure_advice(args: argparse.Namespace) -> Figures:
-    """Env steps per second of real runs of Crafter after the prefill, and the time relative to the first run."""
+    """Env steps per second of real runs of Crafter after the prefill; ratios of time to the first run."""
     sys.path.insert(0, str(ROOT / "tests"))
     from llm_servers import FakeLLM, Say
 
