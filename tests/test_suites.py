@@ -229,7 +229,9 @@ sys.exit(code)
 
 @pytest.mark.skipif(NO_DM_CONTROL, reason="dm-control cannot be installed on this Python")
 def test_proprio_trains_and_evaluates_without_rendering(tmp_path):
-    options = "--configs dmc_proprio debug --task dmc_cartpole_balance --steps 200 --time_limit 40"
+    options = (
+        "--configs dmc_proprio debug --task dmc_cartpole_balance --steps 200 --time_limit 40"
+    )
     environ = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
     command = [sys.executable, "-W", "error::UserWarning:glfw", "-c", PROPRIO, *options.split()]
     command += ["--logdir", str(tmp_path)]
@@ -506,17 +508,6 @@ def test_mujoco_env_chooses_opengl_when_it_renders(needs_opengl):
     env.close()
 
 
-def test_error_of_gymnasium_is_one_line():
-    for name, reason in (
-        ("phys2d/CartPole-v1", "jax"),
-        ("Ant-v2", "gymnasium-robotics"),
-        ("Ant-v9", "Ant-v5"),
-    ):
-        with pytest.raises(UserError, match=reason) as error:
-            make(f"gym_{name}", ("gym",))
-        assert "\n" not in str(error.value)
-
-
 def test_module_before_the_id_is_imported(monkeypatch, tmp_path):
     (tmp_path / "my_zoo.py").write_text(
         "import gymnasium\nfrom test_suites import Zoo\ngymnasium.register('MyZoo-v3', Zoo)\n"
@@ -677,14 +668,6 @@ def test_minecraft_time_limit_is_a_truncation_and_any_other_end_is_terminal():
         assert [env.step(0)[2:4] for _ in range(40)][-1] == end
 
 
-def test_minecraft_without_minerl_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(minecraft, "java_version", lambda: "8")
-    monkeypatch.setitem(sys.modules, "gym", None)
-    with pytest.raises(UserError, match=r"not found: the Python package gym\..*minerl==0\.4\.4") as error:
-        make("minecraft_diamond", ("minecraft",))
-    assert "\n" not in str(error.value)
-
-
 # Actions of every kind
 
 
@@ -709,12 +692,6 @@ def test_actions_of_all_spaces_are_encoded_and_decoded_without_loss():
     for key, value in drawn.items():
         assert back[key].dtype == value.dtype
         np.testing.assert_array_equal(back[key], value)
-
-
-def test_random_actions_reach_every_choice():
-    drawn = Random(SPACES, np.random.default_rng(0)).act(300)
-    assert set(drawn["gear"]) == {-1, 0, 1}
-    assert [len(set(column)) for column in drawn["keys"].reshape(300, -1).T] == [2, 3, 4, 2]
 
 
 def test_policy_has_one_factor_per_index_and_per_continuous_key():
@@ -756,11 +733,9 @@ def test_env_with_a_dict_of_all_actions_trains_resumes_and_is_evaluated(tmp_path
 
 
 RUNS = {
-    "dmc_proprio": "--configs dmc_proprio debug --task dmc_cartpole_balance",
     "dmc_vision": "--configs dmc_vision debug --task dmc_walker_walk",
     "atari100k": "--configs atari100k debug --task atari_pong",
     "minigrid": "--configs minigrid debug --minigrid.direction True --minigrid.mission True",
-    "gym": "--configs gym debug --task gym_CartPole-v1",
     "gym_pixels": "--configs gym debug --task gym_Pendulum-v1 --obs pixels",
     "memorymaze": "--configs memorymaze debug --envs.amount 2",
 }
@@ -771,10 +746,9 @@ RUNS = {
 def test_short_training_with_the_real_package(name, tmp_path, request):
     if name in ("dmc_vision", "memorymaze"):
         request.getfixturevalue("needs_opengl")
-    if NO_DM_CONTROL and name in ("dmc_proprio", "dmc_vision", "memorymaze"):
+    if NO_DM_CONTROL and name in ("dmc_vision", "memorymaze"):
         pytest.skip("dm-control cannot be installed on this Python")
     assert main(*RUNS[name].split(), "--logdir", str(tmp_path)) == 0
     seen = {key for line in metrics(tmp_path) for key in line}
     assert {"loss/policy", "eval/episode_return", "env/episode_return"} <= seen
-    drawn = name != "dmc_proprio"  # the video of CartPole comes from its render()
-    assert bool(list(tmp_path.glob("videos/*.mp4"))) == drawn
+    assert list(tmp_path.glob("videos/*.mp4"))
