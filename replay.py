@@ -19,7 +19,7 @@ import numpy as np
 
 import episodes
 from basics import UserError, free_disk, free_memory, numpy_rng
-from episodes import BrokenEpisode, EpisodeFile, EpisodeWriter, Layout, Rows, step_layout, step_limits
+from episodes import BrokenEpisode, EpisodeWriter, Layout, Rows, step_layout, step_limits
 
 MOMENT = re.compile(r"\d{8}T\d{6}-[0-9a-f]+")  # folders that `save` makes
 NO_CLASS = 255  # stoch of a step without latents: no class is set, which the agent reads as a zero state
@@ -27,9 +27,6 @@ MAX_CAPACITY = 1_000_000  # largest capacity, in steps, that `auto` chooses
 AUTO_SHARE = 0.5  # largest share of the free memory that `auto` uses
 FULL_SHARE = 0.9  # largest share of the free memory that an explicit capacity may use
 GIB = 2**30
-
-
-# --- Capacity and place --------------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
@@ -48,8 +45,6 @@ class Loaded(NamedTuple):
 
 def ring_layout(spaces: Mapping, deter_size: int, stoch_size: int, classes: int) -> Layout:
     """Shape and dtype of each stored key of a step, latents included. `classes` 0 means Gaussian latents."""
-    if classes > NO_CLASS:
-        raise UserError(f"rssm.classes is {classes}, but the replay stores at most {NO_CLASS}.")
     latents: Layout = {
         "deter": ((deter_size,), np.dtype(np.float16)),
         "stoch": ((stoch_size,), np.dtype(np.uint8 if classes else np.float16)),
@@ -127,8 +122,6 @@ def window_counts(heads: np.ndarray, rows: int, window: int) -> np.ndarray:
 class Uniform:
     """Draws all windows of all streams with equal probability."""
 
-    nbytes = 0
-
     def __init__(self, rows: int, window: int):
         self.rows, self.window = rows, window
 
@@ -180,10 +173,6 @@ class Curious:
     def bytes_for(steps: int) -> int:
         """Memory that the sampler needs for so many steps."""
         return 8 * steps + SumTree.bytes_for(steps)
-
-    @property
-    def nbytes(self) -> int:
-        return self.bytes_for(len(self.priority))
 
     def add(self, slots: np.ndarray) -> None:
         """Give new steps the largest priority."""
@@ -315,13 +304,11 @@ class Replay:
     ):
         self.layout = ring_layout(spaces, deter_size, stoch_size, classes)
         self.step_layout = step_layout(spaces)  # of added steps and files: no latents
-        self.limits, self.classes = step_limits(spaces), classes
+        self.limits = step_limits(spaces)
         self.defaults = {key: self.step_layout[key][1].type(value) for key, value in (defaults or {}).items()}
         self.no_latents = {"deter": np.float16(0), "stoch": np.uint8(NO_CLASS) if classes else np.float16(0)}
         self.n_envs, self.rows = n_envs, capacity // n_envs
         self.context, self.window = context, context + batch_length
-        if self.rows < self.window:
-            raise UserError(f"replay.capacity {capacity} holds no window of {self.window} steps a stream.")
         self.writer = writer
         self.folder = Path(folder) if folder is not None else None
         if self.folder:
@@ -358,10 +345,6 @@ class Replay:
     def size(self) -> int:
         """Steps in the ring."""
         return int((self.heads - self.oldest).sum())
-
-    def nbytes(self) -> int:
-        """Bytes of the ring and the sampler when full."""
-        return sum(array.nbytes for array in self.ring.values()) + self.sampler.nbytes
 
     def can_sample(self, batch_size: int) -> bool:
         """Whether there are at least `batch_size` different windows."""
@@ -527,7 +510,10 @@ class Replay:
         """
         folder, broken, lines = self.writer.folder, [], []
         self.clear()
-        for file in newest(episodes.list_episodes(folder)[part::parts], self.n_envs * self.rows):
+        files = episodes.list_episodes(folder)[part::parts]
+        lengths = np.array([file.length for file in files], np.int64)
+        newer = lengths[::-1].cumsum()[::-1] - lengths  # steps of the files after each one
+        for file in (files[i] for i in np.flatnonzero(newer < self.n_envs * self.rows)):
             try:
                 rows = self._read(file.path, file.length)
             except BrokenEpisode as error:
@@ -544,10 +530,9 @@ class Replay:
     def save(self, folder: str | os.PathLike, latents: bool) -> dict:
         """Write what the episode files lack to `{folder}/{moment}/`; returns the state for the checkpoint.
 
-        These are the open episodes, the curious priorities and, if `latents`, the latents. Nothing is
-        deleted, since the previous checkpoint may need it until this one is written; then call `keep_moment`.
-        The state has the place of each episode in the ring, and the moment, which separates files that the
-        checkpoint knows from newer ones.
+        These are the open episodes, the priorities and, if `latents`, the latents. Call `keep_moment` once
+        the checkpoint is written: until then, the previous one needs its files. The state has the place of
+        each episode in the ring, and the moment, which separates known files from newer ones.
         """
         self.writer.flush()
         moment = self.writer.new_name()
@@ -575,28 +560,32 @@ class Replay:
             "rng": self.rng.bit_generator.state,
         }
 
+    def _filled(self, key: str) -> list[np.ndarray]:
+        """Views of the stored steps of each stream, in the order of slots."""
+        counts = np.minimum(self.heads, self.rows)
+        return [self.ring[key][i : i + n] for i, n in zip(self.offsets, counts, strict=True)]
+
     def _latents(self) -> Rows:
-        """Views of each stream's latents."""
-        filled = np.minimum(self.heads, self.rows)
-        return {
-            f"{key}-{env}": self.ring[key][offset : offset + count]
-            for env, (offset, count) in enumerate(zip(self.offsets, filled, strict=True))
-            for key in self.no_latents
-        }
+        return {f"{key}-{env}": x for key in self.no_latents for env, x in enumerate(self._filled(key))}
 
     def load(self, state: dict, folder: str | os.PathLike) -> Loaded:
         """Restore the ring that `save` saw: same positions, same draws and, if saved, the same latents.
 
-        Newer episode files are moved to newer/. If the result is `exact`, the open episodes continue; a reset
-        of its environment closes one. If not (files are missing or broken; the capacity or the number of
-        environments has changed), the ring is filled as by `load_episodes`, open episodes are written to
-        files, and the environments must start new ones.
+        Newer episode files are moved to newer/. If `exact`, open episodes continue; a reset closes them. If
+        not (missing or broken files, another capacity or number of environments), the ring is filled by
+        `load_episodes`, open episodes are written to files, and the environments must start new ones.
         """
-        opened, lines = self._begin_load(state, folder)
+        self._check_names(state)
+        lines = self._set_aside_newer(state)
+        self.writer.tick = max(self.writer.tick, state["tick"])
         place = Path(folder) / state["moment"]
+        opened = self._read_open(state, place, lines)
         if lost := self._restore(state, opened):
             lines.append(f"The replay is refilled from episode files, not restored exactly: {lost}.")
-            self._finish_open(state, opened)
+            for env, rows in opened.items():
+                self.writer.resume(0, state["open"][env], rows)
+                self.writer.finish(0)
+            self.writer.flush()
             loaded = self.load_episodes()
             return loaded._replace(lines=lines + loaded.lines)
         for env, rows in opened.items():
@@ -613,34 +602,26 @@ class Replay:
                 current[:] = saved.get(key, current)
         return self._loaded(True, lines)
 
-    def _begin_load(self, state: dict, folder: str | os.PathLike) -> tuple[dict[int, Rows], list[str]]:
-        """The open episodes by environment, and messages for the user."""
-        self._check_names(state)
-        lines = self._set_aside_newer(state)
-        self.writer.tick = max(self.writer.tick, state["tick"])
-        opened: dict[int, Rows] = {}
-        for env in state["open"]:
-            path = Path(folder) / state["moment"] / f"open-{env}.npz"
-            _, start, end = state["streams"][env][-1]
-            try:
-                opened[env] = self._read(path, end - start)
-            except (BrokenEpisode, UserError) as error:
-                lines.append(f"{path}: the open episode of environment {env} is lost: {error}")
-        return opened, lines
-
     def _check_names(self, state: dict) -> None:
         """Raise ValueError for names that point to files elsewhere."""
         names = [*state["open"].values(), *(name for stream in state["streams"] for name, *_ in stream)]
-        if wrong := [name for name in names if not episodes.NAME.fullmatch(name)]:
-            raise ValueError(f"{wrong[0]!r} is not the name of an episode")
-        if not MOMENT.fullmatch(state["moment"]):
-            raise ValueError(f"{state['moment']!r} is not the name of a moment")
+        wrong = [name for name in names if not episodes.NAME.fullmatch(name)]
+        wrong += [] if MOMENT.fullmatch(state["moment"]) else [state["moment"]]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not the name of an episode or of a moment")
 
-    def _finish_open(self, state: dict, opened: dict[int, Rows]) -> None:
-        for env, rows in opened.items():
-            self.writer.resume(0, state["open"][env], rows)
-            self.writer.finish(0)
-        self.writer.flush()
+    def _read_open(self, state: dict, place: Path, lines: list[str]) -> dict[int, Rows]:
+        """The open episodes by environment; `lines` gets a message for each one that is lost."""
+        opened = {}
+        for env in state["open"]:
+            _, start, end = state["streams"][env][-1]
+            try:
+                opened[env] = self._read(place / f"open-{env}.npz", end - start)
+            except (BrokenEpisode, UserError) as error:
+                lines.append(
+                    f"{place}/open-{env}.npz: the open episode of environment {env} is lost: {error}"
+                )
+        return opened
 
     def _beside(self, path: Path, like: Rows, lines: list[str]) -> Rows:
         """The arrays of a file, with the shapes and dtypes of `like`; {} and a message if it is broken."""
@@ -654,15 +635,12 @@ class Replay:
             return {}
 
     def _set_aside_newer(self, state: dict) -> list[str]:
-        opened = set(state["open"].values())
-        files = episodes.list_episodes(self.writer.folder)
+        folder, opened = self.writer.folder, set(state["open"].values())
+        files = episodes.list_episodes(folder)
         newer = [file for file in files if file.name > state["moment"] or file.name in opened]
-        if not newer:
-            return []
         episodes.move_into(newer, "newer")
-        total = sum(file.length for file in newer)
-        place = self.writer.folder / "newer"
-        return [f"{len(newer)} episode files newer than the checkpoint ({total} steps) moved to {place}."]
+        moved = f"{len(newer)} episode files newer than the checkpoint ({sum(f.length for f in newer)} steps)"
+        return [f"{moved} moved to {folder / 'newer'}."] if newer else []
 
     def _restore(self, state: dict, opened: dict[int, Rows]) -> str:
         """Put all segments back in place. Returns the reason why that is impossible, or an empty string."""
@@ -684,9 +662,7 @@ class Replay:
 
     def _loaded(self, exact: bool, lines: list[str]) -> Loaded:
         self.exact = exact
-        filled = np.minimum(self.heads, self.rows)
-        starts = zip(self.offsets, filled, strict=True)
-        first = sum(int(self.ring["is_first"][offset : offset + count].sum()) for offset, count in starts)
+        first = sum(int(flags.sum()) for flags in self._filled("is_first"))
         return Loaded(self.size, self.size - first, exact, lines)
 
     def close(self) -> None:
@@ -711,8 +687,8 @@ class Replay:
                 else:
                     file.truncate(nbytes)
         except OSError as error:
-            need = f"{nbytes / GIB:.2f} GiB in {path}"
-            raise UserError(f"Cannot reserve {need}: {error.strerror}. Set replay.capacity lower.") from error
+            reason = f"Cannot reserve {nbytes / GIB:.2f} GiB in {path}: {error.strerror}"
+            raise UserError(f"{reason}. Set replay.capacity lower.") from error
         return np.asarray(np.memmap(path, dtype, "r+", shape=shape))  # [N, ...]
 
 
@@ -721,12 +697,3 @@ def keep_moment(folder: str | os.PathLike, moment: str) -> None:
     for path in Path(folder).iterdir():
         if MOMENT.fullmatch(path.name) and path.name != moment:
             shutil.rmtree(path)
-
-
-def newest(files: list[EpisodeFile], steps: int) -> list[EpisodeFile]:
-    """The newest files that together hold `steps` steps, the oldest first."""
-    total, first = 0, len(files)
-    while first and total < steps:
-        first -= 1
-        total += files[first].length
-    return files[first:]
