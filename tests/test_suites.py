@@ -229,9 +229,7 @@ sys.exit(code)
 
 @pytest.mark.skipif(NO_DM_CONTROL, reason="dm-control cannot be installed on this Python")
 def test_proprio_trains_and_evaluates_without_rendering(tmp_path):
-    options = (
-        "--configs dmc_proprio debug --task dmc_cartpole_balance --steps 200 --time_limit 40"
-    )
+    options = "--configs dmc_proprio debug --task dmc_cartpole_balance --steps 200 --time_limit 40"
     environ = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
     command = [sys.executable, "-W", "error::UserWarning:glfw", "-c", PROPRIO, *options.split()]
     command += ["--logdir", str(tmp_path)]
