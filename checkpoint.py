@@ -124,8 +124,9 @@ def checkpoint_path(logdir: str | os.PathLike, step: int) -> Path:
 
 def find_checkpoints(logdir: str | os.PathLike) -> list[Path]:
     """The checkpoints of a run: latest.pt, then the others, the last step first. Empty for a new run."""
-    latest = Path(logdir) / LATEST
-    others = sorted((Path(logdir) / CHECKPOINTS).glob("step-*.pt"), reverse=True)
+    latest, folder = Path(logdir) / LATEST, Path(logdir) / CHECKPOINTS
+    # glob raises for a name that is too long or a folder without permission; writing reports these.
+    others = sorted(folder.glob("step-*.pt"), reverse=True) if os.path.isdir(folder) else []
     return [latest, *others] if os.path.exists(latest) else others
 
 
@@ -286,7 +287,7 @@ def run_lock(logdir: str | os.PathLike) -> Iterator[list[str]]:
     """
     folder = Path(logdir)
     lock = filelock.FileLock(folder / LOCK, fallback_to_soft=False, thread_local=False)
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]  # the innermost first
+    made = [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]  # the innermost first
     notes = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
