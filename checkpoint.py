@@ -287,7 +287,7 @@ def run_lock(logdir: str | os.PathLike) -> Iterator[list[str]]:
     """
     folder = Path(logdir)
     lock = filelock.FileLock(folder / LOCK, fallback_to_soft=False, thread_local=False)
-    made = [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]  # the innermost first
+    made = [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]  # innermost first
     notes = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
