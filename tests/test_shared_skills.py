@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -213,6 +214,8 @@ def as_learner(rank: int, ports: list[int], folder: Path) -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         assert dreamer.main([*SHORT, "--steps", str(steps), "--logdir", str(folder / "run")]) == 0
+        while rank and not (folder / f"{steps}-0.json").exists():  # until rank 0 has saved
+            time.sleep(0.1)
         found = {"seen": seen, "executed": executed, "skills": skills_of(folder / "run")}
         (folder / f"{steps}-{rank}.json").write_text(json.dumps(found))
         seen.clear()
