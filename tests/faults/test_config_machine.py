@@ -1,4 +1,4 @@
-"""Configs against a simple model: any command and any text is a config, or a mistake told in one line.
+"""Configs against a simple model: any command and any text is a config, or an error of one line.
 
 The model merges plain dicts: defaults, presets by class, single options.
 """
@@ -163,22 +163,11 @@ class Commands(RuleBasedStateMachine):
         assert {name: type(value) for name, value in found.items()} == {k: type(v) for k, v in values.items()}
 
 
-def run_machine(examples: int) -> None:
+def test_command_is_the_merge_of_its_parts():
     run_state_machine_as_test(
         Commands,
-        settings=settings(
-            max_examples=examples, stateful_step_count=15, suppress_health_check=list(HealthCheck)
-        ),
+        settings=settings(max_examples=15, stateful_step_count=15, suppress_health_check=list(HealthCheck)),
     )
-
-
-def test_command_is_the_merge_of_its_parts():
-    run_machine(15)
-
-
-@pytest.mark.slow
-def test_command_is_the_merge_of_its_parts_for_long():
-    run_machine(50)
 
 
 @settings(max_examples=60)
@@ -213,13 +202,11 @@ def bomb() -> str:
 @example(text=bomb())
 @example(text="size: &a [*a]")
 @example(text=nested(5000, "1"))
-@example(text="[" * 10**5)
 @example(text="a: !!python/object/apply:os.system [ls]")
 @example(text="logdir: !!binary aGk=")
 @example(text="? {a: 1}\n: 2")
 @example(text='"\\e[2J\\n": 1')
 @example(text='logdir: "a\\0b"')
-@example(text='configs: ["\\e[2J"]')
 @example(text="seed: 2001-99-01")
 @example(text="seed: " + "9" * 5000)
 @example(text="%YAML 9.9\n---\na")
