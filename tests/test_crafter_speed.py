@@ -57,53 +57,6 @@ def assert_same_world(ours, original):
     assert random_state(ours) == random_state(original)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**31 - 2])
-def test_noise_of_all_fields_is_the_originals_to_the_last_bit(seed):
-    simplex, noise = ListSimplex(seed), crafter_worldgen.noise_fields(AREA, seed)
-    cells = np.random.default_rng(seed).integers(0, 64, (150, 2)).tolist()
-    for name, field in crafter_worldgen.FIELDS.items():
-        original = [
-            worldgen._simplex(simplex, *field.at(x, y), field.z, field.octaves, field.normalize)
-            for x, y in cells
-        ]
-        ours = [noise[name][x, y] for x, y in cells]
-        assert np.float64(ours).tobytes() == np.float64(original).tobytes(), name
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_landscape_is_the_plain_form_to_the_last_bit(seed):
-    """The plain form is that of `crafter.worldgen._set_material`, cell by cell."""
-    noise = crafter_worldgen.noise_fields(AREA, seed)
-    world = engine.World(AREA, constants.materials, (12, 12))
-    player = objects.Player(world, (32, 32))
-    ours = crafter_worldgen._landscape(crafter_worldgen._distances(world, player), noise)
-    for x, y in np.ndindex(AREA):
-        start = 4 - np.sqrt((x - player.pos[0]) ** 2 + (y - player.pos[1]) ** 2)
-        start += 2 * float(noise["start"][x, y])
-        start = 1 / (1 + np.exp(-start))
-        water = float(noise["water"][x, y]) + 0.1
-        water -= 2 * start
-        mountain = float(noise["mountain"][x, y])
-        mountain -= 4 * start + 0.3 * water
-        assert (start, water, mountain) == tuple(ours[name][x, y] for name in ("start", "water", "mountain"))
-
-
-def test_original_evaluates_noise_only_at_our_points(quick_original, monkeypatch):
-    asked = set()
-
-    class Recorder(ListSimplex):
-        def noise3(self, *point):
-            asked.add(point)
-            return super().noise3(*point)
-
-    monkeypatch.setattr(worldgen.opensimplex, "OpenSimplex", Recorder)
-    for seed in range(4):
-        make_world(worldgen.generate_world, seed)
-    points = set(crafter_worldgen.octave_points(AREA))
-    assert asked <= points
-    assert {z for _, _, z in asked} == {z for _, _, z in points}, "every field was asked for"
-
-
 def test_noise_at_any_point_is_the_originals_to_the_last_bit():
     points = np.random.default_rng(0).normal(0, 20, (4000, 3)).tolist()
     points += [(x, y, z) for x in (-1, 0, 2) for y in (0, 1) for z in (0, 5)]  # on the lattice, with ties
@@ -113,7 +66,7 @@ def test_noise_at_any_point_is_the_originals_to_the_last_bit():
     assert crafter_worldgen.OpenSimplexGrid(points)(7).tobytes() == original.tobytes()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_world_is_the_originals(seed, quick_original):
     ours, original = (make_world(each.generate_world, seed) for each in (crafter_worldgen, worldgen))
     assert_same_world(ours, original)
@@ -125,7 +78,7 @@ def test_world_of_another_area_is_the_originals(quick_original):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1000, 1006))
+@pytest.mark.parametrize("seed", [1000, 1001])
 def test_world_is_the_untouched_originals(seed):
     ours, original = (make_world(each.generate_world, seed) for each in (crafter_worldgen, worldgen))
     assert_same_world(ours, original)
@@ -162,17 +115,6 @@ def test_trajectory_is_the_originals(quick_original):
         slept |= pair[1]._player.sleeping
     assert slept
     assert_same_world(pair[0]._env._world, pair[1]._world)
-
-
-def test_trajectory_over_many_episodes_is_the_originals(quick_original):
-    ours, original = make_pair(5, length=60)
-    ends = 0
-    for action in np.random.default_rng(5).integers(17, size=320).tolist():
-        if assert_same_step(ours, original, action):
-            ends += 1
-            np.testing.assert_array_equal(ours.reset()[0]["image"], original.reset())
-    assert ends >= 5
-    assert_same_world(ours._env._world, original._world)
 
 
 def test_smaller_world_is_the_originals(quick_original):

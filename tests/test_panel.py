@@ -43,13 +43,6 @@ def test_frame_is_enlarged_by_a_whole_factor_on_the_left():
     assert (picture[:384:6, :384:6] == FRAME).all() and (picture[5:384:6, 5:384:6] == FRAME).all()
 
 
-@pytest.mark.parametrize(("shape", "drawn"), [((210, 160), 320), ((100, 501), 501), ((7, 7), 385)])
-def test_sizes_are_even_for_any_frame(shape, drawn):
-    picture = _draw(np.zeros((*shape, 3), np.uint8), width=301)
-    assert picture.shape[0] % 2 == 0 and picture.shape[1] in (drawn + 301, drawn + 302)
-    assert picture.shape[1] % 2 == 0
-
-
 @pytest.mark.parametrize("count", [1, 17, 200])
 def test_size_does_not_depend_on_the_texts(count):
     sizes = {
@@ -72,11 +65,6 @@ def test_bars_are_as_long_as_the_probabilities():
     assert full > WIDTH * 0.4 and full == pytest.approx(2 * half, abs=2)
     assert _length(picture, "adviser")[-1] == pytest.approx(full / 4, abs=2)
     assert not _length(picture, "mix")
-
-
-def test_silent_adviser_has_no_bars():
-    assert len(_length(_draw(), "adviser")) == panel.BAR
-    assert not _length(_draw(adviser=None), "adviser")
 
 
 def test_nothing_is_drawn_over_the_frame_or_the_edges():
