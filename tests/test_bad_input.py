@@ -1,7 +1,6 @@
 """Mistakes end the program with one or two lines and exit code 2; nothing is lost or half written."""
 
 import copy
-import errno
 import functools
 import math
 import os
@@ -133,44 +132,6 @@ def test_logdir_without_permission_is_named(capfd, nobody):
 
 
 # ---- The disk
-
-
-def disk_full(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_full_disk_stops_the_run_which_resumes_when_there_is_room(tmp_path, capfd, monkeypatch):
-    with signal_at(20):
-        train(tmp_path)
-    before = files(tmp_path / "checkpoints")
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", disk_full)
-        message = refusal(capfd, tmp_path, "--save_every", "30")
-    assert "disk full" in message and str(tmp_path) in message
-    assert "could not be saved" in log(tmp_path)
-    assert files(tmp_path / "checkpoints") == before
-    assert not list(tmp_path.rglob("*.tmp"))
-    assert train(tmp_path) == 0
-    assert "Resumed at step 20 " in log(tmp_path)
-    assert "refilled" not in log(tmp_path)
-    steps = [line["step"] for line in metrics(tmp_path)]
-    assert steps == sorted(set(steps)) and steps[-1] == 120
-
-
-def test_episode_without_room_is_written_when_there_is_room(tmp_path, capfd, monkeypatch):
-    write, failed = np.savez_compressed, []
-
-    def fails_once(*args, **kwargs):
-        if not failed:
-            failed.append(True)
-            disk_full()
-        write(*args, **kwargs)
-
-    monkeypatch.setattr(np, "savez_compressed", fails_once)
-    assert "disk full" in refusal(capfd, tmp_path)
-    saved = stored_steps(tmp_path)
-    assert train(tmp_path) == 0
-    assert f"with {saved} steps in the replay" in log(tmp_path) and "refilled" not in log(tmp_path)
 
 
 def test_broken_episodes_are_moved_and_reported(tmp_path):

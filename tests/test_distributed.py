@@ -26,7 +26,6 @@ import distributed
 from agent import Dreamer
 from basics import UserError
 from episodes import EpisodeWriter
-from lore_llm.hooks import is_count
 from models import ReturnNorm
 from replay import Replay
 
@@ -261,12 +260,13 @@ def test_launcher_reports_why_the_learners_ended(ends, passed, code, told, capfd
     assert told in err and len(err.splitlines()) == bool(told)
 
 
-@pytest.mark.parametrize(("passed", "whole"), [(1, True), (2, False)])
-def test_launcher_waits_for_a_clean_stop(passed, whole, monkeypatch):
+@pytest.mark.parametrize(("passed", "seconds"), [(1, 1), (2, 3600)])
+def test_launcher_waits_for_a_clean_stop_until_the_second_signal(passed, seconds, monkeypatch):
     monkeypatch.setattr(distributed, "GRACE_SECONDS", 0)
-    ranks = [ending("sys.exit(130)"), ending("time.sleep(1); sys.exit(130)")]
+    ranks = [ending("sys.exit(130)"), ending(f"time.sleep({seconds}); sys.exit(130)")]
     assert distributed._wait(ranks, [signal.SIGINT] * passed) == 130
-    assert (ranks[1].poll() is not None) == whole
+    assert (ranks[1].poll() is not None) == (passed == 1)
+    ranks[1].kill()
     ranks[1].wait()
 
 
@@ -274,13 +274,6 @@ def test_one_learner_reports_errors(tmp_path, monkeypatch):
     assert distributed.reports_errors() and distributed.reports_errors()
     monkeypatch.setenv(distributed.REPORTED, str(tmp_path / "word"))
     assert distributed.reports_errors() and not distributed.reports_errors()
-
-
-def test_counts_of_advisers_are_summed():
-    counts = ("calls", "cost", "errors/http_429")
-    assert all(is_count(f"llm_adapter/{name}") for name in counts)
-    means = ("llm_adapter/latency_ms", "llm_adapter/breaker", "synthetic/calls")
-    assert not any(is_count(name) for name in means)
 
 
 # ---- Folders that they share
@@ -448,8 +441,7 @@ def test_a_signal_stops_all_learners_and_the_run_resumes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_learner_ends_the_run_in_one_line_and_it_resumes(lost, tmp_path):
+def test_a_killed_learner_ends_the_run_in_one_line_and_it_resumes(tmp_path):
     process = start(tmp_path, "--parallel", "2", "--steps", "100000", "--save_every", "40")
     until_logged(tmp_path, "at step 40", process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
@@ -457,11 +449,11 @@ def test_a_killed_learner_ends_the_run_in_one_line_and_it_resumes(lost, tmp_path
         Path(f"/proc/{pid}/environ").read_text().split("\0LOCAL_RANK=")[1][0]: int(pid)
         for pid in children.stdout.split()
     }
-    os.kill(ranks[str(lost)], signal.SIGKILL)
+    os.kill(ranks["1"], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert errors.strip().splitlines() == [
-        f"error: Learner {lost} was ended by SIGKILL. The same command resumes from the last checkpoint."
+        "error: Learner 1 was ended by SIGKILL. The same command resumes from the last checkpoint."
     ]
     assert_resumes(tmp_path)
 

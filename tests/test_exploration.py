@@ -24,7 +24,6 @@ from exploration import (
     RandomActor,
     RewardNorm,
     learning_progress,
-    masked_mean,
     spread,
 )
 
@@ -142,13 +141,6 @@ def test_rewards_are_divided_by_their_deviation_but_never_amplified():
     assert scale_after(0.01, 200) == 1
 
 
-def test_masked_mean():
-    x = torch.tensor([1.0, 2.0, 300.0])
-    assert masked_mean(x, torch.tensor([True, True, False])) == 1.5
-    assert masked_mean(x, torch.zeros(3, dtype=torch.bool)) == 0
-    assert masked_mean(torch.tensor([1.0, float("nan")]), torch.tensor([True, False])) == 1
-
-
 # --- The error -----------------------------------------------------------------------------------------
 
 
@@ -232,17 +224,6 @@ def test_disagreement_is_the_reward():
     torch.testing.assert_close(agent.explorer.intrinsic(feat, action), spread_of)
 
 
-def test_running_deviation_follows_the_rewards_of_real_transitions():
-    agent = explorer_agent("surprise", "--lpm.error", "kl")
-    for _ in range(2):
-        _, found, _, _ = explore(agent, make_batch(agent))
-    mean, std = float(found["expl/reward_mean"]), float(found["expl/reward_std"])
-    weight, first, second = (agent.explorer.norm.moments / agent.explorer.norm.moments[0]).tolist()
-    assert weight == 1 and first == pytest.approx(mean, rel=0.1)
-    assert second - first**2 == pytest.approx(std**2, rel=0.3)
-    assert found["expl/reward_scale"] == agent.explorer.norm.scale
-
-
 def test_reward_arrives_with_the_state_after_its_action(monkeypatch):
     agent = explorer_agent("surprise", "--expl_extr_scale", "2", "--expl_intr_scale", "10")
     monkeypatch.setattr(agent.explorer, "expected", lambda x: x[..., 0] + x[..., -1])
@@ -309,8 +290,7 @@ def trained(agent: Dreamer, loss: torch.Tensor) -> set[str]:
 
 
 @pytest.mark.parametrize("name", CURIOUS)
-@pytest.mark.parametrize("actor", ["shared", "separate"])
-@pytest.mark.parametrize("gradient", ["reinforce", "dynamics"])
+@pytest.mark.parametrize(("actor", "gradient"), [("shared", "reinforce"), ("separate", "dynamics")])
 def test_explorers_send_no_gradient_into_the_world_model_nor_get_one_from_actors(name, actor, gradient):
     options = ("--expl_task_actor", actor, "--imag_gradient", gradient, "--lpm.fifo", "8")
     agent = explorer_agent(name, *options, act_space=CONTINUOUS)
@@ -392,14 +372,6 @@ def test_a_separate_actor_critic_maximises_the_sum_with_the_loss_scales(monkeypa
     assert plain[0].tolist() == [True, False, True, False, False]
     for name, scale in (("policy", 1.0), ("value", 1.0), ("repval", 0.3)):
         torch.testing.assert_close(losses[f"expl_{name}"], scale * raw[name].mean())
-
-
-def test_slow_critic_of_a_separate_actor_critic_follows():
-    agent = explorer_agent("plan2explore", "--expl_task_actor", "separate")
-    own = agent.explorer.behavior
-    torch.nn.init.normal_(own.critic.out.weight)
-    agent.train(make_batch(agent))
-    torch.testing.assert_close(own.slow_critic.out.weight, 0.02 * own.critic.out.weight)
 
 
 def test_error_predictor_has_its_own_rate_and_no_warmup():
@@ -524,13 +496,6 @@ def test_lpm_learns_nothing_from_masked_or_infinite_transitions():
     broken["vector"][0, 2] = np.inf
     skipped = [bool(agent.train(batch)[0]["opt/skipped"]) for batch in [broken] + [make_batch(agent)] * 5]
     assert skipped == [True] + [False] * 5
-
-
-def test_lpm_may_measure_a_share_of_the_batch():
-    agent = explorer_agent("lpm", "--lpm.share", "0.5", "--lpm.fifo", "4")
-    assert agent.explorer.sequences == 1 and agent.explorer.rows == 4
-    explore(agent, make_batch(agent))
-    assert agent.explorer.fifo.pushed == 4
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 KINDS = ["none", "process"]
 
 
-def make_vec(make_env, amount: int, kind: str, timeout: float = 30, max_restarts: int = 0):
+def make_vec(make_env, amount: int, kind: str, timeout: float = 120, max_restarts: int = 0):
     return parallel.make_vec(make_env, amount, kind, timeout=timeout, max_restarts=max_restarts)
 
 
@@ -105,7 +105,7 @@ class Failing(dummy.Dummy):
 
 
 def hang() -> None:
-    time.sleep(3)
+    time.sleep(60)
 
 
 def make_failing(failures: list[str], index: int) -> wrappers.Episode:
@@ -197,16 +197,6 @@ def test_observations_are_copies(continuous, kind):
     np.testing.assert_array_equal(kept["image"], image)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="SIGTERM cannot be ignored there")
-def test_workers_leave_stop_signals_to_the_main_process(continuous):
-    vec = continuous["process"]
-    vec.reset()
-    for pid in pids_of(vec):
-        os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGTERM)
-    run(vec, 5)
-
-
 def pids_of(vec) -> list[int]:
     return [worker.process.pid for worker in vec._workers]
 
@@ -218,7 +208,7 @@ def pids_of(vec) -> list[int]:
 def test_lost_worker_is_restarted_and_the_others_continue(vecs, tmp_path, caplog, capfd, how):
     vec = vecs(partial(make_failing_once, tmp_path / "mark", how), 2, "process", max_restarts=1)
     if how == "hangs":
-        vec._workers[1].timeout = 1.5  # from here on: a start may take longer on a busy machine
+        vec._workers[1].timeout = 5  # from here on: a start may take longer on a busy machine
     well = vecs(partial(make_failing, ["works", "works"]), 2, "none")
     assert_equal([vec.reset()], [well.reset()])
     steps, expected = run(vec, 20), run(well, 20)
@@ -234,7 +224,7 @@ def test_lost_worker_is_restarted_and_the_others_continue(vecs, tmp_path, caplog
     assert [index for index, step in enumerate(steps) if step["is_last"][1]] == [2 + 16]
     assert [state["episode"] for state in vec.state()] == [1, 2]
     assert "Its worker is restarted (number 1; envs.max_restarts allows 1 restarts" in caplog.text
-    reason = {"exits": "SystemExit: enough", "dies": "exit code 7", "hangs": "no answer for 1.5 seconds"}
+    reason = {"exits": "SystemExit: enough", "dies": "exit code 7", "hangs": "no answer for 5 seconds"}
     assert reason.get(how, "ValueError: the sprocket is loose") in caplog.text
     if how in ("raises", "exits"):
         assert "Traceback" in caplog.text and "in step" in caplog.text
@@ -363,7 +353,9 @@ def test_worker_processes_import_neither_torch_nor_the_main_program(tmp_path):
 def run_script(folder: Path, source: str) -> subprocess.CompletedProcess:
     script = folder / "script.py"
     script.write_text(source)
-    return subprocess.run([sys.executable, script], env=environ(), capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, script], env=environ(), capture_output=True, text=True, timeout=300
+    )
 
 
 def environ() -> dict[str, str]:
@@ -427,7 +419,7 @@ def test_stopped_program_leaves_no_processes_or_memory(stop, tmp_path):
 
 
 def assert_gone(memory: str, pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (any(map(alive, pids)) or exists(memory)):
         time.sleep(0.05)
     assert not any(map(alive, pids))

@@ -11,7 +11,7 @@ import episodes
 import replay as replay_module
 from basics import UserError
 from episodes import EpisodeWriter, list_episodes, read_episode, step_layout
-from replay import NO_CLASS, Curious, Replay, SumTree, keep_moment, plan, ring_layout
+from replay import NO_CLASS, Curious, Replay, SumTree, plan, ring_layout
 
 SPACES = {
     "image": gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8),
@@ -113,18 +113,6 @@ def test_starts_are_uniform_over_all_streams():
     share = 32_000 / len(expected)
     chi_square = ((drawn - share) ** 2 / share).sum()  # mean 47, standard deviation 9.7
     assert 15 < chi_square < 95
-
-
-def test_streams_of_unequal_length_share_draws_by_their_windows(tmp_path):
-    writer = EpisodeWriter(tmp_path, SPACES, 1)
-    replay = make(n_envs=2, capacity=200, writer=writer)
-    for env, length in ((0, 24), (1, 84)):
-        source = Source(length=length)
-        rows = episodes.stack([source.step(latents=False) for _ in range(length)])
-        replay._put(env, "", 0, {key: rows[key][:, 0] for key in step_layout(SPACES)})
-    share = replay.draw(10_000)[:, 0].mean()
-    assert abs(share - 80 / 100) < 0.02
-    replay.close()
 
 
 def test_windows_cross_resets_and_start_with_is_first():
@@ -499,19 +487,3 @@ def test_missing_episode_file_is_reported_and_the_rest_is_loaded(tmp_path):
     inside = resumed.sample(64)["vector"][..., 2]
     assert ((np.diff(inside, axis=1) == 1) | (inside[:, 1:] == 0)).all()
     resumed.close()
-
-
-def test_keep_moment_deletes_other_moments_only(tmp_path):
-    replay = build(tmp_path)
-    source = Source(2).fill(replay, 12)
-    (tmp_path / "state" / "mine").mkdir(parents=True)
-    moments = []
-    for _ in range(4):
-        source.fill(replay, 1)
-        moments.append(replay.save(tmp_path / "state", latents=True)["moment"])
-    assert sorted(os.listdir(tmp_path / "state")) == [*moments, "mine"]
-    keep_moment(tmp_path / "state", moments[2])
-    assert sorted(os.listdir(tmp_path / "state")) == [moments[2], "mine"]
-    files = ["latents.npz", "open-0.npz", "open-1.npz", "sampler.npz"]
-    assert sorted(os.listdir(tmp_path / "state" / moments[2])) == files
-    replay.close()

@@ -497,15 +497,6 @@ def test_pixels_are_the_rendered_frame_and_both_keeps_the_vector():
     assert (obs["image"] == 7).all()
 
 
-def test_mujoco_env_chooses_opengl_when_it_renders(needs_opengl):
-    del os.environ["MUJOCO_GL"]
-    env = make("gym_Hopper-v5", ("gym",))
-    env.reset()
-    assert "MUJOCO_GL" not in os.environ
-    assert env.render().std() > 1 and "MUJOCO_GL" in os.environ
-    env.close()
-
-
 def test_module_before_the_id_is_imported(monkeypatch, tmp_path):
     (tmp_path / "my_zoo.py").write_text(
         "import gymnasium\nfrom test_suites import Zoo\ngymnasium.register('MyZoo-v3', Zoo)\n"
@@ -518,12 +509,6 @@ def test_module_before_the_id_is_imported(monkeypatch, tmp_path):
 
 
 # Memory Maze
-
-
-def test_memory_maze_refuses_small_images():
-    if not NO_DM_CONTROL:
-        with pytest.raises(UserError, match="at least 64 x 64"):
-            make("memorymaze_9x9", ("memorymaze",), "--size", "48", "48")
 
 
 # Minecraft, with a fake that has MineRL's documented spaces
@@ -636,13 +621,6 @@ def test_minecraft_with_a_fake_minerl_follows_the_contract(fake_minerl):
     )
 
 
-def test_minecraft_has_one_action_per_button_turn_and_item():
-    listed = minecraft.list_actions(FakeMineRL.action_space.spaces)
-    assert len(listed) == 1 + 8 + 4 + 4 + 2 + 2 + 2 + 3
-    assert {} in listed and {"craft": "planks"} in listed and {"jump": 1, "forward": 1} in listed
-    assert not any("none" in action.values() for action in listed)
-
-
 def test_minecraft_holds_attacks_and_limits_the_camera():
     inner = FakeMineRL()
     inner.length = 1000
@@ -657,13 +635,6 @@ def test_minecraft_holds_attacks_and_limits_the_camera():
     for _ in range(10):
         env.step(index['{"camera": [15, 0]}'])
     assert sum(action["camera"][0] for action in inner.done_actions) == minecraft.PITCH_LIMIT
-
-
-def test_minecraft_time_limit_is_a_truncation_and_any_other_end_is_terminal():
-    for length, end in ((40, (False, True)), (41, (True, False))):
-        env = minecraft.Minecraft(FakeMineRL(), (64, 64), length)
-        env.reset(seed=0)
-        assert [env.step(0)[2:4] for _ in range(40)][-1] == end
 
 
 # Actions of every kind

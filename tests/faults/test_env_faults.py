@@ -57,11 +57,11 @@ def is_sound(logdir) -> dict:
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """A worker counts as hanging after 2 seconds, except at its start, which is slow on a busy machine."""
+    """A worker counts as hanging after 10 seconds, except at its start, which is slow on a busy machine."""
 
     def bind(worker, block, original=parallel.ProcessWorker.bind):
         original(worker, block)
-        worker.timeout = 2
+        worker.timeout = 10
 
     monkeypatch.setattr(parallel.ProcessWorker, "bind", bind)
 
@@ -74,7 +74,7 @@ def impatient(monkeypatch):
             "dies", "The worker process of environment {} died (exit code 7). Its worker", marks=slow
         ),
         pytest.param(
-            "hangs", "Environment {} gave no answer for 2 seconds; it hangs. Its worker", marks=slow
+            "hangs", "Environment {} gave no answer for 10 seconds; it hangs. Its worker", marks=slow
         ),
     ],
 )

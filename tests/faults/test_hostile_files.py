@@ -151,20 +151,6 @@ def test_bomb_in_the_saved_replay_takes_no_memory(run, little_memory):
     assert len(list_episodes(run / "train_eps")) >= 2 and checkpoints.load_checkpoint(run)[0]["step"] == 64
 
 
-@pytest.mark.parametrize(
-    "name, key, value, told",
-    [],
-)
-def test_impossible_values_in_the_saved_replay_are_skipped(run, name, key, value, told):
-    (path,) = (run / "replay_state").rglob(name)
-    arrays = dict(np.load(path))
-    arrays[key][0] = value
-    np.savez(path, **arrays)
-    assert train(run, *OPTIONS, "--steps", "80") == 0
-    assert f"{path} is ignored, and its values are reset: {told}" in log(run)
-    assert "Resumed at step 60" in log(run)
-
-
 # ---- Checkpoints
 
 
