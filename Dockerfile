@@ -1,8 +1,8 @@
-# LoRe with all that it needs, for a CPU or an NVIDIA GPU: ./start.sh builds and enters it.
+# LoRe with its requirements, for CPUs and NVIDIA GPUs. ./start.sh builds and starts it.
 FROM python:3.11.14-slim-bookworm
 
-# OpenGL in software for MuJoCo, a C compiler for torch.compile.
-# Debian keeps only the latest version of a package, so none is pinned here.
+# Software OpenGL for MuJoCo, and a C compiler for torch.compile. Not pinned, since Debian keeps only the
+# latest version of a package.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
@@ -11,18 +11,18 @@ RUN apt-get update \
 
 WORKDIR /lore
 
-# What is installed stands before the code, so that a changed line of code installs nothing anew. On Linux
-# pip installs the CUDA build of PyTorch, which runs on a CPU too. For a much smaller image without CUDA, set
-# pip's own variable PIP_EXTRA_INDEX_URL to the index of CPU builds that PyTorch's own page names.
+# Requirements are installed before the code is copied, so that changes of the code do not install them again.
+# On Linux, pip installs PyTorch with CUDA, which also runs on CPUs. For a much smaller image without CUDA, set
+# pip's variable PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds.
 ARG PIP_EXTRA_INDEX_URL=
 COPY requirements.txt ./
 RUN pip install --no-cache-dir -r requirements.txt
-# Extras by name, as in requirements/.
+# Names of files in requirements/.
 ARG EXTRAS="gym minigrid plot"
 COPY requirements requirements/
 RUN for extra in $EXTRAS; do pip install --no-cache-dir -r "requirements/$extra.txt" || exit 1; done
 
-# Not root: any user may be given, such as the owner of the logdir that is mounted (docker-compose.yml).
+# Any user can run it: docker-compose.yml sets the owner of the mounted logdir.
 RUN useradd --create-home --uid 1000 lore \
     && mkdir logdir \
     && chmod 777 /home/lore /lore logdir

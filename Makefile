@@ -1,4 +1,4 @@
-# `make crafter` trains, `make test` tests. Both set up .venv first, where that is not done yet.
+# `make crafter` trains, `make test` runs the tests. Both set up .venv the first time.
 # Another Python:  make test PYTHON=python3.12
 # Other presets:   make crafter CONFIGS="crafter cpu" ARGS="--steps 20000"
 
@@ -9,23 +9,23 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Each stamp is written when its set-up is complete, and is redone when its requirements change.
+# Stamps of complete installations, which are repeated when their requirements change.
 READY := $(VENV)/.ready
 READY_DEV := $(VENV)/.ready-dev
 
-# Must run on any Python, even 2, to say that it is too old.
+# Must also run on older Pythons, even 2, to report that they are too old.
 define CHECK_PYTHON
 import sys
 if sys.version_info < (3, 11):
-    sys.exit("LoRe needs Python 3.11 or newer, but $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12 ..."
+    sys.exit("LoRe needs Python 3.11 or newer, but $(PYTHON) is %d.%d. Use another: make PYTHON=python3.12 ..."
              % sys.version_info[:2])
 try:
     import ensurepip, venv
 except ImportError:
-    sys.exit("$(PYTHON) cannot make virtual environments (no venv or ensurepip). "
+    sys.exit("$(PYTHON) cannot create virtual environments (no venv or ensurepip). "
              "On Debian or Ubuntu: apt install python%d.%d-venv. Then run make again." % sys.version_info[:2])
 if sys.version_info >= (3, 13):
-    print("Python %d.%d has no dm-control: the dmc_* tasks need 3.11 or 3.12." % sys.version_info[:2])
+    print("dm-control does not support Python %d.%d: the dmc_* tasks need 3.11 or 3.12." % sys.version_info[:2])
 endef
 export CHECK_PYTHON
 
@@ -52,12 +52,12 @@ lint: $(READY_DEV)
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis __pycache__ */__pycache__
 
-# A .venv without a stamp was left half-finished: it is made anew.
+# A .venv without its stamp is incomplete, so it is created again.
 $(READY): requirements.txt
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "$(PYTHON) is not installed. LoRe needs Python 3.11 or newer: make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c "$$CHECK_PYTHON"
-	@test -f $@ || { echo "Making $(VENV)"; rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	@test -f $@ || { echo "Creating $(VENV)"; rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
 	@touch $@
 
