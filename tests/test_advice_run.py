@@ -358,7 +358,7 @@ def test_answers_are_stored_with_the_steps_that_asked(tmp_path):
     "options, says",
     [
         ("--prior.enabled True", "add llm.enabled True"),
-        ("--llm.enabled True", "what for"),
+        ("--llm.enabled True", "nothing uses the advice"),
         (f"{LLM} --prior.enabled True --task dummy_continuous", "one Discrete action"),
         (f"{LLM} --options.enabled True --task dummy_continuous", "one Discrete action"),
         (f"{LLM} --prior.enabled True --expl_behavior random", "does not act with expl_behavior random"),

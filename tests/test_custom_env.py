@@ -318,7 +318,7 @@ def test_preset_accepts_all_options_of_the_guide(tmp_path):
     assert changed != text
     path = tmp_path / "configs.yaml"
     path.write_text(changed, encoding="utf-8")
-    preset = configs.read(path).preset("custom")
+    preset = configs.read(path).preset("custom").values
     named = "envs.amount envs.parallel encoder.mlp_keys encoder.cnn_keys decoder.mlp_keys decoder.cnn_keys "
     named += "train_ratio batch_size batch_length rssm.deter rssm.hidden rssm.stoch rssm.classes model_lr "
     named += "actor_lr critic_lr imag_horizon slow_value_target slow_target_update reward_scale"

@@ -22,7 +22,7 @@ from basics import CONTROL, UserError
 from config import Config, Option
 
 SCHEMA = configs.read()
-PRESETS = [name for presets in SCHEMA.presets.values() for name in presets]
+PRESETS = list(SCHEMA.presets)
 LONGEST = 1500  # characters of a message
 VALID = configs.load(["--configs", "debug"]).to_yaml()
 
@@ -55,7 +55,11 @@ def values_of(option: Option) -> st.SearchStrategy:
 def overrides(draw) -> tuple[list[str], str, object]:
     """An option as it stands in a command, its full name and its value."""
     option = draw(st.sampled_from(list(SCHEMA.options.values())))
-    value = draw(st.lists(values_of(option), min_size=1, max_size=3) if option.is_list else values_of(option))
+    value = draw(
+        st.lists(values_of(option), min_size=1, max_size=3)
+        if isinstance(option.default, list)
+        else values_of(option)
+    )
     name = option.name
     leaf = name.rpartition(".")[2]
     if len(SCHEMA.leaves(leaf)) == 1 and leaf not in SCHEMA.options and leaf not in SCHEMA.groups:
@@ -112,7 +116,7 @@ class Commands(RuleBasedStateMachine):
     def shuffle(self, data):
         """The order of presets of other classes, and of different options, means nothing."""
         before = self.config
-        by_class = {kind: [p for p in self.presets if p in SCHEMA.presets[kind]] for kind in configs.CLASSES}
+        by_class = {k: [p for p in self.presets if SCHEMA.presets[p].kind == k] for k in configs.CLASSES}
         self.presets = sum((by_class[kind] for kind in data.draw(st.permutations(configs.CLASSES))), [])
         names = [configs._find(SCHEMA, words[0][2:].partition("=")[0]) for words in self.words]
         last = dict(zip(names, self.words, strict=True))
@@ -155,8 +159,8 @@ class Commands(RuleBasedStateMachine):
     def config_is_the_model(self):
         values = {name: option.default for name, option in SCHEMA.options.items()}
         for kind in configs.CLASSES:
-            for preset in dict.fromkeys(p for p in self.presets if p in SCHEMA.presets[kind]):
-                values |= SCHEMA.presets[kind][preset]
+            for preset in dict.fromkeys(p for p in self.presets if SCHEMA.presets[p].kind == kind):
+                values |= SCHEMA.presets[preset].values
         values |= self.options
         found = dict(configs._flatten(self.config))
         assert found == values
