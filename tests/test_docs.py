@@ -96,11 +96,16 @@ def test_the_requirements_that_a_page_installs_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files(page):
+def test_links_lead_to_files_and_headings(page):
     text = re.sub(r"^```diff\n.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)]+)\)", text):
-        path = (ROOT / page).parent / target.partition("#")[0]
-        assert target.startswith("https://") or path.exists(), target
+    for target in re.findall(r"\]\((?!https:)([^)]+)\)", text):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / name if name else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            names = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert anchor in names, target
 
 
 # --- The README's run ----------------------------------------------------------------------------------
