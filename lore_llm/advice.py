@@ -1,8 +1,8 @@
 """What an adviser is asked and may answer, and the parser of replies.
 
-A reply is untrusted data: its length, names and numbers are bounded, and nothing in it is executed. What is
-not valid is refused, clipped or ignored field by field, so that a bad plan does not lose good logits, and is
-counted by its reason, one of `PROBLEMS`.
+A reply is untrusted data: its length, names and numbers are bounded, and nothing in it is executed. Each
+field is validated separately: invalid ones are refused, clipped or ignored, and counted by their reason, one
+of `PROBLEMS`, while the others are used.
 """
 
 import dataclasses
@@ -259,7 +259,7 @@ def _read(found: Mapping[str, Any], spec: AdviceSpec, problems: Counter[str]) ->
             continue
         try:
             fields[name] = read(found[name], spec, problems)
-        except (TypeError, ValueError):  # pydantic's errors too
+        except (TypeError, ValueError, OverflowError):  # pydantic's errors are ValueErrors
             problems[reason] += 1
     fields = {name: value for name, value in fields.items() if name == "confidence" or value}
     if not fields.keys() - {"confidence"}:
@@ -272,10 +272,7 @@ def _number(value: Any) -> float:
     """A finite number. Booleans and text are not numbers."""
     if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
         raise TypeError
-    try:
-        number = float(value)
-    except OverflowError as error:
-        raise ValueError from error
+    number = float(value)
     if not math.isfinite(number):
         raise ValueError
     return number
@@ -339,7 +336,7 @@ def _skills(value: Any, spec: AdviceSpec, problems: Counter[str]) -> tuple[Optio
     for each in value[:allowed]:
         try:
             skills.append(_skill(each, spec, problems))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems["skill_refused"] += 1
     return tuple(skills)
 
@@ -395,13 +392,11 @@ def reply_schema(spec: AdviceSpec, wants: frozenset[str]) -> dict[str, Any]:
         if spec.subgoals:
             fields["subgoal"] = {"type": "string", "enum": list(spec.subgoals)}
     if "skills" in wants and spec.max_skills:
+        duration = {"type": "integer"}
         skill = _object(
-            name=text,
-            description=text,
-            primitive_actions=actions,
-            expected_duration={"type": "integer"},
+            name=text, description=text, primitive_actions=actions, expected_duration=duration,
             confidence=number,
-        )
+        )  # fmt: skip
         fields["skills"] = {"type": "array", "items": skill}
     return _object(**fields)
 

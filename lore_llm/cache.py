@@ -60,15 +60,9 @@ class Cache:
     """
 
     def __init__(
-        self,
-        path: Path,
-        spec: AdviceSpec,
-        *,
-        size: int = MAX_ANSWERS,
-        record: bool = True,
-        must_exist: bool = False,
-        note: Callable[[str], None] = print,
-    ):
+        self, path: Path, spec: AdviceSpec, *, size: int = MAX_ANSWERS, record: bool = True,
+        must_exist: bool = False, note: Callable[[str], None] = print,
+    ):  # fmt: skip
         self.path, self.spec, self.size, self.note = Path(path), spec, size, note
         self._memory: OrderedDict[str, Advice] = OrderedDict()
         self._lock = threading.Lock()  # of the memory and the reader

@@ -1,7 +1,7 @@
 """The run's side of advice: asks for it, and passes the answers to replay, imagination and options.
 
-Each answer belongs to the step that was asked about: its logits are stored there, its plan becomes an item of
-imagination that starts there, and its skills become options. Without advice the run gets a `NoAdvice`.
+Each answer belongs to the step that was asked about: its logits are stored there, its plan becomes a
+synthetic item that starts there, and its skills become options. Without advice the run gets a `NoAdvice`.
 Several learners share one library of options: the first learner keeps it, with the executions of all.
 """
 
@@ -51,7 +51,6 @@ def advice_spaces(
     """Spaces of what advice stores with each step, and the defaults for steps without it."""
     found: dict[str, spaces.Space] = {}
     actions = sum(getattr(space, "n", 0) for space in act_space.values())
-    defaults: dict[str, float] = {}
     flag = spaces.Box(0, 1, (), np.bool_)
     if config.prior.enabled:
         found["llm_logits"] = spaces.Box(-np.inf, np.inf, (actions,), np.float32)
@@ -61,9 +60,7 @@ def advice_spaces(
         found["llm_mask"] = flag
     if config.options.enabled:
         found |= {"decision": flag, "option": spaces.Box(0, 2**31 - 1, (), np.int32)}
-    for key in found:
-        defaults[key] = float(key == "decision")
-    return found, defaults
+    return found, {key: float(key == "decision") for key in found}
 
 
 def make_service(
@@ -137,13 +134,7 @@ class AdviceHooks(NoAdvice):
     """Asks an adviser, and distributes its answers."""
 
     def __init__(
-        self,
-        service: AdviceService,
-        agent: Any,
-        replay: Replay,
-        config: Mapping,
-        logdir: Path,
-        timer: Timer,
+        self, service: AdviceService, agent: Any, replay: Replay, config: Mapping, logdir: Path, timer: Timer
     ):
         self.service, self.agent, self.replay = service, agent, replay
         self.config, self.logdir, self.timer = config, logdir, timer
@@ -154,10 +145,10 @@ class AdviceHooks(NoAdvice):
         self.actions = {name: index for index, name in enumerate(self.captioner.actions)}
         self._notes: list[str] = []
         self.rng = numpy_rng(config.seed, "coach", *distributed.seed_names())
-        self.spaces = advice_spaces(config, agent.actions.space)
-        self.synthetic = SyntheticItems(
-            config, numpy_rng(config.seed, "synthetic", *distributed.seed_names())
-        )
+        entries, _ = advice_spaces(config, agent.actions.space)
+        self.stored = {key: space for key, space in entries.items() if key.startswith("llm_")}
+        rng = numpy_rng(config.seed, "synthetic", *distributed.seed_names())
+        self.synthetic = SyntheticItems(config, rng)
         self.reliability = Reliability()  # of executed plans
         self.proposals: deque[Proposal] = deque(maxlen=max(MAX_PROPOSALS, self.n_envs))
         self.offered: dict[int, int] = {}  # env -> place where this step offered a plan for execution
@@ -186,20 +177,17 @@ class AdviceHooks(NoAdvice):
             if self.keeps_library and step >= self.next_poll:  # the person's edits come first
                 self.next_poll = step + POLL_STEPS
                 self._read_options()
-            entries, plans = self._blank(), {}
+            entries = {k: np.zeros((self.n_envs, *s.shape), s.dtype) for k, s in self.stored.items()}
+            plans: dict[int, Sequence[int]] = {}
             if step < self.until:
                 self._ask(obs, state["uncertainty"].numpy(), step, entries, plans)
             self._share_options()
         return entries, plans
 
     def _ask(
-        self,
-        obs: Arrays,
-        uncertainty: np.ndarray,
-        step: int,
-        entries: Arrays,
+        self, obs: Arrays, uncertainty: np.ndarray, step: int, entries: Arrays,
         plans: dict[int, Sequence[int]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Ask, and enter the answers into the step's `entries` and `plans`, or where they belong."""
         wants_options = self.keeps_library and step >= self.next_options
         if wants_options:
@@ -220,15 +208,10 @@ class AdviceHooks(NoAdvice):
             if self.keeps_library and answered.advice.skills:
                 self._set_options(self.library.propose(answered.advice.skills, step))
 
-    def _blank(self) -> Arrays:
-        found, defaults = self.spaces
-        keys = [key for key in found if key.startswith("llm_")]
-        return {k: np.full((self.n_envs, *found[k].shape), defaults[k], found[k].dtype) for k in keys}
-
     def _values(self, answered: Answered) -> dict[str, Any]:
         advice, values = answered.advice, {}
         if self.config.prior.enabled:
-            if advice.action_prior is None:  # the mask says of all of it whether it is there
+            if advice.action_prior is None:  # llm_mask stands for logits and features together
                 return {}
             logits = torch.tensor(advice.action_prior.logits)
             values["llm_logits"] = bounded(logits, self.config.prior.logit_clip).numpy()
@@ -240,7 +223,7 @@ class AdviceHooks(NoAdvice):
         self.proposals.append(Proposal(answered.env, answered.place, plan, answered.advice.confidence))
         if answered.late:
             return
-        # Full until measurements speak against the plans; 0 where they do harm.
+        # 1 until executed plans turn out to lower the return, then down to 0.
         trust = min(1.0, 2 * float(self.reliability.value))
         if self.rng.random() < self.config.synthetic.synthetic_execution_prob * trust:
             plans[answered.env] = plan
@@ -285,7 +268,7 @@ class AdviceHooks(NoAdvice):
         return bool(found)
 
     def _evaluate_plans(self, state: Mapping[str, torch.Tensor], step: int) -> None:
-        """Evaluate the newest proposals, and those that have just started; keep those that promise a gain."""
+        """Evaluate the newest proposals, and the plans that have just started; keep those with a gain."""
         waiting = [p for p in self.proposals if self.replay.holds(p.env, p.place)]
         self.proposals.clear()
         started = (state["uid"] == PLAN) & (state["position"] == 0)
@@ -361,7 +344,7 @@ class AdviceHooks(NoAdvice):
     # --- Options ---------------------------------------------------------------------------------------
 
     def _read_options(self) -> None:
-        """Take over what a person edited in skills.yaml."""
+        """Apply the person's edits of skills.yaml."""
         slots, lines = self.library.poll()
         self._notes += lines
         self._set_options(slots, renamed=bool(lines))

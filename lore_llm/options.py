@@ -50,7 +50,6 @@ FIELDS = {
     "confidence": "confidence",
     "subgoal": "subgoal",
 }
-YAML_WORDS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 
 HEAD = """\
 # The skills in use and their statistics, as of the last change or checkpoint. LoRe only writes this file. To
@@ -113,7 +112,7 @@ class Stats:
 
 @dataclass
 class Option:
-    """An option in a slot. Its spec holds action indices, and the timeout as expected duration."""
+    """An option in a slot. Its spec has the actions' indices, and the timeout as expected duration."""
 
     spec: OptionSpec
     uid: int
@@ -137,8 +136,8 @@ class Option:
         return self.actions[position % len(self.actions)]
 
 
-class Refused(ValueError):
-    """An option that is not taken: the reason, by which it is counted, and the mistake in words."""
+class Refused(UserError):
+    """An option that is refused: the reason, by which it is counted, and the mistake in words."""
 
     def __init__(self, reason: str, text: str = ""):
         super().__init__(text)
@@ -171,7 +170,7 @@ class OptionLibrary:
         self._added: list[OptionSpec] = []  # its skills,
         self._pinned: set[str] = set()  # its pinned names,
         self._banned: dict[str, tuple[int, ...] | None] = {}  # its banned names -> actions that were removed
-        self._data: bytes | str | None = None  # of skills.yaml when it was last read, or why it could not be
+        self._last_read: tuple[str, str] | None = None  # text of skills.yaml, and why it could not be read
         self._lines: list[str] = []  # for the log, returned by the next poll
 
     def options(self) -> list[Option]:
@@ -350,64 +349,63 @@ class OptionLibrary:
         return changed, lines
 
     def _read(self) -> None:
-        path = self._folder / PERSON_FILE
+        text, fault = "", ""
         try:
-            data = path.read_bytes()
+            text = (self._folder / PERSON_FILE).read_text(encoding="utf-8-sig")
         except FileNotFoundError:
-            data = b""
-        except OSError as error:
-            data = f"{PERSON_FILE}: cannot be read: {error.strerror or error}"
-        if data == self._data:
-            return
-        self._data = data
-        try:
-            if isinstance(data, str):
-                raise Refused("unreadable", data)
-            edits = parse_yaml(data.decode("utf-8-sig"), PERSON_FILE) or {}
-            added = self._parse(edits)
+            pass
         except UnicodeDecodeError:
-            self._lines.append(f"{PERSON_FILE}: not a text file in UTF-8; the last valid state stays")
-        except (UserError, Refused) as error:
+            fault = f"{PERSON_FILE}: not a text file in UTF-8"
+        except OSError as error:
+            fault = f"{PERSON_FILE}: cannot be read: {error.strerror or error}"
+        if (text, fault) == self._last_read:
+            return
+        self._last_read = text, fault
+        try:
+            if fault:
+                raise UserError(fault)
+            edits = parse_yaml(text, PERSON_FILE) or {}
+            added = self._parse(edits)
+        except UserError as error:
             self._lines.append(f"{error}; the last valid state stays")
         else:
             if edits != self._edits:
                 self._apply(edits, added)
 
     def _parse(self, edits: Any) -> list[OptionSpec]:
-        """The skills of skills.yaml, with indices of actions. Raises Refused at the first mistake."""
+        """The skills of skills.yaml, with indices of actions. Raises UserError at the first mistake."""
         if not isinstance(edits, dict):
-            raise Refused("malformed", f"{PERSON_FILE}: it must have the keys skills, pinned or banned")
+            raise UserError(f"{PERSON_FILE}: it must have the keys skills, pinned or banned")
         for key, value in edits.items():
             if key not in ("skills", "pinned", "banned"):
                 known = _nearest(str(key), ("skills", "pinned", "banned"))
-                raise Refused("malformed", f"{PERSON_FILE}: there is no key {_shown(key)}{known}")
+                raise UserError(f"{PERSON_FILE}: there is no key {_shown(key)}{known}")
             if not isinstance(value, list | None):
-                raise Refused("malformed", f"{PERSON_FILE}: {key} must be a list")
-        for key in ("pinned", "banned"):
-            if not all(isinstance(name, str) for name in edits.get(key) or []):
-                raise Refused("malformed", f"{PERSON_FILE}: {key} must be a list of names")
+                raise UserError(f"{PERSON_FILE}: {key} must be a list")
+            if key != "skills" and not all(isinstance(name, str) for name in value or []):
+                raise UserError(f"{PERSON_FILE}: {key} must be a list of names")
         specs: list[OptionSpec] = []
         for number, entry in enumerate(edits.get("skills") or [], 1):
             try:
                 spec = self._parse_entry(entry)
                 if spec.name.casefold() in {other.name.casefold() for other in specs}:
-                    raise Refused("duplicate", "another one has this name")
+                    raise UserError("another one has this name")
                 if _key(spec) in map(_key, specs):
-                    raise Refused("duplicate", "another one has the same actions, duration and subgoal")
-            except Refused as refusal:
+                    raise UserError("another one has the same actions, duration and subgoal")
+            except UserError as error:
                 name = entry.get("name", "") if isinstance(entry, dict) else ""
                 title = f"skill {number} ({_shown(name)})" if name else f"skill {number}"
-                raise Refused("malformed", f"{PERSON_FILE}: {title}: {refusal}") from None
+                raise UserError(f"{PERSON_FILE}: {title}: {error}") from None
             specs.append(spec)
         return specs
 
     def _parse_entry(self, entry: Any) -> OptionSpec:
-        """Raises Refused, whose text names the mistake and the nearest valid value."""
+        """Raises UserError that names the mistake and the nearest valid value."""
         if not isinstance(entry, dict):
-            raise Refused("malformed", "it must have fields such as name: and actions:")
+            raise UserError("it must have fields such as name: and actions:")
         for name in entry:
             if name not in FIELDS:
-                raise Refused("malformed", f"there is no field {_shown(name)}{_nearest(str(name), FIELDS)}")
+                raise UserError(f"there is no field {_shown(name)}{_nearest(str(name), FIELDS)}")
         actions = entry.get("actions")
         values = {"confidence": 1.0, "duration": len(actions) if isinstance(actions, list) else 1}
         values |= {name: value for name, value in entry.items() if value is not None}
@@ -416,16 +414,16 @@ class OptionLibrary:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = next((short for short, long in FIELDS.items() if long == first["loc"][0]), "it")
-            raise Refused("malformed", f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+            raise UserError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
         if spec.expected_duration > self._max_length:
-            raise Refused("malformed", f"duration: at most {self._max_length} (options.option_max_length)")
+            raise UserError(f"duration: at most {self._max_length} (options.option_max_length)")
         if spec.subgoal is not None and spec.subgoal not in self._subgoals:
             near = _nearest(spec.subgoal, self._subgoals)
-            raise Refused("malformed", f"there is no subgoal {spec.subgoal}{near}")
+            raise UserError(f"there is no subgoal {spec.subgoal}{near}")
         return self._checked(spec)
 
     def _apply(self, edits: Mapping[str, Any], added: list[OptionSpec]) -> None:
-        """Bring a valid skills.yaml into the library."""
+        """Apply a valid skills.yaml to the library."""
         self._edits, self._added = dict(edits), added
         self._pinned = {name.casefold() for name in edits.get("pinned") or []}
         banned = [name.casefold() for name in edits.get("banned") or []]
@@ -470,15 +468,11 @@ class OptionLibrary:
         for option in self.options():
             spec = option.spec
             pinned = ", pinned" if self.is_pinned(spec) else ""
-            text += (
-                f"# By the {option.by}{pinned}; {option.stats}\n"
-                f"- name: {_quoted(spec.name)}\n"
-                f"  actions: [{', '.join(_quoted(self._action_names[i]) for i in option.actions)}]\n"
-                f"  description: {_quoted(spec.description)}\n"
-                f"  duration: {option.timeout}\n"
-                f"  confidence: {spec.confidence}\n"
-                f"  subgoal: {'null' if spec.subgoal is None else _quoted(spec.subgoal)}\n\n"
-            )
+            names = [self._action_names[index] for index in option.actions]
+            values = spec.model_dump() | {"primitive_actions": names}
+            # JSON is valid YAML, whatever text an adviser gives.
+            lines = [f"{key}: {json.dumps(values[name], ensure_ascii=False)}" for key, name in FIELDS.items()]
+            text += f"# By the {option.by}{pinned}; {option.stats}\n- " + "\n  ".join(lines) + "\n\n"
         for spec in self._waiting():
             text += f"# {spec.name} waits for a free slot.\n"
         return text
@@ -508,7 +502,7 @@ class OptionLibrary:
         self._added = self._parse(self._edits)
         self._pinned = {name.casefold() for name in self._edits.get("pinned") or []}
         self._banned = {name: actions and tuple(actions) for name, actions in state["banned"].items()}
-        self._data, self._lines = None, []
+        self._last_read, self._lines = None, []
 
 
 def _key(spec: OptionSpec) -> Key:
@@ -537,9 +531,3 @@ def _nearest(word: str, valid: Any) -> str:
     folded = {name.casefold(): name for name in valid}
     near = difflib.get_close_matches(word[:MAX_NAME].casefold(), folded, n=1, cutoff=0.0)
     return f"; the nearest is {folded[near[0]]}"
-
-
-def _quoted(text: str) -> str:
-    """A string in YAML: as it is where that is safe, else in JSON, which YAML understands."""
-    plain = re.fullmatch(r"[A-Za-z_](\w| (?=\w))*", text, re.ASCII) and text.lower() not in YAML_WORDS
-    return text if plain else json.dumps(text, ensure_ascii=False)

@@ -73,16 +73,9 @@ class ActingPolicy(PlainPolicy, nn.Module):
         return {}
 
     def act(
-        self,
-        behavior: ImagBehavior,
-        actor: networks.Actor,
-        feat: Tensor,
-        noise: networks.PolicyNoise,
-        obs: Mapping[str, np.ndarray],
-        state: Mapping[str, Tensor],
-        plans: Mapping[int, Sequence[int]],
-        advised: bool,
-    ) -> tuple[Tensor, State, Arrays]:
+        self, behavior: ImagBehavior, actor: networks.Actor, feat: Tensor, noise: networks.PolicyNoise,
+        obs: Mapping[str, np.ndarray], state: State, plans: Mapping[int, Sequence[int]], advised: bool,
+    ) -> tuple[Tensor, State, Arrays]:  # fmt: skip
         """Act in the envs as `actor` chooses in feat [n, F].
 
         With `advised` the task's actor acts with the prior. `plans` (env: actions) start now where nothing
@@ -121,13 +114,9 @@ class AdvisedPolicy(ActingPolicy):
     averages = ("largest",)  # buffers that are averaged over all learners
 
     def __init__(
-        self,
-        world_model: WorldModel,
-        captioner: Captioner,
-        config: Mapping,
-        disagreement: Callable[[Tensor, Tensor], Tensor] | None,
-        generators: Mapping[str, torch.Generator],
-    ):
+        self, world_model: WorldModel, captioner: Captioner, config: Mapping,
+        disagreement: Callable[[Tensor, Tensor], Tensor] | None, generators: Mapping[str, torch.Generator],
+    ):  # fmt: skip
         super().__init__()
         self.config, self.captioner, self.rngs = config, captioner, generators
         self.ensemble = disagreement
@@ -165,14 +154,10 @@ class AdvisedPolicy(ActingPolicy):
             # A second distribution: `plain` would cache probabilities without gradients.
             detached = self._policy(behavior, hidden, logits)
             uncertainty, parts = self.uncertainty(behavior, feat, detached)
-            if self.prior is None:
-                return AdvisedView(
-                    plain, plain, torch.zeros_like(uncertainty), uncertainty, parts, logits * 0
-                )
-            prior, beta = self.prior(feat), self.prior.beta(uncertainty)
-        if not advised:
-            return AdvisedView(plain, plain, torch.zeros_like(beta), uncertainty, parts, prior)
-        mix = self._policy(behavior, hidden, logits + beta[..., None] * prior)
+            prior = self.prior(feat) if self.prior else torch.zeros_like(logits)
+            advised = advised and self.prior is not None
+            beta = self.prior.beta(uncertainty) if advised else torch.zeros_like(uncertainty)
+        mix = self._policy(behavior, hidden, logits + beta[..., None] * prior) if advised else plain
         return AdvisedView(mix, plain, beta, uncertainty, parts, prior)
 
     def _policy(self, behavior: ImagBehavior, hidden: Tensor, logits: Tensor) -> Policy:
@@ -209,13 +194,9 @@ class AdvisedPolicy(ActingPolicy):
         return Starts(states, weight, rollout)
 
     def imagine(
-        self,
-        behavior: ImagBehavior,
-        rssm: networks.RSSM,
-        start: State,
-        generator: torch.Generator | None,
-        advised: bool = True,
-    ) -> Imagined:
+        self, behavior: ImagBehavior, rssm: networks.RSSM, start: State,
+        generator: torch.Generator | None, advised: bool = True,
+    ) -> Imagined:  # fmt: skip
         if self.options is None:
             return super().imagine(behavior, rssm, start, generator, advised)
 
@@ -233,13 +214,9 @@ class AdvisedPolicy(ActingPolicy):
         return decided[:, :-1], decided[:, 1:]
 
     def loss(
-        self,
-        behavior: ImagBehavior,
-        dream: Imagined,
-        view: View | AdvisedView,
-        starts: Starts,
+        self, behavior: ImagBehavior, dream: Imagined, view: View | AdvisedView, starts: Starts,
         weight: float | Tensor,
-    ) -> tuple[Losses, Metrics]:
+    ) -> tuple[Losses, Metrics]:  # fmt: skip
         losses, metrics = {}, {}
         if self.prior:
             losses["advice_kl"], metrics = self._kl_loss(view, weight)
@@ -338,16 +315,9 @@ class AdvisedPolicy(ActingPolicy):
         return state
 
     def act(
-        self,
-        behavior: ImagBehavior,
-        actor: networks.Actor,
-        feat: Tensor,
-        noise: networks.PolicyNoise,
-        obs: Mapping[str, np.ndarray],
-        state: Mapping[str, Tensor],
-        plans: Mapping[int, Sequence[int]],
-        advised: bool,
-    ) -> tuple[Tensor, State, Arrays]:
+        self, behavior: ImagBehavior, actor: networks.Actor, feat: Tensor, noise: networks.PolicyNoise,
+        obs: Mapping[str, np.ndarray], state: State, plans: Mapping[int, Sequence[int]], advised: bool,
+    ) -> tuple[Tensor, State, Arrays]:  # fmt: skip
         uncertainty = torch.zeros(len(feat))
         if actor is not behavior.actor:
             policy = actor(feat)
@@ -363,14 +333,9 @@ class AdvisedPolicy(ActingPolicy):
         return action, {"uncertainty": uncertainty, **running}, stored
 
     def execute(
-        self,
-        behavior: ImagBehavior,
-        feat: Tensor,
-        choice: Tensor,
-        obs: Mapping[str, np.ndarray],
-        state: Mapping[str, Tensor],
-        plans: Mapping[int, Sequence[int]],
-    ) -> tuple[Tensor, State, Arrays]:
+        self, behavior: ImagBehavior, feat: Tensor, choice: Tensor, obs: Mapping[str, np.ndarray],
+        state: State, plans: Mapping[int, Sequence[int]],
+    ) -> tuple[Tensor, State, Arrays]:  # fmt: skip
         """A running option acts, else a plan, else the actor with its `choice` [n, C]. Returns as `act`."""
         value, scale = behavior.critic(feat).mean.float().cpu(), float(behavior.retnorm.scale)
         chosen, last = choice.argmax(-1).cpu(), torch.from_numpy(obs["is_last"])

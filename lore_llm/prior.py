@@ -109,14 +109,9 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def follow(
-        self,
-        logits: Tensor,
-        probs: Tensor,
-        action: Tensor,
-        advantage: Tensor,
-        mask: Tensor,
+        self, logits: Tensor, probs: Tensor, action: Tensor, advantage: Tensor, mask: Tensor,
         rewarded: Tensor | bool = True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Measure in real steps whether following the advice raises the advantage.
 
         logits, probs (the actor's) and action (one-hot) [..., A]; advantage [...] in units of the scale of

@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from basics import UserError, derive_seed
 from lore_llm.advice import MAX_PLAN, AdviceSpec, Request
@@ -35,19 +35,11 @@ class Verdict:
     confidence: float
 
 
-class Expert(Protocol):
-    """Understands the captions of one game."""
-
-    def advise(self, caption: str) -> Verdict: ...
-
-    def skills(self, caption: str) -> list[dict[str, Any]]: ...
-
-
 class Rules(LLMAdapter):
     """Answers instantly, without network or key.
 
-    The captioner names the expert. Random answers depend on seed and caption only. Raises UserError if there
-    is no expert for the captions.
+    The captioner names the expert: its `advise` returns a Verdict about a caption, its `skills` options for
+    it. Random answers depend on seed and caption only. Raises UserError if there is no such expert.
     """
 
     instant = True
@@ -185,15 +177,12 @@ class MiniGridRules:
         key_color = carried.removesuffix(" key") if carried.endswith(" key") else None
         wanted = None if "goal" in mission else WANTED.search(mission)
         if wanted:
-            matching = [
-                thing
-                for thing in things
-                if thing.kind == wanted["kind"] and wanted["color"] in (None, thing.color)
-            ]
+            kind, color = wanted["kind"], wanted["color"]
+            matching = [thing for thing in things if thing.kind == kind and color in (None, thing.color)]
             if mission.startswith(("go to", "find")):
                 yield matching, "done", "face_object", 0.6
-            elif carried == "nothing" and wanted["kind"] != "door":
-                yield matching, "pickup", f"pick_up_{wanted['kind']}", 0.8
+            elif carried == "nothing" and kind != "door":
+                yield matching, "pickup", f"pick_up_{kind}", 0.8
         else:
             yield [thing for thing in things if thing.kind == "goal"], None, "reach_goal", 0.95
         doors = [thing for thing in things if thing.kind == "door"]
@@ -388,30 +377,19 @@ class CrafterRules:
 
     def skills(self, caption: str) -> list[dict[str, Any]]:
         scene = Scene.read(caption)
-        walks = [
-            _skill(f"walk {name}", "until something is in the way", [f"move_{name}"] * 6, 0.7)
-            for name in OPPOSITE
-        ]
+        tools = ["place_table", "make_wood_pickaxe", "make_wood_sword"]
         works = [
             _skill("chop", "collect the wood ahead", ["do"] * 5, 0.8, "collect_wood"),
             _skill("drink", "at the water ahead", ["do"] * DRINKS, 0.7),
             _skill("sleep", "until awake", ["sleep"] * NAP, 0.6, "wake_up"),
-            _skill(
-                "wooden tools",
-                "a table and what it serves for",
-                ["place_table", "make_wood_pickaxe", "make_wood_sword"],
-                0.7,
-            ),
+            _skill("wooden tools", "a table and what it serves for", tools, 0.7),
         ]
         if "wood_pickaxe" in scene.have:
+            tools = ["place_table", "make_stone_pickaxe", "make_stone_sword"]
             works[0] = _skill("mine", "dig ahead", ["do", f"move_{scene.facing}"] * 3, 0.7)
-            works[3] = _skill(
-                "stone tools",
-                "at a table in reach",
-                ["place_table", "make_stone_pickaxe", "make_stone_sword"],
-                0.7,
-            )
-        return [*works, *walks]
+            works[3] = _skill("stone tools", "at a table in reach", tools, 0.7)
+        way = "until something is in the way"
+        return [*works, *(_skill(f"walk {name}", way, [f"move_{name}"] * 6, 0.7) for name in OPPOSITE)]
 
     # --- What to do: each returns (plan, subgoal, confidence) or None --------------------------------------
 
@@ -621,4 +599,4 @@ class CrafterRules:
 
 
 FAR = Sight("far", "", None)
-EXPERTS: dict[str, type[Expert]] = {"crafter": CrafterRules, "minigrid": MiniGridRules}
+EXPERTS = {"crafter": CrafterRules, "minigrid": MiniGridRules}

@@ -108,16 +108,9 @@ class AdviceService:
     """
 
     def __init__(
-        self,
-        adviser: LLMAdapter,
-        captioner: Any,
-        config_llm: Mapping[str, Any],
-        *,
-        cache_path: Path,
-        n_envs: int,
-        deterministic: bool,
-        wants: frozenset[str],
-    ):
+        self, adviser: LLMAdapter, captioner: Any, config_llm: Mapping[str, Any], *,
+        cache_path: Path, n_envs: int, deterministic: bool, wants: frozenset[str],
+    ):  # fmt: skip
         self.adviser, self.captioner, self.config = adviser, captioner, config_llm
         self.deterministic, self.wants = deterministic, frozenset(wants)
         self.identity = str(adviser.identity)
@@ -157,14 +150,9 @@ class AdviceService:
     # --- In the training loop --------------------------------------------------------------------------
 
     def ask(
-        self,
-        obs: Mapping[str, np.ndarray],
-        places: Sequence[int],
-        uncertainty: np.ndarray | None,
-        *,
-        step: int,
-        skills: bool = False,
-    ) -> list[Answered]:
+        self, obs: Mapping[str, np.ndarray], places: Sequence[int], uncertainty: np.ndarray | None, *,
+        step: int, skills: bool = False,
+    ) -> list[Answered]:  # fmt: skip
         """Ask about the environments that are due, and return the advice that is available now.
 
         This is advice for the current step (from the cache, an instant adviser, or awaited), followed by

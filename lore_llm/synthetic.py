@@ -52,11 +52,9 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def roll_out(
-    behavior: ImagBehavior,
-    world_model: WorldModel,
-    items: Mapping[str, Tensor],
+    behavior: ImagBehavior, world_model: WorldModel, items: Mapping[str, Tensor],
     generator: torch.Generator | None,
-) -> Rollout:
+) -> Rollout:  # fmt: skip
     """Follow the plans of `items`: deter [M, D], stoch [M, S] as stored, plan [M, L], length, weight [M]."""
     rssm = world_model.rssm
     start, plan = rssm.unpack(items["deter"], items["stoch"]), items["plan"]
@@ -86,13 +84,9 @@ def roll_out(
 
 @torch.no_grad()
 def evaluate(
-    behavior: ImagBehavior,
-    world_model: WorldModel,
-    items: Mapping[str, Tensor],
-    rollouts: int,
-    generator: torch.Generator | None,
-    ensemble: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> dict[str, Tensor]:
+    behavior: ImagBehavior, world_model: WorldModel, items: Mapping[str, Tensor], rollouts: int,
+    generator: torch.Generator | None, ensemble: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Predicted returns [M] of plans, and of the actor over as many steps: means of some `rollouts`.
 
     `disagreement` [M] is the ensemble's mean over the plan's states, 0 without one.

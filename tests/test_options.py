@@ -224,7 +224,7 @@ def test_a_learned_skill_that_is_copied_to_the_file_keeps_its_statistics(tmp_pat
     library.record(1, 0.5, True, 1)
     library.save()
     learned = (tmp_path / LEARNED_FILE).read_text(encoding="utf-8")
-    _edit(tmp_path, learned.replace("name: chop\n", "name: hack\n"))
+    _edit(tmp_path, learned.replace('name: "chop"', 'name: "hack"'))
     assert library.poll()[0] == []
     option = library.slots[0]
     assert (option.uid, option.spec.name, option.by, option.stats.tries) == (1, "hack", "person", 1)
