@@ -206,7 +206,7 @@ class WorldModel(nn.Module):
     def observe(self, data: Data, generator: torch.Generator | None) -> tuple[State, Data]:
         """Posterior states and embed [B, T, ...] of a replayed batch, and the batch without its context.
 
-        In the batch that is given back, waveforms have become spectra.
+        In the returned batch, waveforms have become spectra.
         """
         state, prev_action, data = self.split_context(data)
         data = self.hearing(data)
@@ -244,8 +244,8 @@ class WorldModel(nn.Module):
 
         kind `image`: the squared error per dimension of the decoded observation, in the units in which it is
         reconstructed, averaged over its keys. `latent`: that of the latents' expected values, against the
-        posterior. `kl`: KL(posterior, prior). Instead of a sample of the prior its mode is decoded: the error
-        is to tell of the model and not of the draw.
+        posterior. `kl`: KL(posterior, prior). The prior's mode is decoded, not a sample: the error
+        should not depend on the draw.
         """
         rssm = self.rssm
         prior = rssm.dist(rssm.prior(post["deter"]))
@@ -298,7 +298,7 @@ class WorldModel(nn.Module):
 
 
 def task_reward(feat: Tensor, action: Tensor, reward: Tensor) -> Tensor:
-    """The RewardSum of an actor that seeks nothing but the task's reward."""
+    """The RewardSum of an actor that seeks only the task's reward."""
     return reward
 
 

@@ -42,9 +42,8 @@ class Captioner:
 
     def __init__(self, actions: Sequence[str], obs_space: Mapping[str, spaces.Space]):
         self.actions = tuple(actions)
-        self._described = sorted(key for key, space in obs_space.items() if _is_described(key, space))[
-            : self.KEYS
-        ]
+        described = sorted(key for key, space in obs_space.items() if _is_described(key, space))
+        self._described = described[: self.KEYS]
 
     def caption(self, obs: Obs) -> str:
         """The situation in words. Equal situations should have equal text: leave out what does not matter."""
@@ -59,24 +58,24 @@ class Captioner:
         return False
 
 
-def make_captioner(config: Any, obs_space: Mapping[str, Any], act_space: Any) -> Captioner:
+def make_captioner(config: Any, obs_space: Mapping[str, Any], act_space: Mapping[str, Any]) -> Captioner:
     """The captioner of `config.task`, or the one that `config.llm.captioner` names.
 
     `obs_space` and `act_space` are those of `envs.make_env`. Raises UserError unless the action is one
     Discrete, and for a captioner that cannot be used.
     """
-    parts = dict(act_space) if isinstance(act_space, Mapping) else {"action": act_space}
-    if len(parts) != 1 or not isinstance(next(iter(parts.values())), spaces.Discrete):
-        listed = ", ".join(f"{key} {space}" for key, space in parts.items())
+    parts = list(act_space.values())
+    if len(parts) != 1 or not isinstance(parts[0], spaces.Discrete):
+        listed = ", ".join(f"{key} {space}" for key, space in act_space.items())
         raise UserError(
             f"llm: advice needs one Discrete action; {config.task} has {listed}. Use --llm.enabled False."
         )
-    amount = int(next(iter(parts.values())).n)
+    amount = int(parts[0].n)
     suite = config.task.partition("_")[0]
     known = KNOWN.get(suite) if KEY in obs_space else None
     names = list(known.action_names() if known else [])
     switches = config.noisy_tv.actions if config.noisy_tv.enabled else 0
-    own = amount - switches
+    own = amount - switches  # the task's own actions
     names = [*names[:own], *(f"action_{index}" for index in range(len(names), own))]
     names += [f"tv_{index + 1}" for index in range(switches)]
     if config.llm.captioner != "auto":
@@ -302,11 +301,9 @@ class CrafterCaptioner(Captioner):
     ) -> dict[tuple[int, int], tuple[int, str]]:
         """Path cost and first move for each field of the view that can be reached."""
         costs = dict.fromkeys(self._walkable, STEP)
-        costs |= {
-            kind: DIG
-            for kind, tools in self._diggable.items()
-            if all(items[tool] >= amount for tool, amount in tools)
-        }
+        for kind, tools in self._diggable.items():
+            if all(items[tool] >= amount for tool, amount in tools):
+                costs[kind] = DIG
         start = self._width // 2, self._height // 2
         found: dict[tuple[int, int], tuple[int, str]] = {start: (0, "")}
         heap = [(0, 0, start, "")]
@@ -336,9 +333,8 @@ class CrafterCaptioner(Captioner):
         for name, count in items.items():
             if count and name not in self._vitals:
                 most = self._enough[name]
-                listed.append(
-                    f"{min(count, most)}{'+' if count >= most > 1 else ''} {name.replace('_', ' ')}"
-                )
+                more = "+" if count >= most > 1 else ""
+                listed.append(f"{min(count, most)}{more} {name.replace('_', ' ')}")
         return ", ".join(listed) or "nothing"
 
 

@@ -433,9 +433,10 @@ class AdviceHooks(NoAdvice):
         if not state:  # there was no advice
             return
         self.service.load_state_dict(state["service"])
-        self.rng.bit_generator.state = state["rng"]
-        self.synthetic.load_state_dict(state["synthetic"])
         self.reliability.load_state_dict(state["reliability"])
+        if distributed.is_main():  # the other learners draw other numbers
+            self.rng.bit_generator.state = state["rng"]
+            self.synthetic.load_state_dict(state["synthetic"])
         if self.replay.exact:
             self.proposals.extend(Proposal(*proposal) for proposal in state["proposals"])
             self.predicted = dict(state["predicted"])
