@@ -138,7 +138,7 @@ def test_the_full_adviser_of_the_guide_proposes_a_skill_and_plans():
     logdir = run(*command_with("mypackage.lumberjack:Lumberjack"), logdir="own")
     assert last(logdir, "llm_adapter/answers") > 5
     assert not any("llm_adapter/errors" in name for name in metrics_of(logdir))
-    assert "name: chop" in (logdir / "skills_learned.yaml").read_text()
+    assert 'name: "chop"' in (logdir / "skills_learned.yaml").read_text()
     from mypackage.lumberjack import Lumberjack
 
     adviser = Lumberjack(AdviceSpec(("noop", "move_left", "do"), ("collect_wood",), 0, 1000, 8), {})
