@@ -399,19 +399,6 @@ def test_the_image_does_not_depend_on_the_source():
     assert not np.array_equal(env.render(), env._image()), "people see the source"
 
 
-def test_a_deaf_agent_finds_less_than_a_third():
-    """By geometry: a move searches a disc of radius REACH, less what the one before has searched already."""
-    r, d = sound_search.REACH, sound_search.STEP
-    overlap = 2 * r**2 * math.acos(d / (2 * r)) - d / 2 * math.sqrt(4 * r**2 - d**2)
-    area = sound_search.SIDE**2 - math.pi * sound_search.MIN_DISTANCE**2
-    limit = sound_search.LENGTH * (math.pi * r**2 - overlap) / area
-    assert limit < 1 / 3
-    route = [0] * 3 + [1] * 3 + [2] * 6 + [3] * 6 + [0] * 2  # out, then around: it hardly crosses its way
-    env = sound_search.SoundSearch()
-    found = [play(env, lambda env: route[env._step], seed)[2] for seed in range(200)]
-    assert limit - 0.1 < np.mean(found) <= limit + 0.03
-
-
 def test_shuffled_sound_does_not_depend_on_the_source():
     sounds = []
     for source in ((4.0, 4.0), (-4.0, 1.0)):

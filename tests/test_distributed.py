@@ -389,6 +389,7 @@ def assert_resumes(logdir: Path) -> None:
     assert checkpoints.load_checkpoint(logdir)[0]["step"] >= step + 20
 
 
+@pytest.mark.slow
 def test_two_learners_train_as_one_run_and_resume(tmp_path):
     options = ("--eval_every", "0", "--envs.amount", "4")
     run(tmp_path / "two", *options)
@@ -405,6 +406,7 @@ def test_two_learners_train_as_one_run_and_resume(tmp_path):
     assert_resumes(tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme_trains_with_one_env_a_learner(tmp_path):
     text = (ROOT / "README.md").read_text()
     (command,) = [

@@ -266,7 +266,7 @@ print(set(cache.lines))
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot limit the size of files")
 def test_a_full_disk_is_noted(tmp_path):
     command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "cache")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Cannot write the cache" in done.stdout
     assert opened(tmp_path / "cache").get("before") == advice()

@@ -140,7 +140,7 @@ def test_suite_follows_the_contract(task, configs, shapes):
 
 @pytest.mark.parametrize(
     ("task", "configs", "shapes"),
-    [pytest.param(*each, marks=[pytest.mark.slow] * each[0].startswith("memorymaze")) for each in DRAWN],
+    [pytest.param(*each, marks=[pytest.mark.slow] * (each[0] != "dmc_walker_walk")) for each in DRAWN],
 )
 def test_suite_with_opengl_follows_the_contract(task, configs, shapes, needs_opengl):
     check_contract(task, configs, shapes)
@@ -241,14 +241,10 @@ def test_proprio_trains_and_evaluates_without_rendering(tmp_path):
 # OpenGL
 
 
-@pytest.mark.parametrize(
-    ("working", "chosen"),
-    [(("egl", "osmesa", "glfw"), "egl"), (("glfw",), "glfw")],
-)
-def test_first_working_backend_is_chosen(working, chosen, opengl_that_works):
-    opengl_that_works.update(working)
+def test_first_working_backend_is_chosen(opengl_that_works):
+    opengl_that_works.update(("osmesa", "glfw"))
     rendering.choose_backend("dmc_walker_walk")
-    assert os.environ["MUJOCO_GL"] == chosen
+    assert os.environ["MUJOCO_GL"] == "osmesa"
 
 
 def test_mujoco_gl_is_never_overwritten(opengl_that_works):
@@ -704,8 +700,6 @@ def test_env_with_a_dict_of_all_actions_trains_resumes_and_is_evaluated(tmp_path
 RUNS = {
     "dmc_vision": "--configs dmc_vision debug --task dmc_walker_walk",
     "atari100k": "--configs atari100k debug --task atari_pong",
-    "minigrid": "--configs minigrid debug --minigrid.direction True --minigrid.mission True",
-    "gym_pixels": "--configs gym debug --task gym_Pendulum-v1 --obs pixels",
     "memorymaze": "--configs memorymaze debug --envs.amount 2",
 }
 

@@ -111,7 +111,7 @@ def test_too_many_restarts_stop_the_run_after_a_save(tmp_path):
     stopped = checkpoints.load_checkpoint(tmp_path)[0]
     assert stopped["step"] >= 150 and "Saved" in log(tmp_path)
     with start(tmp_path) as process:
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
     assert f"Resumed at step {stopped['step']}" in log(tmp_path)
     origins = [origin(tmp_path, rows) for rows in steps_of(tmp_path)]
     assert len(set(origins)) == len(origins)

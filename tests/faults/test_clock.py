@@ -4,14 +4,13 @@ import itertools
 import time
 
 import pytest
-from run_helpers import assert_same_run, log, metrics, signal_at, train
+from run_helpers import log, metrics, signal_at, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import checkpoint as checkpoints
 from episodes import EpisodeWriter, list_episodes
 from logger import Logger
 
-slow = pytest.mark.slow
 YEAR = 365 * 24 * 3600
 
 
@@ -42,23 +41,11 @@ def set_clock(monkeypatch):
     return set_to
 
 
-@slow
-def test_run_whose_clock_jumps_all_the_time_is_the_same_run(tmp_path, whole, set_clock):
-    reference = whole()
-    set_clock(0, 3 * YEAR, -2 * YEAR, 60, -7200)
-    with signal_at(71):
-        assert train(tmp_path, "--save_every", "20") == 143
-    assert train(tmp_path, "--save_every", "20") == 0
-    assert "refilled" not in log(tmp_path) and "newer than" not in log(tmp_path)
-    assert_same_run(tmp_path, reference)
-
-
-@pytest.mark.parametrize("jump", [-5 * YEAR, pytest.param(5 * YEAR, marks=slow)])
-def test_after_a_jump_the_last_checkpoint_is_resumed_and_the_newest_ones_are_kept(tmp_path, set_clock, jump):
+def test_after_a_jump_the_last_checkpoint_is_resumed_and_the_newest_ones_are_kept(tmp_path, set_clock):
     options = ("--save_every", "20", "--eval_every", "0")
     with signal_at(61):
         assert train(tmp_path, *options) == 143
-    set_clock(jump)
+    set_clock(-5 * YEAR)
     with signal_at(101):
         assert train(tmp_path, *options) == 143
     set_clock(0)
@@ -74,20 +61,6 @@ def test_after_a_jump_the_last_checkpoint_is_resumed_and_the_newest_ones_are_kep
     starts = [file.name for file in list_episodes(tmp_path / "train_eps")]
     known = checkpoints.load_checkpoint(tmp_path)[0]["replay"]["streams"]
     assert starts == sorted(starts) and all(name in starts for stream in known for name, *_ in stream[:-1])
-
-
-def test_run_in_a_folder_whose_episodes_come_from_the_future_keeps_them(tmp_path, whole, set_clock):
-    set_clock(5 * YEAR)
-    with signal_at(40):
-        assert train(tmp_path / "ahead", "--eval_every", "0") == 143
-    set_clock(0)
-    options = ("--traindir", str(tmp_path / "ahead" / "train_eps"), "--eval_every", "0")
-    with signal_at(80):
-        assert train(tmp_path / "run", *options) == 143
-    before = checkpoints.load_checkpoint(tmp_path / "run")[0]
-    assert train(tmp_path / "run", *options) == 0
-    text = log(tmp_path / "run")
-    assert f"Resumed at step {before['step']}" in text and "newer than" not in text and "refilled" not in text
 
 
 @pytest.mark.parametrize("name", ["20991231T235959-0", "99999999T999999-0"])

@@ -25,7 +25,7 @@ ADVISED = (
 )
 AT = 72  # where the run was stopped; checkpoints are those of 40, 60 and 72
 SEEDS = range(1)
-MORE = range(1, 5)
+MORE = range(1, 3)
 
 
 def flipped(data: bytes, rng: np.random.Generator) -> bytes:

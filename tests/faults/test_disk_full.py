@@ -165,7 +165,7 @@ def test_disk_that_is_full_at_a_write_ends_the_run_with_its_name_and_loses_nothi
 
 
 @slow
-@pytest.mark.parametrize("size", ["300k", "900k", "1500k"])
+@pytest.mark.parametrize("size", ["300k", "1500k"])
 def test_run_that_fills_its_disk_resumes_on_a_larger_one(disk, size):
     """Whatever meets the end of the disk first."""
     disk.resize(size)
@@ -198,7 +198,7 @@ def test_ring_on_a_disk_without_room_is_refused_at_the_start(disk, capfd):
 
 
 @slow
-@pytest.mark.parametrize("room", [0, 24])
+@pytest.mark.parametrize("room", [24])
 def test_run_goes_on_where_the_cache_of_answers_has_no_room_and_later_it_is_used_again(tmp_path, disk, room):
     """`room` in KiB, for the database, its journal and their index: one of them meets the end."""
     cache = disk.folder / "llm_cache.sqlite"

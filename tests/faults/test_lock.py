@@ -68,12 +68,6 @@ def test_of_runs_that_start_at_the_same_time_one_gets_the_logdir(tmp_path):
         assert list((tmp_path / "run").glob("*")) == []
 
 
-@pytest.mark.parametrize("options", ["--rssm.deter 7", "--device cuda:77", "--no_such_option 1"])
-def test_refused_command_leaves_no_files(tmp_path, options):
-    assert train(tmp_path / "run", *options.split()) == 2
-    assert list(tmp_path.iterdir()) == []
-
-
 @posix
 def test_lock_of_a_killed_run_is_taken_over_with_a_line_in_the_log(tmp_path):
     process = train_process(tmp_path, "--save_every", "20", kill_at=50)
@@ -85,10 +79,9 @@ def test_lock_of_a_killed_run_is_taken_over_with_a_line_in_the_log(tmp_path):
     assert metrics(tmp_path)[-1]["step"] == 120 and not (tmp_path / HOLDER).exists()
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, code):
+def test_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch):
     def acquire(lock, **_):
-        raise OSError(code, os.strerror(code))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
     with run_lock(tmp_path) as notes:
@@ -99,9 +92,3 @@ def test_text_of_others_in_the_holder_file_cannot_control_the_terminal(tmp_path)
     (tmp_path / HOLDER).write_bytes(b"\x1b[2J\n\xff")
     with run_lock(tmp_path) as notes:
         assert notes[0].isprintable()
-
-
-def test_logdir_that_is_a_file_is_named(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file"), run_lock(tmp_path / "file"):
-        pass
