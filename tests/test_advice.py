@@ -381,4 +381,4 @@ def test_users_may_write_options_with_lists_and_indices():
 def test_importing_the_package_costs_no_heavy_library():
     heavy = "{'torch', 'google.genai', 'httpx2', 'tensorboard'} & set(sys.modules)"
     code = f"import sys; from lore_llm import LLMAdapter, OptionSpec, Advice; assert not {heavy}, {heavy}"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -9,7 +9,6 @@ from gymnasium import spaces
 
 import config as configs
 import envs
-import networks
 from basics import UserError
 from envs.crafter import KINDS, SYMBOLIC, VIEW
 from lore_llm.captions import Captioner, _rounded, about_crafter, make_captioner
@@ -87,12 +86,6 @@ def test_wrappers_leave_symbolic_alone(line):
     ):
         assert one["image"].shape != other["image"].shape
         assert one["symbolic"].tobytes() == other["symbolic"].tobytes()
-
-
-def test_networks_never_see_symbolic():
-    env, _ = make(CRAFTER)
-    keys = networks.route_keys(env.obs_space, load(CRAFTER).encoder)
-    assert "symbolic" not in set().union(*keys) and "symbolic" not in networks.unrouted(env.obs_space, keys)
 
 
 def test_crafter_view_is_the_part_of_the_semantic_map_that_is_drawn():
@@ -298,13 +291,6 @@ def test_minigrid_blocked_actions_are_those_that_change_nothing():
         seen[same] += 1
         obs = env.reset()[0] if terminated or truncated else new
     assert min(seen.values()) > 50
-
-
-def test_action_names_follow_the_action_space():
-    assert make("--task minigrid_Dynamic-Obstacles-5x5")[1].actions == ("left", "right", "forward")
-    tv = make(f"{CRAFTER} --noisy_tv.enabled True --noisy_tv.actions 2")[1]
-    assert tv.actions == (*crafter.constants.actions, "tv_1", "tv_2")
-    assert not tv.blocked(crafter_obs(), crafter_obs(), len(tv.actions) - 1)
 
 
 # --- Other environments ------------------------------------------------------------------------------------

@@ -354,12 +354,6 @@ def test_unknown_class_path_is_explained(task, message):
         envs.make_env(configs.load(["--task", task]), "train", 0)
 
 
-def test_constructor_with_unknown_parameters_is_explained(monkeypatch):
-    monkeypatch.setitem(envs.REGISTRY, "picky", lambda name, rocket: None)
-    with pytest.raises(UserError, match="needs the unknown parameters rocket.*config"):
-        envs.make_env(configs.load(["--task", "picky_x"]), "train", 0)
-
-
 @pytest.mark.parametrize(
     "lack, message", [("step", r"no step\(\)"), ("act_space", "no act_space or action_space")]
 )

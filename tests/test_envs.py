@@ -6,7 +6,6 @@ import pickle
 import subprocess
 import sys
 import types
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,17 +103,6 @@ def test_each_episode_env_and_mode_has_its_own_seed():
     assert differ(reference, play(make("dummy_cue", index=1), actions), "image"), "another env"
     assert differ(reference, play(make("dummy_cue", mode="eval"), actions), "image"), "evaluation"
     assert differ(reference, play(make("dummy_cue", seed=1), actions), "image"), "another seed"
-
-
-def test_make_env_can_be_pickled():
-    config = types.SimpleNamespace(**(DEFAULTS | {"task": "dummy_cue"}))
-    make_one = pickle.loads(pickle.dumps(partial(envs.make_env, config, "train")))
-    assert make_one(0).reset()[0]["is_first"]
-
-
-def test_unknown_suite_names_the_nearest():
-    with pytest.raises(UserError, match=r"suite 'crafte'\. Did you mean crafter\?"):
-        make("crafte_reward")
 
 
 @pytest.mark.parametrize("task, nearest", [("dummy_memry", "dummy_memory"), ("crafter", "crafter_reward")])

@@ -119,13 +119,6 @@ def test_achievement_counts_at_any_step_of_the_episode():
     assert outcome == {"return": 0.0, "length": 6, "log_achievement_wood": 1.0}
 
 
-def test_without_json_the_result_is_text(logdir, capsys):
-    assert evaluate.main(["--logdir", str(logdir), "--episodes", "3"]) == 0
-    out = capsys.readouterr().out
-    assert f"dummy_cue, the agent at step {STEPS}, 3 episodes, seed 0" in out
-    assert "95% interval" in out
-
-
 # Worlds
 
 

@@ -272,7 +272,8 @@ def test_a_full_disk_is_noted(tmp_path):
     assert opened(tmp_path / "cache").get("before") == advice()
 
 
-def test_a_read_does_not_wait_for_a_writer(tmp_path):
+def test_a_read_does_not_wait_for_a_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr(caches, "LOCK_WAIT_S", 60)
     known = filled(tmp_path / "cache")
     cache = opened(tmp_path / "cache")
     db = sqlite3.connect(cache.path, isolation_level=None)
@@ -286,6 +287,6 @@ def test_a_read_does_not_wait_for_a_writer(tmp_path):
     assert writer.is_alive()
     db.execute("ROLLBACK")
     db.close()
-    writer.join(10)
+    writer.join(60)
     cache.close()
     assert rows(cache.path) == len(known) + 1

@@ -97,16 +97,6 @@ def test_pictures_depend_on_the_episodes_seed_and_do_not_change_the_env():
     np.testing.assert_equal(column(steps, "vector"), column(play(dummy(), [0] * 4), "vector"))
 
 
-@pytest.mark.parametrize("shape", [(70, 40, 3), (8, 64, 3), (33, 31, 1)])
-def test_a_picture_is_tiled_over_the_frame(shape):
-    picture = tv_pictures.pictures(None)[0]
-    frame = wrappers._tiled(picture, shape)
-    assert frame.shape == shape and frame.dtype == np.uint8
-    expected = wrappers.gray(picture) if shape[2] == 1 else picture
-    for row, col in ((0, 0), (shape[0] - 1, shape[1] - 1), (5, 30)):
-        assert (frame[row, col] == expected[row % 32, col % 32]).all()
-
-
 def test_unsuitable_env_is_an_error():
     def fails(match, env, **options):
         with pytest.raises(UserError, match=match):
@@ -225,12 +215,6 @@ def test_generated_pictures_are_distinct_and_as_varied_as_photographs():
     some = flat[:1000] - flat[:1000].mean(0)
     variance = np.linalg.eigvalsh(some @ some.T)[::-1].cumsum()
     assert 90 < np.searchsorted(variance, 0.9 * variance[-1]) < 130  # of all 4096: 129 components
-
-
-def test_generated_pictures_are_the_same_each_time():
-    one, other = (tv_pictures.generate(300, np.random.default_rng(3)) for _ in range(2))
-    assert np.array_equal(one, other)
-    assert not np.array_equal(one, tv_pictures.generate(300, np.random.default_rng(4)))
 
 
 # CIFAR-10

@@ -128,34 +128,6 @@ def test_newest_prediction_is_on_the_page(runs, text):
     assert page.open_loop(runs / "b_0") is None
 
 
-def test_truncated_event_file_is_read_up_to_the_damage(runs, tmp_path):
-    (events,) = (runs / "a_0").glob("events.*")
-    whole = events.read_bytes()
-    for name, content in (
-        ("cut", whole[:-20]),
-        ("flipped", whole[:-9] + b"\xff" + whole[-8:]),
-        ("none", b"\0" * 9),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / events.name).write_bytes(content)
-    assert page.open_loop(tmp_path / "cut")[0] == page.open_loop(tmp_path / "flipped")[0] == 200
-    assert page.open_loop(tmp_path / "none") is None
-
-
-def test_newest_videos_come_first(tmp_path):
-    names = ["eval_900_0", "eval_1000_1", "eval_1000_0", "explain_2000_3", "evaluate_random_0", "own"]
-    for name in names:
-        (tmp_path / "videos").mkdir(exist_ok=True)
-        (tmp_path / "videos" / f"{name}.mp4").touch()
-    assert [path.stem for path in page.pick_videos(tmp_path, 9)] == [
-        "explain_2000_3", "eval_1000_0", "eval_1000_1", "eval_900_0", "own", "evaluate_random_0"
-    ]  # fmt: skip
-    assert [page.caption(tmp_path / f"{name}.mp4") for name in names[3:]] == [
-        "explained, step 2,000, episode 3", "evaluate_random_0", "own"
-    ]  # fmt: skip
-    assert page.pick_videos(tmp_path / "nothing", 2) == []
-
-
 def test_all_runs_get_a_video_before_one_gets_two(tmp_path):
     videos = {name: tmp_path / f"{name}.mp4" for name in ("a", "b", "c", "huge", "fake")}
     for name, path in videos.items():
@@ -182,16 +154,3 @@ def test_command_repeats_the_run(tmp_path):
     again = config.load(words)
     assert again.to_dict() == saved.replace({"logdir": "./logdir/it's a run"}).to_dict()
     assert page.command(logs.RunLog(logdir, some_lines(), None)) == ""
-
-
-def test_intervals_need_several_seeds():
-    assert page.summary([1.0, 2.0, 6.0]) == {"value": "2.50", "interval": "1.00 to 6.00"}
-    assert page.summary([1.0, 2.0, 6.0], mean=True)["value"] == "3.00"
-    assert page.summary([1.0]) == {"value": "1.00", "interval": ""} and page.summary([])["value"] == "-"
-
-
-def test_html_alone_writes_no_figure(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert plot.main([str(runs / "b_0"), "--html", "b.html", "--videos", "0"]) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["b.html"]
-    assert "1 run," in Parsed((tmp_path / "b.html").read_text(encoding="utf-8")).text

@@ -75,11 +75,3 @@ def test_nothing_is_drawn_over_the_frame_or_the_edges():
     assert (picture[:384:6, :384:6] == FRAME).all()
     assert (picture[:, -panel.MARGIN // 2 :] == panel.BACKGROUND).all()
     assert (picture[-panel.MARGIN // 2 :, 384:] == panel.BACKGROUND).all()
-
-
-def test_long_captions_are_wrapped_between_words_and_cut():
-    lines = panel._wrap("one two three " * 100, 100)
-    assert len(lines) == panel.CAPTION_LINES and lines[-1].endswith("...")
-    assert lines[0] == "one two three"[: len(lines[0])] and not lines[1].startswith(" ")
-    assert all(panel._font().getlength(line) <= 100 for line in lines)
-    assert panel._wrap("a\n\nb", 100) == ("a", "", "b") and panel._cut("木 a\x1b", 100) == "? a?"

@@ -396,6 +396,7 @@ def test_a_call_that_hangs_is_counted_and_nothing_is_asked_meanwhile(tmp_path, d
     adviser = Fake(lambda requests: release.wait(60) and None)
     with made(tmp_path, adviser, deterministic=deterministic, timeout_s=0.1) as service:
         assert ask(service, 1, place=1) == []
+        wait(lambda: adviser.calls)
         time.sleep(0.15)
         for step in range(2, 6):
             assert ask(service, step, place=step) == []
@@ -404,6 +405,7 @@ def test_a_call_that_hangs_is_counted_and_nothing_is_asked_meanwhile(tmp_path, d
         release.set()
         (late,) = receive(service)
         assert (late.place, number(late), late.late) == (1, 1, True)
+        wait(lambda: not service._hangs)
         assert [number(a) for a in ask(service, 9) or receive(service)] == [9]
 
 

@@ -135,12 +135,6 @@ def test_interquartile_mean_cuts_a_quarter_off_each_end():
     assert interquartile_mean([4, 5]) == 4.5 and interquartile_mean([7]) == 7
 
 
-def test_interval_of_another_statistic():
-    # The maxima of the resamples of [0, 1] are 0, 1, 1, 1.
-    assert bootstrap_interval([0, 1], confidence=0.4, statistic=np.max) == (1.0, 1.0)
-    assert ratio_interval([0, 1], [2, 2], confidence=0.4, statistic=np.max) == (0.5, 0.5)
-
-
 def test_single_value_has_no_interval():
     assert np.isnan(bootstrap_interval([3.0])).all()
 

@@ -5,7 +5,6 @@ import pytest
 
 import config
 import envs
-from basics import UserError
 from envs import tv_room
 
 UP, DOWN, LEFT, RIGHT, STAY = range(5)
@@ -78,8 +77,3 @@ def test_an_episode_ends_by_truncation_and_is_drawn():
     assert (drawn[row : row + tile, column : column + tile] == tv_room.AGENT).all()
     set_below = (slice(row + tile, row + 2 * tile), slice(column, column + tile))
     assert (plain[set_below] == 0).all() and {0, 255} == set(drawn[set_below].ravel().tolist())
-
-
-def test_unknown_room_names_the_nearest():
-    with pytest.raises(UserError, match="Did you mean tvroom_noise"):
-        room("tvroom_nose")

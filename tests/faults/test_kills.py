@@ -33,14 +33,14 @@ def test_run_that_is_killed_twenty_times_loses_nothing_that_was_saved(tmp_path):
                 time.sleep(0.002)
             time.sleep(rng.random() / 20)
             process.kill()
-        process.join(120)
+        process.join(600)
         assert process.exitcode == -signal.SIGKILL
         step = check_agreement(tmp_path)["step"]
         assert step >= saved
         saved = step
     assert saved > 100
     process = start([*OPTIONS, "--logdir", str(tmp_path), "--steps", str(saved + 60)])
-    process.join(120)
+    process.join(600)
     assert process.exitcode == 0
     assert check_agreement(tmp_path)["step"] == saved + 60
     text = log(tmp_path)
