@@ -40,12 +40,9 @@ class Dreamer:
     """
 
     def __init__(
-        self,
-        obs_space: Mapping[str, gymnasium.Space],
-        act_space: Mapping[str, gymnasium.Space],
-        config: Config,
-        device: torch.device,
-    ):
+        self, obs_space: Mapping[str, gymnasium.Space], act_space: Mapping[str, gymnasium.Space],
+        config: Config, device: torch.device,
+    ):  # fmt: skip
         self.config, self.device = config, device
         check_actions(act_space)
         advised = advice_spaces(config, act_space)[0]
@@ -158,14 +155,9 @@ class Dreamer:
 
     @torch.no_grad()
     def act(
-        self,
-        obs: Arrays,
-        state: dict[str, Tensor],
-        generator: torch.Generator,
-        explore: bool = False,
-        advised: bool = False,
-        plans: Mapping[int, Sequence[int]] = MappingProxyType({}),
-    ) -> tuple[Arrays, dict[str, Tensor], Arrays]:
+        self, obs: Arrays, state: dict[str, Tensor], generator: torch.Generator, explore: bool = False,
+        advised: bool = False, plans: Mapping[int, Sequence[int]] = MappingProxyType({}),
+    ) -> tuple[Arrays, dict[str, Tensor], Arrays]:  # fmt: skip
         """Actions for observations [n, ...]; returns (action, next state, latents to store with the step).
 
         The task's actor acts; with `explore` the explorer does, as long as it explores, and the task's actor
@@ -421,13 +413,11 @@ def check_actions(act_space: Mapping[str, gymnasium.Space]) -> None:
 
 
 def make_policy(
-    world_model: models.WorldModel,
-    explorer: Greedy,
-    config: Config,
+    world_model: models.WorldModel, explorer: Greedy, config: Config,
     spaces: tuple[Mapping[str, gymnasium.Space], Mapping[str, gymnasium.Space]],
     rngs: Mapping[str, torch.Generator],
-) -> ActingPolicy:
-    """The actor's policy, with or without advice."""
+) -> ActingPolicy:  # fmt: skip
+    """The actor's policy, with or without advice; `spaces` are those of observations and actions."""
     if not config.llm.enabled:
         return ActingPolicy()
     ensemble = getattr(explorer, "disagreement", None)

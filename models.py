@@ -67,14 +67,9 @@ def lambda_return(
 
 
 def policy_loss(
-    policy: Policy,
-    action: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
-    entropy_scale: float,
-    gradient: str = "reinforce",
-    mix: float = 0.0,
-) -> Tensor:
+    policy: Policy, action: Tensor, advantage: Tensor, weight: Tensor, entropy_scale: float,
+    gradient: str = "reinforce", mix: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Policy loss [N, H] with entropy bonus, weighted by the probability to get there (DreamerV3, eq. 11).
 
     action [N, H, A], advantage and weight [N, H]. `gradient`: reinforce takes log-probability times
@@ -341,13 +336,9 @@ class PlainPolicy:
         return Starts(start)
 
     def imagine(
-        self,
-        behavior: "ImagBehavior",
-        rssm: networks.RSSM,
-        start: State,
-        generator: torch.Generator | None,
-        advised: bool = True,
-    ) -> Imagined:
+        self, behavior: "ImagBehavior", rssm: networks.RSSM, start: State,
+        generator: torch.Generator | None, advised: bool = True,
+    ) -> Imagined:  # fmt: skip
         """Follow the policy from start states [N, ...]."""
         horizon, batch = behavior.config.imag_horizon, len(start["deter"])
         noise = rssm.noise(horizon, batch, generator=generator)
@@ -398,15 +389,9 @@ class ImagBehavior(nn.Module):
         return self.lam * decides + (1 - decides)
 
     def loss(
-        self,
-        world_model: WorldModel,
-        post: State,
-        data: Data,
-        generator: torch.Generator | None,
-        reward_sum: RewardSum = task_reward,
-        policy: PlainPolicy = PLAIN,
-        items: Data = MappingProxyType({}),
-    ) -> tuple[Losses, Metrics]:
+        self, world_model: WorldModel, post: State, data: Data, generator: torch.Generator | None,
+        reward_sum: RewardSum = task_reward, policy: PlainPolicy = PLAIN, items: Data = MappingProxyType({}),
+    ) -> tuple[Losses, Metrics]:  # fmt: skip
         """Policy and value losses [N, H], the replay value loss [B, K-1], and metrics.
 
         Imagination starts from the last K states of each sequence (`imag_last`, or all T), and from the

@@ -60,8 +60,8 @@ class Execution:
 
     `state` holds tensors [n, ...] on the CPU: `uid` of what runs; its actions `script`, of which `position`
     is the next one of `steps`; its discounted return `ret` so far, the next `discount` and the critic's
-    `value` at the start; `symbolic` observations at the start and one step ago; the `outcome` of what just
-    ended.
+    `value` at the start; `symbolic` observations at the start and one step ago; the `outcome` of an
+    execution that has just ended.
     """
 
     KEYS = ("uid", "position", "steps", "script", "ret", "discount", "value", "started_at", "previous")

@@ -1,8 +1,8 @@
 """The agent's side of advice: turns the actor's logits into the policy that trains and acts.
 
 `AdvisedPolicy` joins the three paths: the policy prior (prior.py), plans whose states become starts of
-imagination (synthetic.py), and options that the actor may choose (option_actor.py). It knows no adviser:
-advice reaches it with the replayed steps, as items and as options.
+imagination (synthetic.py), and options that the actor may choose (option_actor.py). It calls no adviser:
+advice arrives with the replayed steps, as synthetic items and as options.
 Letters: n envs, B batch, T time, N rows, H horizon, A actions, O option slots, C = O + A, F feat, M items,
 L steps of a plan or an option at most.
 """

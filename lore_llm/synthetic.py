@@ -1,8 +1,8 @@
 """Path A, imagined experience: proposed plans are rolled out from real states, and the states that they lead
-to become additional starts of imagination. Nothing of it trains the world model, and no value or policy
-gradient is taken along a plan.
+to become additional starts of imagination. They do not train the world model, and no value or policy gradient
+is taken along a plan.
 
-An item is the place of a real state in the replay, and a plan. It is rolled out by the present world model
+An item is the place of a real state in the replay, and a plan. It is rolled out by the current world model
 each time it is sampled. Letters: M items, L steps of a plan, F feat, A actions, B batch, T time.
 """
 
@@ -92,9 +92,8 @@ def evaluate(
     `disagreement` [M] is the ensemble's mean over the plan's states, 0 without one.
     """
     rssm, actions = world_model.rssm, world_model.actions.size
-    repeated = {
-        key: items[key].repeat_interleave(rollouts, 0) for key in ("deter", "stoch", "plan", "length")
-    }
+    keys = "deter", "stoch", "plan", "length"
+    repeated = {key: items[key].repeat_interleave(rollouts, 0) for key in keys}
     plan, count = repeated["plan"], 2 * len(repeated["plan"])  # first the plans' rows, then the policy's
     start = rssm.unpack(repeated["deter"], repeated["stoch"])
     state = {key: torch.cat([value, value]) for key, value in start.items()}
