@@ -5,6 +5,7 @@ synthetic item that starts there, and its skills become options. Without advice 
 Several learners share one library of options: the first learner keeps it, with the executions of all.
 """
 
+import contextlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -456,15 +457,11 @@ class AdviceHooks(NoAdvice):
         path = self.logdir / DECISIONS
         if not path.exists():
             return
-        kept, broken = [], 0
+        kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill cut it off
                 if json.loads(line)["step"] < self.next_decision:
                     kept.append(line)
-            except (ValueError, TypeError, KeyError, RecursionError):
-                broken += 1  # cut off by a kill, or damaged
-        if broken:
-            self._notes.append(f"{path}: dropped {broken} broken lines.")
         atomic_write(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
 
 

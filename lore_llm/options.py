@@ -38,7 +38,6 @@ PRUNE_SIGMAS = 3.0  # a poor mean advantage is so many standard errors below 0: 
 FULL_SIGMAS = 1.0  # enough for the worst one if proposals find no free slot,
 FULL_TRIES = 2  # and it has been tried option_min_tries times this factor
 FORGET_INTERVALS = 20  # option_generation_intervals after which a removed option may be proposed again
-MAX_REMEMBERED = 64  # removed options; the oldest are forgotten
 MAX_TAG = 40  # characters of an option's name in a metric
 
 # Fields of a skill in skills.yaml -> those of an OptionSpec.
@@ -291,10 +290,7 @@ class OptionLibrary:
             self._lines.append(f"Skill {option.spec.name} removed after {option.stats}")
             self.slots[slot] = None
             self._removals += 1
-            self._removed.pop(option.key, None)
             self._removed[option.key] = self._step
-            while len(self._removed) > MAX_REMEMBERED:
-                del self._removed[next(iter(self._removed))]
         return sorted(poor)
 
     def _below_zero(self, sigmas: float, tries: int) -> list[int]:
