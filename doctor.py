@@ -8,7 +8,6 @@ run) or `tip`; the last line is the verdict. It changes nothing, and starts with
 from __future__ import annotations  # an older Python can report that it is too old
 
 import importlib.metadata
-import importlib.util
 import math
 import os
 import platform
@@ -16,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,6 @@ ROOT = Path(__file__).parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # Python versions
 KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY", "WANDB_API_KEY")
 FULL_SHARE = 0.9  # of the free disk
-NVIDIA_SMI_TIMEOUT = 5  # seconds
 GIB = 2**30
 
 
@@ -51,18 +48,7 @@ def check_python() -> Iterator[Line]:
         yield Line("ok", "Python", version + without * (sys.version_info[:2] == NEWEST))
 
 
-def missing_packages(requirements: Path) -> list[str]:
-    """The packages of a requirements file that are not installed for this Python."""
-    missing = []
-    for line in requirements.read_text(encoding="utf-8").splitlines():
-        if found := re.match(r'([\w.-]+)==[^;]+(?:; python_version < "(\d+)\.(\d+)")?', line):
-            applies = not found[2] or sys.version_info[:2] < (int(found[2]), int(found[3]))
-            if applies and not _installed(found[1]):
-                missing.append(found[1])
-    return missing
-
-
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
     try:
         return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
@@ -70,20 +56,15 @@ def _installed(package: str) -> bool:
 
 
 def check_packages(file: str = "requirements.txt") -> Iterator[Line]:
-    if missing := missing_packages(ROOT / file):
+    missing = []
+    for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
+        if found := re.match(r'([\w.-]+)==[^;]+(?:; python_version < "(\d+)\.(\d+)")?', line):
+            applies = not found[2] or sys.version_info[:2] < (int(found[2]), int(found[3]))
+            missing += [found[1]] if applies and not installed(found[1]) else []
+    if missing:
         yield Line("todo", "packages", f"{', '.join(missing)} not installed: pip install -r {file}")
     else:
         yield Line("ok", "packages", f"all of {file}")
-
-
-def nvidia_gpus() -> list[str]:
-    """The names of the NVIDIA GPUs according to the driver."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 def check_keys() -> Iterator[Line]:
@@ -99,23 +80,23 @@ def check_keys() -> Iterator[Line]:
 # With packages
 
 
+def has_gpu() -> bool:
+    """Whether the NVIDIA driver finds a GPU."""
+    command = ["nvidia-smi", "--list-gpus"]
+    return bool(shutil.which(command[0])) and not subprocess.run(command, capture_output=True).returncode
+
+
 def check_torch() -> Iterator[Line]:
     """PyTorch, and whether it computes on the GPU of this machine."""
     import torch
 
     yield Line("ok", "torch", torch.__version__)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        found = torch.cuda.is_available()
-    if not found:
-        if gpus := nvidia_gpus():
-            reason = (
-                first_line(caught[-1].message)
-                if caught
-                else "no CUDA build, or CUDA_VISIBLE_DEVICES hides it"
+    if not torch.cuda.is_available():  # it warns if the driver is too old
+        if has_gpu():
+            cure = (
+                "install the CUDA build of PyTorch for your driver (pytorch.org), check CUDA_VISIBLE_DEVICES"
             )
-            cure = "install the CUDA build of PyTorch for your driver (pytorch.org)"
-            yield Line("todo", "CUDA", f"PyTorch cannot use the {gpus[0]} ({reason}): {cure}")
+            yield Line("todo", "CUDA", f"PyTorch cannot use the NVIDIA GPU: {cure}")
         else:
             yield Line("ok", "CUDA", "no GPU; runs use the CPU")
         return
@@ -125,10 +106,9 @@ def check_torch() -> Iterator[Line]:
         yield Line("todo", "CUDA", f"the GPU does not compute: {first_line(error)}")
         return
     free, total = torch.cuda.mem_get_info()
-    bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = "bfloat16" if bfloat16 else "no bfloat16, float32 is used"
+    precision = "" if torch.cuda.is_bf16_supported(including_emulation=False) else ", no bfloat16"
     gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    yield Line("ok", "CUDA", f"{gpu}, {free / GIB:.1f} of {total / GIB:.1f} GiB free, {precision}")
+    yield Line("ok", "CUDA", f"{gpu}, {free / GIB:.1f} of {total / GIB:.1f} GiB free{precision}")
 
 
 def check_device(config: Any) -> Iterator[Line]:
@@ -140,9 +120,8 @@ def check_device(config: Any) -> Iterator[Line]:
     device = choose_device(distributed.local_device(config.device, config.parallel, count_gpus()))
     yield Line("ok", "device", f"{device_name(device)} in {precision(config, device)}")
     if compiles(config, device) and not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
-        yield Line(
-            "todo", "compiler", "torch.compile needs one: apt install gcc libc6-dev, or --compile False"
-        )
+        cure = "apt install gcc libc6-dev, or --compile False"
+        yield Line("todo", "compiler", f"torch.compile needs one: {cure}")
 
 
 def check_gl(config: Any) -> Iterator[Line]:
@@ -202,10 +181,8 @@ def check_room(config: Any, folder: Path, spaces: dict, act: dict) -> Iterator[L
     else:
         yield Line("ok", "memory", plan.line)
 
-    step_bytes = sum(
-        math.prod(shape) * dtype.itemsize for shape, dtype in replay.step_layout(spaces).values()
-    )
-    episodes = (config.replay.keep_steps or config.steps / config.action_repeat) * step_bytes
+    sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in replay.step_layout(spaces).values())
+    episodes = (config.replay.keep_steps or config.steps / config.action_repeat) * sum(sizes)
     ring, free = plan.nbytes * (plan.backend == "memmap"), free_disk(folder)
     text = f"{free / GIB:.1f} GiB free for {ring / GIB:.1f} GiB of replay, "
     text += f"less than {episodes / GIB:.1f} GiB of compressed episodes, and checkpoints"
@@ -245,9 +222,10 @@ def examine(argv: list[str]) -> Iterator[Line]:
         config, folder = command.config, command.logdir.absolute()
         yield from basic
         yield from (Line("tip", "options", note) for note in command.notes)
-        for extra, needed in (("ray", config.envs.parallel == "ray"), ("wandb", config.wandb.enabled)):
-            if needed:
-                yield from check_packages(f"requirements/{extra}.txt")
+        if config.envs.parallel == "ray":
+            yield from check_packages("requirements/ray.txt")
+        if config.wandb.enabled:
+            yield from check_packages("requirements/wandb.txt")
         yield from attempt("device", check_device, config)
         yield from attempt("OpenGL", check_gl, config)
         yield from attempt("task", check_task, config, folder)

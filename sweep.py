@@ -8,6 +8,7 @@ command again resumes the runs that have not finished. All other options are pas
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import functools
@@ -21,7 +22,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -29,6 +29,7 @@ from typing import Any, NamedTuple, NoReturn
 import config as configs
 from basics import UserError, atomic_write
 from parallel import start_ray
+from reports.logs import read_metrics
 
 try:
     import fcntl
@@ -40,9 +41,7 @@ NONE = "none"  # a value of `configs` in the grid: no preset
 MAX_NAME = 200  # bytes in UTF-8; most file systems take 255, and ".log" is appended
 LINUX = sys.platform == "linux"
 PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
-POLL = 0.2  # seconds between checks of a run
-REPORT = 10  # seconds after which a run reports even without a new line of metrics
-TAIL = 2**20  # bytes at the end of metrics.jsonl that are read
+REPORT = 2  # seconds between reports of a run
 RETURNS = {"train_return": "env/episode_return", "eval_return": "eval/episode_return"}
 ENVIRON = {
     "RAY_kill_child_processes_on_worker_exit": "0",  # Ray would kill the runs before they have saved
@@ -61,7 +60,7 @@ class Run(NamedTuple):
     steps: int
 
     def command(self) -> list[str]:
-        """The command line of the run in the current folder."""
+        """The words of a command line that works in the current folder."""
         program = ROOT / "dreamer.py"
         return [sys.executable, program.name if Path.cwd() == ROOT else str(program), *self.options]
 
@@ -121,20 +120,13 @@ def plan(
 
 def measures(logdir: Path) -> dict[str, float]:
     """The last `step` in metrics.jsonl, 0 if there is none, and the last of each of RETURNS so far."""
-    found: dict[str, float] = {"step": 0}
     try:
-        with open(logdir / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            lines = file.read().splitlines()
-    except OSError:  # not written yet
-        return found
+        lines = read_metrics(logdir)
+    except UserError:  # not written yet
+        return {"step": 0}
+    found = {"step": lines[-1]["step"]}
     for line in lines:
-        try:
-            metrics = json.loads(line)
-            found["step"] = int(metrics["step"])
-            found |= {name: float(metrics[key]) for name, key in RETURNS.items() if key in metrics}
-        except (ValueError, KeyError, TypeError):  # the first and the last line may be incomplete
-            continue
+        found |= {name: line[key] for name, key in RETURNS.items() if key in line}
     return found
 
 
@@ -157,7 +149,7 @@ def make_trainable(runs: Sequence[Run], cpus: int) -> type:
     """The class of Ray Tune that starts the run with the name `config["run"]` and reports its progress."""
     from ray import tune
 
-    by_name, folder, root = {run.name: run for run in runs}, str(Path.cwd()), str(ROOT)
+    by_name, folder, program = {run.name: run for run in runs}, str(Path.cwd()), str(ROOT / "dreamer.py")
 
     class Trial(tune.Trainable):
         def setup(self, config: dict[str, str]) -> None:
@@ -170,24 +162,20 @@ def make_trainable(runs: Sequence[Run], cpus: int) -> type:
                 # Linux: if this worker ends or is killed, the process gets SIGTERM, saves and ends.
                 die = functools.partial(ctypes.CDLL(None).prctl, PDEATHSIG, signal.SIGTERM) if LINUX else None
                 self.process = subprocess.Popen(
-                    [sys.executable, os.path.join(root, "dreamer.py"), *self.run.options],
+                    [sys.executable, program, *self.run.options],
                     cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                     env={**os.environ, "OMP_NUM_THREADS": str(cpus)}, preexec_fn=die, start_new_session=True,
                 )  # fmt: skip
-            self.measures = {}
 
         def step(self) -> dict[str, Any]:
-            deadline = time.monotonic() + REPORT
-            while True:
-                code, now = self.process.poll(), measures(Path(folder, self.run.logdir))
-                if code:
-                    lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-                    last = next(filter(None, map(str.strip, reversed(lines))), "no output")
-                    raise RuntimeError(f"{self.run.name}: exit code {code}: {last} (see {self.log})")
-                if code == 0 or now != self.measures or time.monotonic() > deadline:
-                    self.measures = now
-                    return {**now, "done": code == 0}
-                time.sleep(POLL)
+            code = None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self.process.wait(REPORT)
+            if code:
+                output = self.log.read_text(encoding="utf-8", errors="replace").strip()
+                last = (output or "no output").splitlines()[-1]
+                raise RuntimeError(f"{self.run.name}: exit code {code}: {last} (see {self.log})")
+            return {**measures(Path(folder, self.run.logdir)), "done": code == 0}
 
         def cleanup(self) -> None:
             if not LINUX:
@@ -252,10 +240,9 @@ def sweep(args: argparse.Namespace, runs: Sequence[Run]) -> int:
         signal.signal(signal.SIGTERM, before)
         ray.shutdown()
     status = dict.fromkeys((run.name for run in runs), "waiting")
-    for result in results:
-        if result.config:  # None for a run that has not reported yet
-            ended = "finished" if result.metrics.get("done") else "stopped"
-            status[result.config["run"]] = "failed" if result.error else ended
+    for result in filter(lambda result: result.config, results):  # the others have not reported yet
+        ended = "finished" if result.metrics.get("done") else "stopped"
+        status[result.config["run"]] = "failed" if result.error else ended
     path = args.logdir / "summary.csv"
     write_summary(path, runs, status)
     print(", ".join(f"{name}: {each}" for name, each in status.items()), f"(see {path})")

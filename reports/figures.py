@@ -230,15 +230,14 @@ def _achievement_panels(groups: Sequence[Group]) -> list[Panel]:
             title = "Crafter score (after env steps)"
             panels.append(Panel(title, functools.partial(_draw_scores, groups=groups, scores=scores), height))
     lines = [(curves, style(i)) for i, group in enumerate(groups) if (curves := group.unlocked())]
-    draw = functools.partial(_draw_unlocked, lines=lines, label=f"achievements, of {len(names)}")
+    draw = functools.partial(_draw_curves, lines=lines, label=f"achievements, of {len(names)}")
     return [*panels, Panel("achievements unlocked so far", draw)]
 
 
 def _budget(groups: Sequence[Group]) -> str:
     """The env steps of the shortest and the longest run."""
     steps = [run.steps for group in groups for run in group.runs]
-    ends = dict.fromkeys((short(min(steps)), short(max(steps))))
-    return " to ".join(ends)
+    return " to ".join(dict.fromkeys((short(min(steps)), short(max(steps)))))
 
 
 def _draw_rates(axis: Any, rates: Sequence[Sequence[dict[str, float]]], names: Sequence[str]) -> None:
@@ -251,11 +250,6 @@ def _draw_rates(axis: Any, rates: Sequence[Sequence[dict[str, float]]], names: S
             axis.barh(places, values.mean(0), thick, color=COLORS[index % len(COLORS)])
             axis.hlines(places, *bootstrap_interval(values), color=GREY, lw=1)
     _rate_axis(axis, names)
-
-
-def _draw_unlocked(axis: Any, lines: Sequence[tuple[list, dict]], label: str) -> None:
-    _draw_curves(axis, lines, label)
-    axis.yaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_published(axis: Any, names: Sequence[str]) -> None:
@@ -331,28 +325,21 @@ def figure(groups: Sequence[Group], metrics: Sequence[str] = ()) -> Any:
             panel.draw(axis)
             axis.set_title(panel.title)
         if title:
-            handles = [pyplot().Line2D([], [], lw=2, **style(index)) for index in range(len(alike))]
             part.legend(
-                handles,
-                [group.legend for group in alike],
-                loc="outside upper left",
-                ncols=legend_columns,
-                title=title,
-                title_fontproperties={"size": 12, "weight": "bold"},
-                alignment="left",
-            )
+                [pyplot().Line2D([], [], lw=2, **style(index)) for index in range(len(alike))],
+                [group.legend for group in alike], loc="outside upper left", ncols=legend_columns,
+                title=title, title_fontproperties={"size": 12, "weight": "bold"}, alignment="left",
+            )  # fmt: skip
     return whole
 
 
 def rendered(picture: Any, kind: str, **options: Any) -> bytes:
     """The figure as bytes of a file type such as png; closes the figure."""
     buffer = io.BytesIO()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # shown as a box
-            picture.savefig(buffer, format=kind, **options)
-    finally:
-        pyplot().close(picture)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # shown as a box
+        picture.savefig(buffer, format=kind, **options)
+    pyplot().close(picture)
     return buffer.getvalue()
 
 

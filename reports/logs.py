@@ -51,7 +51,7 @@ def read_metrics(logdir: Path) -> list[dict[str, float]]:
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}. Give the logdir of a run.") from error
     if not lines:
-        raise UserError(f"{path} holds no line of metrics yet.")
+        raise UserError(f"{path} has no line of metrics yet.")
     return lines
 
 
@@ -159,7 +159,7 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
         runs = sorted(_runs_in(place))
         if not runs:
             raise UserError(
-                f"No {METRICS} in {place} or below it: give the logdir of a run, or a folder of runs."
+                f"No {METRICS} in {place} or below: give the logdir of a run, or a folder of runs."
             )
         for run in runs:
             found.setdefault(run.resolve(), run)
@@ -229,8 +229,7 @@ class Group:
         for run in self.runs:
             rated = [line for line in run.lines if any(RATES in name for name in line)]
             unlocked = [float(sum(x > 0 for name, x in line.items() if RATES in name)) for line in rated]
-            if rated:
-                counts.append(([line["step"] for line in rated], unlocked))
+            counts += [([line["step"] for line in rated], unlocked)] if rated else []
         return counts
 
 
@@ -243,14 +242,11 @@ def group_runs(runs: Sequence[RunLog]) -> list[Group]:
         key = json.dumps([run.config is None and str(run.logdir), chosen], sort_keys=True)
         members.setdefault(key, []).append(run)
         options[key] = chosen
-    keys = list(members)
     labels: dict[str, str] = {}
-    for task in dict.fromkeys(_task(members[key][0]) for key in keys):
-        alike = [key for key in keys if _task(members[key][0]) == task]
-        labels |= zip(
-            alike, _labels([members[k][0] for k in alike], [options[k] for k in alike]), strict=True
-        )
-    return [Group(labels[key], members[key], options[key]) for key in keys]
+    for task in {_task(alike[0]): None for alike in members.values()}:
+        keys = [key for key, alike in members.items() if _task(alike[0]) == task]
+        labels |= zip(keys, _labels([members[k][0] for k in keys], [options[k] for k in keys]), strict=True)
+    return [Group(labels[key], members[key], options[key]) for key in members]
 
 
 def _task(run: RunLog) -> str | None:

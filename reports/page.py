@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from basics import UserError, atomic_write
 from reports import figures
 from reports.logs import EVAL, TRAIN, Group, RunLog, printable, show_option, spread
@@ -36,10 +38,10 @@ def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: in
         import jinja2
     except ModuleNotFoundError as error:
         raise UserError("--html needs jinja2: pip install -r requirements/plot.txt") from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    template = jinja2.Template(
+        TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     runs = [run for group in groups for run in group.runs]
     films, left_out = embed([pick_videos(run.logdir, videos) if videos else [] for run in runs], max_bytes)
     films = dict(zip((run.logdir for run in runs), films, strict=True))
@@ -57,21 +59,15 @@ def write(out: Path, groups: Sequence[Group], metrics: Sequence[str], videos: in
             "options": differences(alike),
             "is_benchmark": any(map(figures.is_benchmark, alike)),
             "runs": [
-                about_run(index, run, films[run.logdir])
-                for index, group in enumerate(alike)
-                for run in group.runs
+                about_run(i, run, films[run.logdir]) for i, each in enumerate(alike) for run in each.runs
             ],
         }
         for task, alike in figures.by_task(groups).items()
     ]
     text = template.render(
-        tasks=tasks,
-        colors=figures.COLORS,
-        published=figures.PUBLISHED,
-        left_out=left_out,
-        max_mb=f"{max_bytes / 1e6:g}",
-        date=datetime.date.today().isoformat(),
-    )
+        tasks=tasks, colors=figures.COLORS, published=figures.PUBLISHED, left_out=left_out,
+        max_mb=f"{max_bytes / 1e6:g}", date=datetime.date.today().isoformat(),
+    )  # fmt: skip
     atomic_write(out, lambda file: file.write(text.encode()))
 
 
@@ -123,13 +119,9 @@ def summary(values: Sequence[float], mean: bool = False) -> dict[str, str]:
     """Interquartile mean (or mean) over seeds as `value`, and its `interval`, '' for a single seed."""
     if not values:
         return {"value": "-", "interval": ""}
-    middle, low, high = spread(values)
-    if mean:
-        middle, (low, high) = sum(values) / len(values), bootstrap_interval(values)
-    return {
-        "value": number(middle),
-        "interval": f"{number(low)} to {number(high)}" if len(values) > 1 else "",
-    }
+    middle, low, high = (np.mean(values), *bootstrap_interval(values)) if mean else spread(values)
+    interval = f"{number(low)} to {number(high)}" if len(values) > 1 else ""
+    return {"value": number(middle), "interval": interval}
 
 
 def number(value: float | None) -> str:
@@ -219,23 +211,13 @@ def embed(wanted: Sequence[Sequence], max_bytes: float) -> tuple[list[list[dict]
         if film is None:
             continue
         if isinstance(film, Path):
-            try:
-                size = film.stat().st_size
-                data = film.read_bytes() if size <= max_bytes else None
-            except OSError as error:
-                raise UserError(
-                    f"Cannot read {film}: {error.strerror}; --videos 0 leaves videos out"
-                ) from error
-            if data is not None and data[4:8] != b"ftyp":
-                continue  # not an mp4 file
-            kind, title = "video/mp4", caption(film)
+            kind, title, data = "video/mp4", caption(film), film.read_bytes()
         else:
-            data, kind, title = film[1], "image/gif", f"open-loop prediction, step {film[0]:,}"
-            size = len(data)
-        if size > max_bytes:
+            kind, title, data = "image/gif", f"open-loop prediction, step {film[0]:,}", film[1]
+        if len(data) > max_bytes:
             left_out += 1
             continue
-        max_bytes -= size
+        max_bytes -= len(data)
         films[index].append({"kind": kind, "title": title, "data": base64.b64encode(data).decode()})
     return films, left_out
 

@@ -21,7 +21,7 @@ def machine(monkeypatch, tmp_path):
     """A machine without keys and GPU, with room, whatever the state of this one is."""
     for name in (*doctor.KEYS, "CUDA_VISIBLE_DEVICES", "MUJOCO_GL", "LORE_REPLAY_BACKEND"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(doctor, "nvidia_gpus", lambda: [])
+    monkeypatch.setattr(doctor, "has_gpu", lambda: False)
     monkeypatch.setattr(doctor, "free_disk", lambda folder: 10**12)
     monkeypatch.setattr(replay, "free_disk", lambda folder: 10**12)
     monkeypatch.setattr(replay, "free_memory", lambda: 10**12)
@@ -65,7 +65,7 @@ def test_bare_python_reports_what_to_install(tmp_path):
 
 
 def test_extras_that_the_options_need_must_be_installed(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_installed", lambda name: name != "wandb")
+    monkeypatch.setattr(doctor, "installed", lambda name: name != "wandb")
     found = lines(capsys, "--wandb.enabled", "True", code=1)
     assert found["packages"] == ("todo", "wandb not installed: pip install -r requirements/wandb.txt")
     lines(capsys)

@@ -238,7 +238,7 @@ def test_run_without_metrics_does_not_hide_the_others(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     assert plot.main(["a", "b"]) == 0
     assert (tmp_path / "curves.png").is_file()
-    assert f"{Path('b') / 'metrics.jsonl'} holds no line" in capsys.readouterr().err
+    assert f"{Path('b') / 'metrics.jsonl'} has no line" in capsys.readouterr().err
 
 
 def test_mistakes_are_reported_in_one_line(tmp_path, capsys):
@@ -249,7 +249,7 @@ def test_mistakes_are_reported_in_one_line(tmp_path, capsys):
     (tmp_path / "new" / "metrics.jsonl").write_text("")
     for words, message in (
         ([tmp_path / "nowhere"], "No metrics.jsonl in"),
-        ([tmp_path / "new"], "holds no line of metrics yet"),
+        ([tmp_path / "new"], "has no line of metrics yet"),
         ([run, "--metrics", TRAIN, "env/fp"], "the nearest is env/fps"),
         ([bare, "--metrics", "env/fps"], "--metrics env/fps: no run has logged it; nothing is logged yet"),
         ([odd, "--metrics", "b"], "the nearest is a\ufffdb"),
