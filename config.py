@@ -33,7 +33,7 @@ CLASSES = ("task_presets", "advice_presets", "scale_presets")  # in the order of
 CPU_PRESET = "cpu"
 CPU_PRESET_TASKS = ("crafter", "audio", "lpm_noisytv")  # get CPU_PRESET on a CPU if no scale preset is named
 QUICK_ON_CPU = ("cpu", "cpu_vector", "debug", "doorkey")
-RUN_PATHS = ("logdir", "from_checkpoint", "transfer")  # where a run is and how it began, not what it is
+RUN_PATHS = ("logdir", "from_checkpoint", "transfer")  # may differ when a run resumes
 MAX_YAML = 2**20  # characters of a YAML text; configs.yaml has about 30,000
 MAX_SHOWN = 100  # characters of a value or a name in a message
 

@@ -74,13 +74,12 @@ QUICK = (
 
 
 def measure_room(logdir: Path, quick: bool) -> Measures:
-    config = logdir / "config.yaml"
-    prefill = Config.from_yaml(config.read_text(encoding="utf-8"), str(config)).prefill
+    prefill = Config.load_saved(logdir / "config.yaml").prefill
     positions = []
     for file in list_episodes(logdir / "train_eps"):
         with np.load(file.path, allow_pickle=False) as episode:
             positions.append(episode["position"])
-    return room_measures(positions, int(prefill))
+    return room_measures(positions, prefill)
 
 
 def room_measures(positions: Sequence[np.ndarray], prefill: int) -> Measures:

@@ -67,7 +67,7 @@ UNITS, LR = 256, 1e-3  # of the model
 LPM = config.load([], has_cuda=False).lpm
 BIN = 20  # updates that a point of the figure covers
 TITLES = {
-    "deterministic": "Deterministic\na 0 stays as it is",
+    "deterministic": "Deterministic\na 0 stays unchanged",
     "stochastic": "Stochastic\na 1 becomes a random 2-9",
 }
 BLUE, GREEN, ORANGE = "#0072b2", "#009e73", "#d55e00"  # from Okabe and Ito's palette for colour-blind readers

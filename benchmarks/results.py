@@ -79,20 +79,13 @@ def measure(logdir: Path, quick: bool) -> Measures:
     return {
         "steps": lines[-1]["step"],
         "updates": max(line.get("opt/updates", 0) for line in lines),
-        "minutes": minutes(lines),
+        "minutes": 60 * logs.RunLog(logdir, lines, None).hours,
         "curves": {
             "eval": logs.curve(lines, logs.EVAL),
             "train": logs.curve(lines, logs.TRAIN, SMOOTHING),
         },
         **{policy: {key: result[key] for key in kept} for policy, result in played.items()},
     }
-
-
-def minutes(lines: list[dict]) -> float:
-    """Wall-clock time of a run, evaluations included, from the speed since the previous line in each line."""
-    speeds = [(line["step"], line["env/fps"]) for line in lines if line.get("env/fps")]
-    before = [0, *(step for step, _ in speeds)]
-    return sum((step - last) / speed for (step, speed), last in zip(speeds, before, strict=False)) / 60
 
 
 # --- Table and figure ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.turns import Program, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
-Figures = dict[str, dict[str, Any]]  # by what is measured
+Figures = dict[str, dict[str, Any]]  # row -> column -> value
 
 # --- Updates and policy steps --------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ def resident() -> int:
 
 
 def measure_replay(args: argparse.Namespace) -> Figures:
-    """Fill the ring twice, then time what the loop does with it."""
+    """Fill the ring twice, then time its calls in the training loop."""
     import replay
 
     spaces = {"image": ((args.image, args.image, 3), np.uint8), "reward": ((), np.float32)}

@@ -182,7 +182,7 @@ def _runs_in(place: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seed; `label` tells them apart from the other groups."""
+    """Runs that differ only in their seed; `label` distinguishes them from the other groups."""
 
     label: str
     runs: list[RunLog]
