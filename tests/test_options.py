@@ -313,7 +313,7 @@ MISTAKES = {
     "line 1: not valid YAML": "skills: [",
     "line 3: not valid YAML": "skills:\n- name: a\n  name: b\n",
     "could not determine a constructor": "skills: !!python/object/apply:os.system [ls]",
-    "aliases (*name) are refused": "a: &a [1]\nskills: [*a]",
+    "aliases (*) are refused": "a: &a [1]\nskills: [*a]",
 }
 
 
