@@ -331,14 +331,8 @@ def test_answers_are_stored_with_the_steps_that_asked(tmp_path):
 @pytest.mark.parametrize(
     "options, says",
     [
-        ("--prior.enabled True", "add llm.enabled True"),
-        ("--llm.enabled True", "nothing uses the advice"),
         (f"{LLM} --prior.enabled True --task dummy_continuous", "one Discrete action"),
         (f"{LLM} --options.enabled True --task dummy_continuous", "one Discrete action"),
-        (f"{LLM} --prior.enabled True --expl_behavior random", "does not act with expl_behavior random"),
-        (f"{LLM} --prior.enabled True --expl_behavior lpm --expl_task_actor separate", "or shared"),
-        (f"{LLM} --options.enabled True --expl_behavior plan2explore", "use greedy"),
-        (f"{LLM} --options.enabled True --imag_gradient dynamics", "reinforce"),
         (f"{LLM} --prior.enabled True --llm.backend rules", "crafter and minigrid only"),
         (f"{LLM} --prior.enabled True --llm.backend gemny", "Did you mean gemini"),
         (f"{LLM} --prior.enabled True --llm.backend nowhere:Class", "nowhere"),

@@ -311,20 +311,6 @@ def test_captioner_of_the_guide_sees_what_the_agent_does_not(workdir):
     assert captioner.blocked(before, env.step(0)[0], 0)
 
 
-def test_preset_accepts_all_options_of_the_guide(tmp_path):
-    (block,) = blocks("yaml")
-    text = configs.CONFIGS.read_text(encoding="utf-8")
-    changed = re.sub(r"^  custom:.*?(?=^  \S)", lambda _: block, text, flags=re.MULTILINE | re.DOTALL)
-    assert changed != text
-    path = tmp_path / "configs.yaml"
-    path.write_text(changed, encoding="utf-8")
-    preset = configs.read(path).preset("custom").values
-    named = "envs.amount envs.parallel encoder.mlp_keys encoder.cnn_keys decoder.mlp_keys decoder.cnn_keys "
-    named += "train_ratio batch_size batch_length rssm.deter rssm.hidden rssm.stoch rssm.classes model_lr "
-    named += "actor_lr critic_lr imag_horizon slow_value_target slow_target_update reward_scale"
-    assert set(named.split()) <= set(preset)
-
-
 @pytest.mark.slow
 def test_commands_of_the_guide_run_as_written(workdir):
     """Up to the first update, with the full model; then SIGTERM ends them after a save."""

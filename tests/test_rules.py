@@ -66,11 +66,6 @@ def test_crafter_episodes_unlock_the_first_achievements():
     assert all(result["achievements"][name] > 0.5 for name in ("collect_wood", "place_table", "eat_cow"))
 
 
-def test_the_benchmark_runs(capsys):
-    benchmark.main(["--quick", "--tasks", "minigrid_DoorKey-5x5"])
-    assert "minigrid_DoorKey-5x5: 2 episodes, length" in capsys.readouterr().out
-
-
 # --- What it says ------------------------------------------------------------------------------------------
 
 
