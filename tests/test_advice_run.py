@@ -6,16 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 from advice_helpers import ACTIONS, OBS, SilentService, make_agent
-from run_helpers import (
-    assert_same_run,
-    differences,
-    log,
-    main,
-    metrics,
-    signal_at,
-    stop_and_resume,
-    train,
-)
+from run_helpers import assert_same_run, differences, log, main, metrics, signal_at, stop_and_resume, train
 
 import checkpoint as checkpoints
 import episodes
@@ -109,10 +100,7 @@ def test_resumed_run_with_all_paths_equals_uninterrupted_run(tmp_path, whole):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "task, at",
-    [
-        ([*DOORKEY, "--envs.parallel", "process"], [33, 71, 100]),
-        (CRAFTER, [21, 35, 50, 64]),
-    ],
+    [([*DOORKEY, "--envs.parallel", "process"], [33, 71, 100]), (CRAFTER, [21, 35, 50, 64])],
     ids=["doorkey in processes", "crafter"],
 )
 def test_resumed_runs_of_games_equal_uninterrupted_ones(tmp_path, whole, task, at):

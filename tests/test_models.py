@@ -283,10 +283,7 @@ def test_hoisted_core_equals_the_concatenated_form():
     """The reference repeats the (deter, stoch, action) features for each block and concatenates."""
     torch.manual_seed(0)
     rssm = make_agent().rssm
-    state = {
-        "deter": torch.randn(3, rssm.deter),
-        "stoch": torch.randn(3, rssm.stoch, rssm.classes),
-    }
+    state = {"deter": torch.randn(3, rssm.deter), "stoch": torch.randn(3, rssm.stoch, rssm.classes)}
     action = torch.randn(3, 5) * 3
     parts = [
         rssm.in_deter(state["deter"]),

@@ -126,10 +126,7 @@ def test_run_from_a_checkpoint_is_another_group_but_a_resumed_run_is_not(tmp_pat
         f"--configs doorkey --seed 3 --from_checkpoint {tmp_path / 'run_3' / 'checkpoints' / '10.pt'}",
     )
     assert [[run.seed for run in group.runs] for group in found] == [[0, 3], [1, 2]]
-    assert [group.label for group in found] == [
-        "from_checkpoint=null",
-        "from_checkpoint=given",
-    ]
+    assert [group.label for group in found] == ["from_checkpoint=null", "from_checkpoint=given"]
 
 
 def test_runs_without_a_config_are_not_grouped(tmp_path):
