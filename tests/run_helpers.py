@@ -83,7 +83,7 @@ def train_process(
     if kill_at:
         script = (
             "import signal, sys; sys.path.insert(0, 'tests'); from run_helpers import dreamer, signal_at\n"
-            f"with signal_at({kill_at}, signal.SIGKILL): dreamer.main(sys.argv[1:])"
+            f"with signal_at({kill_at}, signal.SIGKILL): sys.exit(dreamer.main(sys.argv[1:]))"
         )
     return subprocess.Popen(
         [sys.executable, "-c", script, *command],
