@@ -38,14 +38,13 @@ class Line(NamedTuple):
 
 
 def check_python() -> Iterator[Line]:
-    version, known = platform.python_version(), f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
     if sys.version_info[:2] < OLDEST:
-        yield Line("todo", "Python", f"{version} is too old: install {known}")
-    elif sys.version_info[:2] > NEWEST:
-        yield Line("tip", "Python", f"{version} is newer than the tested versions, {known}")
+        yield Line("todo", "Python", f"{platform.python_version()} is too old: install {known}")
     else:
-        without = ", without dm-control: the dmc_* tasks need 3.11 or 3.12"
-        yield Line("ok", "Python", version + without * (sys.version_info[:2] == NEWEST))
+        status = "ok" if sys.version_info[:2] <= NEWEST else "tip"
+        text = f"{platform.python_version()}; tested are {known}, dmc_* tasks need 3.11 or 3.12"
+        yield Line(status, "Python", text)
 
 
 def installed(package: str) -> bool:
