@@ -67,7 +67,7 @@ def after_step(act: Callable[[int, int], object]) -> Iterator[None]:
 
 
 def stop_and_resume(logdir: Path, *options: str, at: Sequence[int]) -> None:
-    """Train with a stop at each of these env steps, and go on each time by the same command."""
+    """Train with a stop at each of these env steps, and resume each time with the same command."""
     for step in at:
         with signal_at(step):
             assert train(logdir, *options) == 128 + signal.SIGTERM

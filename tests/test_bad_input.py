@@ -99,7 +99,7 @@ def test_logdir_that_cannot_be_written_is_named(tmp_path, capfd):
 
 
 @pytest.fixture
-def nobody():
+def unprivileged():
     """Run the test as a user without rights."""
     root = sys.platform != "win32" and os.geteuid() == 0
     if sys.platform == "win32":
@@ -122,7 +122,7 @@ def test_path_that_is_too_long_is_named(capfd, tmp_path):
         assert capfd.readouterr().err.startswith("error: No checkpoint at")
 
 
-def test_logdir_without_permission_is_named(capfd, nobody):
+def test_logdir_without_permission_is_named(capfd, unprivileged):
     folder = Path(tempfile.mkdtemp(prefix="lore-"))
     folder.chmod(0o400)
     try:

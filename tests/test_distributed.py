@@ -55,7 +55,7 @@ def work(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> list[dict]:
-    """What each of two processes has to tell of `work`."""
+    """The results of `work` in each of two processes."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(as_rank, (2, free_port(), folder), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]

@@ -289,7 +289,7 @@ def panels(monkeypatch) -> list[dict]:
     return drawn
 
 
-def test_explain_shows_each_decision_beside_its_frame(advised_logdir, played, monkeypatch, capsys):
+def test_explain_shows_each_decision_next_to_its_frame(advised_logdir, played, monkeypatch, capsys):
     drawn = panels(monkeypatch)
     result = run(capsys, "--logdir", advised_logdir, "--episodes", 2, "--envs", 2, "--explain")
     files = [advised_logdir / "videos" / f"explain_{STEPS}_{index}.mp4" for index in range(2)]

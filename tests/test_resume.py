@@ -237,7 +237,7 @@ def test_kill_while_a_checkpoint_is_written_loses_nothing_of_the_one_before(tmp_
     assert_same_run(tmp_path, whole())
 
 
-# ---- Other ways to go on
+# ---- Other ways to resume
 
 
 def test_from_checkpoint_without_logdir_resumes_in_place(tmp_path, whole, monkeypatch):

@@ -25,7 +25,7 @@ multiprocessing.set_forkserver_preload(["killing"])
 
 
 def start(argv: list[str], die_at: int | None = None) -> multiprocessing.Process:
-    """Start the program; with `die_at` it dies at its so many-th change of files or save of arrays."""
+    """Start the program; with `die_at` it dies at that change of files or save of arrays, counted from 1."""
     process = servers.Process(target=_run, args=(argv, die_at))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # by which the server finds what it imports

@@ -15,7 +15,7 @@ YEAR = 365 * 24 * 3600
 
 
 class Clock:
-    """Stands in for the wall clock: ahead of it by the next of `jumps`, in seconds, at each look."""
+    """A wall clock that is ahead by the next of `jumps`, in seconds, at each call."""
 
     _real = staticmethod(time.time_ns)
 

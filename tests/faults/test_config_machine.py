@@ -53,7 +53,7 @@ def values_of(option: Option) -> st.SearchStrategy:
 
 @st.composite
 def overrides(draw) -> tuple[list[str], str, object]:
-    """An option as it stands in a command, its full name and its value."""
+    """An option as written in a command, its full name and its value."""
     option = draw(st.sampled_from(list(SCHEMA.options.values())))
     value = draw(
         st.lists(values_of(option), min_size=1, max_size=3)
@@ -125,7 +125,7 @@ class Commands(RuleBasedStateMachine):
 
     @rule(name=st.text("abcdefghijklmnopqrstuvwxyz._-", min_size=1, max_size=20), word=texts)
     def misspell(self, name, word):
-        """An unknown name is a mistake that tells a known one."""
+        """The error for an unknown name suggests a known one."""
         known = name in SCHEMA.options or name in SCHEMA.groups or SCHEMA.leaves(name)
         if known or name in ("configs", "help", "print_config"):
             return

@@ -26,7 +26,7 @@ BALLAST = "ballast"
 WRITES = {
     "episode": (EpisodeWriter, "_write", r"train_eps/\d{8}T.*\.npz"),
     "checkpoint": (checkpoints, "save_tensors", r"checkpoints/step-\d+\.pt"),
-    "what the replay keeps beside it": (Replay, "save", r"replay_state/step-\d+/.*\.npz"),
+    "the replay's state": (Replay, "save", r"replay_state/step-\d+/.*\.npz"),
     "metrics": (Logger, "write", r"metrics\.jsonl"),
     "TensorBoard": (EventFile, "add", r"events\.out\.tfevents\.\d+"),
     "log": (Logger, "print", r"train\.log"),
@@ -199,7 +199,7 @@ def test_ring_on_a_disk_without_room_is_refused_at_the_start(disk, capfd):
 
 @slow
 @pytest.mark.parametrize("room", [24])
-def test_run_goes_on_where_the_cache_of_answers_has_no_room_and_later_it_is_used_again(tmp_path, disk, room):
+def test_run_continues_if_the_cache_of_answers_has_no_room_and_uses_it_again_later(tmp_path, disk, room):
     """`room` in KiB, for the database, its journal and their index: one of them meets the end."""
     cache = disk.folder / "llm_cache.sqlite"
     options = (

@@ -27,7 +27,7 @@ def test_run_that_is_killed_twenty_times_loses_nothing_that_was_saved(tmp_path):
             process = start(endless, die_at=rng.randrange(1, 80))
         else:
             process = start(endless)
-            # A start tells some five lines; then come two for each ten steps, with the checkpoint.
+            # A start logs about five lines; then every ten steps log two, one of them for the checkpoint.
             lines = 15 if kill == 0 else lines_of(tmp_path / "train.log") + rng.randrange(15)
             while process.is_alive() and lines_of(tmp_path / "train.log") < lines:
                 time.sleep(0.002)
