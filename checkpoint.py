@@ -139,7 +139,7 @@ def save_checkpoint(logdir: str | os.PathLike, payload: dict, step: int, keep: i
     """
     logdir = Path(logdir)
     path = checkpoint_path(logdir, step)
-    for leftover in [*path.parent.glob(".step-*.tmp"), *logdir.glob(".latest.pt.*.tmp")]:
+    for leftover in path.parent.glob(".step-*.tmp"):
         leftover.unlink()  # from a kill during an earlier save
     others = [other for other in find_checkpoints(logdir) if other.name not in (LATEST, path.name)]
     save_tensors(path, {**payload, "format": CHECKPOINT_FORMAT})
@@ -302,6 +302,8 @@ def run_lock(logdir: str | os.PathLike) -> Iterator[list[str]]:
             raise write_error(folder / LOCK, error) from error
         notes.append(f"The disk of {folder} has no file locks, so a second run there would not be noticed")
     try:
+        for leftover in folder.glob(".*.tmp"):  # from a kill during a write
+            leftover.unlink()
         if left := _holder(folder):
             notes.append(
                 f"The last run here did not end cleanly ({left}). If it still runs, stop one of the two"
