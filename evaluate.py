@@ -34,7 +34,7 @@ from exploration import Random
 from logger import VIDEO_FPS, write_mp4
 from lore_llm.captions import Captioner, make_captioner
 from lore_llm.panel import decision_panel
-from parallel import VecEnv, make_vec
+from parallel import VecEnv
 from stats import SuccessRates, bootstrap_interval
 
 CONFIDENCE = 0.95  # of the interval
@@ -135,7 +135,7 @@ def open_envs(config: Config, amount: int, video: Path | None, explain: Path | N
     make = functools.partial(make_env, config, SEEDS, video=bool(video or explain))
     options = config.envs
     parallel = "process" if amount > 1 else "none"
-    envs = make_vec(make, amount, parallel, timeout=options.timeout, max_restarts=options.max_restarts)
+    envs = VecEnv(make, amount, parallel, timeout=options.timeout, max_restarts=options.max_restarts)
     try:
         images = any(len(s.shape) == 3 and s.dtype == np.uint8 for s in envs.obs_space.values())
         if (explain or video and not audio.waveform_keys(envs.obs_space, config)) and not images:

@@ -53,16 +53,10 @@ Layout = dict[str, tuple[tuple[int, ...], np.dtype]]  # key -> shape and dtype
 log = logging.getLogger("lore")
 
 
-def make_vec(
-    make_env: Callable[[int], Any],
-    amount: int,
-    parallel: str,
-    *,
-    timeout: float,
-    max_restarts: int,
-    ray_address: str | None = None,
-) -> "VecEnv":
-    """Make `amount` environments that are stepped together.
+class VecEnv:
+    """`len(vec)` environments as one. All arrays have a leading dimension n and belong to the caller.
+
+    An error (UserError: an environment breaks its contract, or workers fail too often) closes everything.
 
     Args:
         make_env: `make_env(index)` makes one environment, as `envs.make_env` does. For process and ray it
@@ -72,27 +66,20 @@ def make_vec(
         max_restarts: restarts allowed within RESTART_WINDOW; one more raises an error.
         ray_address: address of a Ray cluster; None starts Ray on this machine.
     """
-    options = {"timeout": timeout} | ({"address": ray_address} if parallel == "ray" else {})
-    return VecEnv(make_env, amount, WORKERS[parallel], options, max_restarts)
-
-
-class VecEnv:
-    """`len(vec)` environments as one. All arrays have a leading dimension n and belong to the caller.
-
-    An error (UserError: an environment breaks its contract, or workers fail too often) closes everything.
-    """
 
     def __init__(
         self,
         make_env: Callable[[int], Any],
         amount: int,
-        worker: "type[Worker]",
-        worker_options: Mapping[str, Any],
+        parallel: str,
+        *,
+        timeout: float,
         max_restarts: int,
+        ray_address: str | None = None,
     ):
-        self._make_env, self._worker, self._worker_options = make_env, worker, worker_options
-        self._max_restarts = max_restarts
-        self._amount = amount
+        self._make_env, self._amount, self._max_restarts = make_env, amount, max_restarts
+        self._worker = WORKERS[parallel]
+        self._worker_options = {"timeout": timeout} | ({"address": ray_address} if parallel == "ray" else {})
         self._episodes = [-1] * amount  # current episode number of each environment
         self._lost: dict[int, Fault] = {}  # workers that no longer reply
         self._restarts: deque[float] = deque()  # times of the restarts
@@ -129,11 +116,6 @@ class VecEnv:
 
     def __len__(self) -> int:
         return self._amount
-
-    @property
-    def next_episode(self) -> int:
-        """The first episode number that no environment has used."""
-        return max(self._episodes) + 1
 
     def reset(self, episode: int | None = None) -> Arrays:
         """Start the next episode in every environment, or the one with the given number."""

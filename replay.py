@@ -26,6 +26,7 @@ NO_CLASS = 255  # stoch of a step without latents: no class is set, which the ag
 MAX_CAPACITY = 1_000_000  # largest capacity, in steps, that `auto` chooses
 AUTO_SHARE = 0.5  # largest share of the free memory that `auto` uses
 FULL_SHARE = 0.9  # largest share of the free memory that an explicit capacity may use
+CURIOUS_BYTES = 40  # a step's priority, visits and nodes of the tree, at most
 GIB = 2**30
 
 
@@ -91,10 +92,9 @@ def plan(
     if backend == "auto":
         ram_is_short = nbytes > AUTO_SHARE * free["tensor"]
         chosen = "memmap" if ram_is_short and nbytes <= FULL_SHARE * free["memmap"] else "tensor"
-    if nbytes > FULL_SHARE * free[chosen]:
-        most = int(
-            capacity * FULL_SHARE * (max(free.values()) if backend == "auto" else free[chosen]) / nbytes
-        )
+    room = FULL_SHARE * (max(free.values()) if backend == "auto" else free[chosen])
+    if nbytes > room:
+        most = int(capacity * room / nbytes)
         raise UserError(
             f"replay.capacity {capacity} needs {nbytes / GIB:.2f} GiB, but {free['tensor'] / GIB:.2f} GiB of "
             f"RAM and {free['memmap'] / GIB:.2f} GiB of disk are free. Set replay.capacity to auto or to "
@@ -108,7 +108,7 @@ def plan(
 def _ring_bytes(layout: Layout, steps: int, sampler: str) -> int:
     """Bytes of a full ring with its sampler."""
     per_step = sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in layout.values())
-    return steps * per_step + (Curious.bytes_for(steps) if sampler == "curious" else 0)
+    return steps * (per_step + CURIOUS_BYTES * (sampler == "curious"))
 
 
 # --- Sampling ------------------------------------------------------------------------------------------
@@ -168,11 +168,6 @@ class Curious:
         self.offsets = np.arange(n_envs) * rows
         self.synced = np.zeros(n_envs, np.int64)  # heads at the last update of the tree
         self.changed: list[np.ndarray] = []  # slots with new priorities since then
-
-    @staticmethod
-    def bytes_for(steps: int) -> int:
-        """Memory that the sampler needs for so many steps."""
-        return 8 * steps + SumTree.bytes_for(steps)
 
     def add(self, slots: np.ndarray) -> None:
         """Give new steps the largest priority."""
@@ -235,10 +230,6 @@ class SumTree:
     def __init__(self, size: int):
         self.depth = max(1, (size - 1).bit_length())
         self.nodes = np.zeros(2 << self.depth)  # float64; the slots are the last half
-
-    @staticmethod
-    def bytes_for(size: int) -> int:
-        return 8 * (2 << max(1, (size - 1).bit_length()))
 
     def set(self, slots: np.ndarray, weights: np.ndarray) -> None:
         """Set weights [n] and all sums above them."""

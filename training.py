@@ -21,7 +21,7 @@ from envs import make_env
 from exploration import Random
 from logger import Logger, Timer
 from lore_llm.hooks import NoAdvice
-from parallel import VecEnv, make_vec
+from parallel import VecEnv
 from replay import Replay
 from stats import EpisodeStats, SuccessRates
 
@@ -40,7 +40,7 @@ def make_envs(config: Config, mode: str) -> VecEnv:
         amount = options.amount // distributed.world_size()
         first = distributed.rank() * amount
     video = mode == "eval" and config.eval_videos
-    return make_vec(
+    return VecEnv(
         functools.partial(make_env, config, mode, video=video, first=first), amount, options.parallel,
         timeout=options.timeout, max_restarts=options.max_restarts, ray_address=options.ray_address,
     )  # fmt: skip

@@ -204,7 +204,7 @@ def measure_workers(args: argparse.Namespace, task: str) -> Figures:
     try:
         for amount in (0, *args.workers):
             kind = "process" if amount else "none"
-            ours = parallel.make_vec(make, max(1, amount), kind, timeout=600, max_restarts=0)
+            ours = parallel.VecEnv(make, max(1, amount), kind, timeout=600, max_restarts=0)
             stacks[f"{task}, {amount} workers" if amount else f"{task}, main process"] = ours
             if amount:  # spawn: a fork of a process with threads may hang
                 makers = [functools.partial(AsGymnasium, make, index) for index in range(amount)]

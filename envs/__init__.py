@@ -58,7 +58,6 @@ REGISTRY: dict[str, str | Callable[..., Any]] = {
     "dummy": "envs.dummy:make",
     "gym": "envs.gymnasium_env:make",
     "memorymaze": "envs.memorymaze:make",
-    "minecraft": "envs.minecraft:make",
     "minigrid": "envs.minigrid:make",
     "soundsearch": "envs.sound_search:make",
     "tvroom": "envs.tv_room:make",

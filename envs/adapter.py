@@ -18,13 +18,7 @@ from gymnasium import spaces
 from basics import UserError
 from envs.wrappers import Wrapper, is_image
 
-FILLED = (
-    "is_first",
-    "is_last",
-    "is_terminal",
-    "reward",
-    "discount",
-)  # taken from reset and step, not from observations
+FILLED = ("is_first", "is_last", "is_terminal", "reward", "discount")  # not taken from observations
 FOREIGN = ("pixels", "rgb", "observation")  # keys of other libraries, renamed to image or vector
 GUARDED_STEPS = 200  # checked in full; later steps only by wrappers.Episode
 SLOW = 2  # seconds after which a run skips the test for determinism
@@ -55,7 +49,8 @@ class Adapter(Wrapper):
     """Gives an environment the contract's `obs_space`, `act_space`, `reset(seed)` and `step`.
 
     - Observations without keys, and those named `pixels`, `rgb` or `observation`, become `image` or `vector`.
-      Keys of nested ones are joined by `_`; discrete ones become one-hot vectors; text is left out.
+      Keys of nested ones are joined by `_`. Discrete ones become one-hot vectors, images [H, W] get a channel
+      dimension, float64 becomes float32, and text is left out.
     - `reset` may take no seed and return no info. `step` may return 4 values, with `done`.
     - `render` may take a `mode`.
 
@@ -81,10 +76,6 @@ class Adapter(Wrapper):
         self.obs_space = {entry.key: entry.space for entry in self._entries}
         self.act_space = self._declared("act_space", "action_space")
         self._check_actions()
-        # Observations that need no change are passed on as they are.
-        self._plain = isinstance(space, Mapping) and self._entries == [
-            Entry((key,), entry, key, entry) for key, entry in space.items()
-        ]
         self._seeded = _takes(env.reset, "seed")
         if not self._seeded:
             self._find(
@@ -111,19 +102,14 @@ class Adapter(Wrapper):
         for path, own in leaves:
             name = key = "_".join(map(str, path))
             if name in FOREIGN or not path:
-                key = "image" if is_image(own) else "vector"
+                key = "image" if is_image(own) or _is_gray(own) else "vector"
                 if key in names:
                     key = name
-                else:
-                    self.note(
-                        f"{self._task}: {repr(name) if path else 'the observation'} is renamed to {key!r}."
-                    )
+                elif path:
+                    self.note(f"{self._task}: {name!r} is renamed to {key!r}.")
             self._check_observation(key, own)
-            if isinstance(own, spaces.Box) or key.startswith("log_"):
-                entries.append(Entry(path, own, key, own))
-            elif isinstance(own, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-                size = spaces.flatdim(own)
-                entries.append(Entry(path, own, key, spaces.Box(0, 1, (size,), np.float32)))
+            if space := _own_space(key, own):
+                entries.append(Entry(path, own, key, space))
             else:
                 self._find("warning", f"{key!r} is {own}, which is not numeric", "it is left out")
         if all(entry.key.startswith("log_") for entry in entries):
@@ -149,8 +135,6 @@ class Adapter(Wrapper):
         if (likely or key == "image") and not is_byte:
             cure = "images are uint8 from 0 to 255: np.uint8(255 * image), and the space accordingly"
             self._find(level, f"{key!r} looks like an image of {space.dtype}", cure)
-        if key == "image" and len(shape) == 2:
-            self._find("error", f"'image' has shape {shape}", "images are [H, W, C]: image[..., None]")
 
     def _check_actions(self) -> None:
         parts = self.act_space.items() if isinstance(self.act_space, Mapping) else [("", self.act_space)]
@@ -197,9 +181,7 @@ class Adapter(Wrapper):
             self.ends.append((self._length, bool(terminated)))
             if len(self.ends) == ENDS and self._strict:
                 self.check_ends()
-        if np.ndim(reward):
-            reward = np.asarray(reward).item()
-        return self._convert(obs), reward, terminated, truncated, info
+        return self._convert(obs), float(np.asarray(reward).item()), terminated, truncated, info
 
     def render(self) -> Any:
         """The environment's frame, which should be uint8 [H, W, 3]."""
@@ -229,15 +211,19 @@ class Adapter(Wrapper):
         return bool(done) and not truncated, truncated
 
     def _convert(self, obs: Any) -> dict:
-        if self._plain and obs.keys() == self.obs_space.keys():
-            return obs
         values = {}
         for path, own, key, space in self._entries:
             value = _at(obs, path)
-            if value is not None and space is not own:
-                value = spaces.flatten(own, value).astype(space.dtype)
-            if value is not None:
+            if value is None:
+                continue
+            if space is own:
                 values[key] = value
+            elif _is_gray(own):
+                values[key] = np.asarray(value)[..., None]
+            elif isinstance(own, spaces.Box):
+                values[key] = np.asarray(value, space.dtype)
+            else:
+                values[key] = spaces.flatten(own, value).astype(space.dtype)
         return values
 
     # --- Checks ----------------------------------------------------------------------------------------
@@ -383,6 +369,25 @@ def _same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
 def _copied(obs: Mapping) -> dict[str, np.ndarray]:
     """A copy, since an environment may reuse its arrays."""
     return {key: np.array(value) for key, value in obs.items()}
+
+
+def _own_space(key: str, own: spaces.Space) -> spaces.Space | None:
+    """The space of an observation after `_convert`; None if it is not numeric."""
+    if key.startswith("log_"):
+        return own
+    if isinstance(own, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return spaces.Box(0, 1, (spaces.flatdim(own),), np.float32)
+    if not isinstance(own, spaces.Box):
+        return None
+    if _is_gray(own):
+        return spaces.Box(0, 255, (*own.shape, 1), np.uint8)
+    return spaces.Box(-np.inf, np.inf, own.shape, np.float32) if own.dtype == np.float64 else own
+
+
+def _is_gray(space: spaces.Space) -> bool:
+    """Whether observations of a space are images without channels, uint8 [H, W]; a board is smaller."""
+    shape = space.shape or ()
+    return len(shape) == 2 and min(shape) >= MIN_SIDE and space.dtype == np.uint8
 
 
 def _leaves(space: Any, path: tuple = ()) -> Iterator[tuple[tuple, spaces.Space]]:

@@ -7,15 +7,18 @@ from ale_py import roms
 from gymnasium.wrappers import AtariPreprocessing
 
 import envs
-from envs.gymnasium_env import Gymnasium
 
 MAX_NOOPS = 30  # at the start of an episode, as is usual (Machado et al. 2018)
 MAX_FRAMES = 108_000  # per episode: half an hour of play (Machado et al. 2018)
 STICKY = 0.25  # probability that an action is repeated for one more frame (Machado et al. 2018)
 
 
-def make(name: str, config: Any) -> "Atari":
-    """The environment of task `atari_{name}`."""
+def make(name: str, config: Any) -> AtariPreprocessing:
+    """The environment of task `atari_{name}`.
+
+    Images are the maximum of the last two frames, resized. Losing a life does not end an episode. The end of
+    the game is terminal, the time limit a truncation.
+    """
     games = roms.get_all_rom_ids()
     if name not in games:
         raise envs.unknown_task("atari", name, sorted(games))
@@ -36,13 +39,5 @@ def make(name: str, config: Any) -> "Atari":
         screen_size=(width, height),
         grayscale_obs=False,
     )
-    return Atari(env, config.size)
-
-
-class Atari(Gymnasium):
-    """A game with gymnasium's AtariPreprocessing: images are the maximum of the last two frames, resized.
-
-    Losing a life does not end an episode. The end of the game is terminal, the time limit a truncation.
-    """
-
-    repeats_actions = True
+    env.repeats_actions = True
+    return env

@@ -100,9 +100,8 @@ def _lattice_terms(points: list[tuple[float, float, float]]) -> tuple[np.ndarray
         terms.extend(position_and_offset)
         return 0.0
 
-    noise3 = getattr(
-        internals._noise3, "py_func", internals._noise3
-    )  # the plain function if numba is installed
+    # With numba installed, py_func is the plain function.
+    noise3 = getattr(internals._noise3, "py_func", internals._noise3)
     noise3 = types.FunctionType(noise3.__code__, vars(internals) | {"_extrapolate3": extrapolate})
     ends = [0]
     for point in points:

@@ -18,7 +18,6 @@ from minigrid.wrappers import DictObservationSpaceWrapper, RGBImgPartialObsWrapp
 
 import envs
 from envs import symbolic
-from envs.gymnasium_env import Gymnasium
 
 MISSION_LENGTH = 50  # most words of a mission, as in minigrid's wrapper
 # MiniGrid's list of words, and those that BabyAI's missions have in addition.
@@ -31,7 +30,7 @@ KINDS = len(OBJECT_TO_IDX)
 CELL = KINDS + len(COLOR_TO_IDX) + len(STATE_TO_IDX)  # numbers per cell
 
 
-def make(name: str, config: Any) -> Gymnasium:
+def make(name: str, config: Any) -> gymnasium.Env:
     """The environment of task `minigrid_{name}`.
 
     `image` is the rendered part of the grid that the agent sees. With `minigrid.grid` it is replaced by the
@@ -39,9 +38,8 @@ def make(name: str, config: Any) -> Gymnasium:
     direction, one-hot [4], and `minigrid.mission` the mission, one one-hot row per word.
     """
     ids = list_ids()
-    short = {
-        re.sub(r"^MiniGrid-|-v\d+$", "", each): each for each in sorted(ids)
-    }  # the latest version is kept
+    # Of several versions, the last one is kept.
+    short = {re.sub(r"^MiniGrid-|-v\d+$", "", each): each for each in sorted(ids)}
     if name not in short and name not in ids:
         raise envs.unknown_task("minigrid", name, short)
     env = gymnasium.make(short.get(name, name), disable_env_checker=True, render_mode="rgb_array")
@@ -55,7 +53,7 @@ def make(name: str, config: Any) -> Gymnasium:
             lambda obs: {**obs, "grid": encode_grid(obs["image"])},
             spaces.Dict({**own.spaces, "grid": cells}),
         )
-    else:  # rendered slightly larger, then resized to `size`
+    else:  # rendered slightly larger; `make_env` resizes it
         env = RGBImgPartialObsWrapper(env, math.ceil(max(config.size) / env.unwrapped.agent_view_size))
     first = "grid" if config.minigrid.grid else "image"
     keys = [first, *(key for key in ("direction", "mission") if config.minigrid[key])]
@@ -68,7 +66,7 @@ def make(name: str, config: Any) -> Gymnasium:
             lambda obs: {**obs, "mission": encode_mission(obs["mission"])},
             spaces.Dict({**env.observation_space.spaces, **shown}),
         )
-    return Gymnasium(env, config.size)
+    return env
 
 
 def layout(view_size: int) -> symbolic.Layout:

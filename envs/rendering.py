@@ -84,8 +84,6 @@ def _works(backend: str) -> bool:
     environ = {**os.environ, "MUJOCO_GL": backend}
     command = [sys.executable, "-c", PROBE]
     try:
-        return (
-            subprocess.run(command, env=environ, capture_output=True, timeout=PROBE_TIMEOUT).returncode == 0
-        )
+        return not subprocess.run(command, env=environ, capture_output=True, timeout=PROBE_TIMEOUT).returncode
     except subprocess.TimeoutExpired:
         return False

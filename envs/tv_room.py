@@ -22,9 +22,8 @@ PLAN = """
 #.....#.....#.....#
 ###################
 """.split()
-FREE = [
-    (row, column) for row, cells in enumerate(PLAN) for column, cell in enumerate(cells) if cell != "#"
-]  # (row, column) of each index of `position`
+# (row, column) of each index of `position`.
+FREE = [(row, column) for row, cells in enumerate(PLAN) for column, cell in enumerate(cells) if cell != "#"]
 CELLS = len(FREE)
 START, TV = (next(i for i, (row, column) in enumerate(FREE) if PLAN[row][column] == sign) for sign in "ST")
 MOVES = [(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)]  # up, down, left, right, stay

@@ -218,7 +218,7 @@ def test_minigrid_caption_and_subgoals_of_a_solved_episode():
     names = captioner.actions
     assert names == ("left", "right", "forward", "pickup", "drop", "toggle", "done")
     obs, _ = env.reset(0)
-    inner = env.env.env.env._env.unwrapped
+    inner = env.unwrapped
     assert "Mission: use the key to open the door and then get to the goal" in captioner.caption(obs)
     inner.agent_pos, inner.agent_dir = (1, 1), 1
     inner.grid.set(1, 2, None)
@@ -278,7 +278,7 @@ def test_approaching_an_open_door_is_not_opening_it():
 
 def test_minigrid_blocked_actions_are_those_that_change_nothing():
     env, captioner = make("--task minigrid_DoorKey-6x6")
-    inner = env.env.env.env._env.unwrapped
+    inner = env.unwrapped
     seen = {True: 0, False: 0}
     obs, _ = env.reset()
     rng = np.random.default_rng(0)

@@ -164,8 +164,6 @@ FOUND_IN_RUNS = [
            space={"image": box(0, 255, (3, 64, 64), np.uint8)}, obs={"image": zeros(3, 64, 64, dtype="u1")}),
     faulty("Undeclared", "error", r"'image': expected uint8 .*, got uint8 \(3, 64, 64\)", "transpose",
            obs={"image": zeros(3, 64, 64, dtype="u1")}),
-    faulty("NoChannels", "error", r"'image' has shape \(64, 64\)", r"image\[..., None\]",
-           space={"image": box(0, 255, (64, 64), np.uint8)}, obs={"image": zeros(64, 64, dtype="u1")}),
     faulty("Random", "warning", "same seed and actions gave a different state at step 0", "default_rng",
            reset=lambda self, seed=None: Good.reset(self)),
     faulty("RandomLater", "warning", "same seed and actions gave a different image at step 1", "default_rng",

@@ -25,7 +25,7 @@ KINDS = ["none", "process"]
 
 
 def make_vec(make_env, amount: int, kind: str, timeout: float = 120, max_restarts: int = 0):
-    return parallel.make_vec(make_env, amount, kind, timeout=timeout, max_restarts=max_restarts)
+    return parallel.VecEnv(make_env, amount, kind, timeout=timeout, max_restarts=max_restarts)
 
 
 def factory(task: str, **options):
@@ -237,7 +237,6 @@ def test_worker_that_fails_in_reset_gets_another_episode(vecs):
     assert vec.reset()["is_first"].all()
     assert run(vec, 17)[-1]["is_first"].all()
     assert [state["episode"] for state in vec.state()] == [1, 2]  # number 1 was lost
-    assert vec.next_episode == 3
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such signal")

@@ -33,7 +33,7 @@ def close():
 
 
 def make_ray(amount: int, task: str = "dummy_continuous", max_restarts: int = 0, address: str | None = None):
-    return parallel.make_vec(
+    return parallel.VecEnv(
         factory(task), amount, "ray", timeout=300, max_restarts=max_restarts, ray_address=address
     )
 
