@@ -271,7 +271,8 @@ def test_plan_announces_the_size_of_the_ring(monkeypatch):
         arrays = list(replay.ring.values())
         if sampler == "curious":
             arrays += [replay.sampler.priority, replay.sampler.visits, replay.sampler.tree.nodes]
-        assert chosen.nbytes == sum(array.nbytes for array in arrays)
+        used = sum(array.nbytes for array in arrays)
+        assert chosen.nbytes == used if sampler == "uniform" else used <= chosen.nbytes < 2 * used
         assert chosen.capacity == 999 == 3 * replay.rows
 
 
