@@ -212,6 +212,7 @@ def test_keys_that_are_not_encoded_are_named_and_no_encoded_key_is_an_error(tmp_
 WRAPPED = "--grayscale True --frame_stack 2 --audio_dim 3 --audio_noise_std 1 --clip_reward True".split()
 
 
+@pytest.mark.slow
 def test_resumed_run_of_a_wrapped_env_equals_the_uninterrupted_run(tmp_path):
     assert train(tmp_path / "whole", *WRAPPED) == 0
     with signal_at(77):

@@ -28,6 +28,7 @@ def test_every_checkpoint_is_small_and_on_the_page():
     assert all(path.stat().st_size <= MAX_MIB * 2**20 for path in files.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", checkpoints())
 def test_checkpoint_reaches_its_stated_return(file):
     if Path(file).name.startswith("dmc_") and NO_DM_CONTROL:

@@ -222,6 +222,7 @@ sys.exit(code)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NO_DM_CONTROL, reason="dm-control cannot be installed on this Python")
 def test_proprio_trains_and_evaluates_without_rendering(tmp_path):
     options = "--configs dmc_proprio debug --task dmc_cartpole_balance --steps 200 --time_limit 40"
