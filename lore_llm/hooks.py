@@ -5,7 +5,6 @@ synthetic item that starts there, and its skills become options. Without advice 
 Several learners share one library of options: the first learner keeps it, with the executions of all.
 """
 
-import contextlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -457,11 +456,15 @@ class AdviceHooks(NoAdvice):
         path = self.logdir / DECISIONS
         if not path.exists():
             return
-        kept = []
+        kept, damaged = [], 0
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill cut it off
+            try:
                 if json.loads(line)["step"] < self.next_decision:
                     kept.append(line)
+            except (ValueError, TypeError, KeyError):  # a kill cut it off
+                damaged += 1
+        if damaged:
+            self._notes.append(f"{path}: {damaged} damaged lines are dropped")
         atomic_write(path, lambda file: file.write("".join(f"{line}\n" for line in kept).encode()))
 
 
