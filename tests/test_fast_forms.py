@@ -127,6 +127,7 @@ def test_precision_auto_is_bfloat16_where_a_cpu_multiplies_in_it(abilities, expe
     assert precision(chosen, cpu) == "float32"
 
 
+@pytest.mark.slow
 def test_a_slow_sampler_changes_no_bit(tmp_path, monkeypatch):
     """A thread draws the next batch during updates and env steps; its content is independent of the speed."""
     several = (

@@ -338,7 +338,7 @@ def start_of(agent, rows):
 # ---- The bound on the divergence
 
 
-@pytest.mark.parametrize("target", [0.1, 0.02])
+@pytest.mark.parametrize("target", [0.1, pytest.param(0.02, marks=pytest.mark.slow)])
 def test_dual_keeps_the_divergence_at_its_target_at_most(target):
     agent = make_agent(("prior",), "--prior.delta_target", str(target), "--prior.beta_max", "1")
     unsettle(agent)

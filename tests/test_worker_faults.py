@@ -103,6 +103,7 @@ def origin(logdir: Path, rows: dict[str, np.ndarray]) -> tuple[int, int]:
 
 
 @linux
+@pytest.mark.slow
 def test_too_many_restarts_stop_the_run_after_a_save(tmp_path):
     code, errors = run_and_signal(tmp_path, signal.SIGKILL, "--envs.max_restarts", "0")
     assert code == 2
