@@ -43,7 +43,7 @@ test: $(READY_DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 slow: $(READY_DEV)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY_DEV)
 	$(BIN)/ruff check .
