@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent
 OLDEST, NEWEST = (3, 11), (3, 13)  # Python versions
 KEYS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "OPENAI_API_KEY", "WANDB_API_KEY")
 FULL_SHARE = 0.9  # of the free disk
+DRIVER_SECONDS = 5  # for nvidia-smi, which hangs with a broken driver
 GIB = 2**30
 
 
@@ -81,8 +82,11 @@ def check_keys() -> Iterator[Line]:
 
 def has_gpu() -> bool:
     """Whether the NVIDIA driver finds a GPU."""
-    command = ["nvidia-smi", "--list-gpus"]
-    return bool(shutil.which(command[0])) and not subprocess.run(command, capture_output=True).returncode
+    try:
+        done = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, timeout=DRIVER_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):  # no driver, or one that hangs
+        return False
+    return not done.returncode
 
 
 def check_torch() -> Iterator[Line]:

@@ -322,7 +322,8 @@ def read_command(argv: list[str]) -> Command:
         resume = logdir is not None and bool(checkpoints.find_checkpoints(logdir))
         origin = logdir if resume else source
     checkpoint, path, notes = checkpoints.load_checkpoint(origin) if origin else (None, None, [])
-    saved = checkpoint and Config.from_yaml(checkpoint["config"], f"the config in {path}")
+    with checkpoints.reading(path):
+        saved = Config.from_yaml(checkpoint["config"], f"the config in {path}") if origin else None
     config, raised = distributed.divisible(configs.load(argv, has_cuda=tools.cuda_works(), saved=saved))
     changes = configs.resume_changes(saved, config) if resume else []
     notes += [*config.notes, *raised, *(f"Changed since the run was saved: {line}" for line in changes)]

@@ -127,7 +127,8 @@ def read_checkpoint(checkpoint: str | Path) -> tuple[dict, Path, Config]:
     payload, path, notes = checkpoints.load_checkpoint(checkpoint)
     for note in notes:
         print(note, file=sys.stderr)
-    return payload, path, Config.from_yaml(payload["config"], f"the config in {path}")
+    with checkpoints.reading(path):
+        return payload, path, Config.from_yaml(payload["config"], f"the config in {path}")
 
 
 def open_envs(config: Config, amount: int, video: Path | None, explain: Path | None) -> VecEnv:

@@ -1,6 +1,7 @@
 """Checkpoints appear whole or not at all, and damaged ones are never used."""
 
 import errno
+import importlib
 import os
 from pathlib import Path
 
@@ -145,3 +146,12 @@ def test_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch,
     monkeypatch.undo()
     assert all_files(tmp_path) == before
     assert_payload(checkpoints.load_checkpoint(tmp_path)[0], 10)
+
+
+@pytest.mark.parametrize("program", ["dreamer", "evaluate"])
+def test_checkpoint_without_a_config_is_a_user_error(program, tmp_path, capsys):
+    path = tmp_path / "latest.pt"
+    checkpoints.save_tensors(path, {"format": checkpoints.CHECKPOINT_FORMAT})
+    assert importlib.import_module(program).main(["--from_checkpoint", str(path)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: The content of {path}") and errors.count("\n") == 1

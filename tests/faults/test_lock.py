@@ -92,3 +92,10 @@ def test_text_of_others_in_the_holder_file_cannot_control_the_terminal(tmp_path)
     (tmp_path / HOLDER).write_bytes(b"\x1b[2J\n\xff")
     with run_lock(tmp_path) as notes:
         assert notes[0].isprintable()
+
+
+def test_leftovers_of_a_killed_write_are_removed(tmp_path):
+    leftover = tmp_path / ".config.yaml.0123456789ab.tmp"
+    leftover.write_bytes(b"half")
+    with run_lock(tmp_path):
+        assert not leftover.exists()
